@@ -1,0 +1,168 @@
+"""Verify a compact JWS (RFC 7515) with PS256 (RFC 7518 section 3.5). Pure: bytes in, verdict out.
+
+    keys = jws.load_keys(json.load(open("keys.json")))
+    payload = jws.verify(token, keys)
+
+One algorithm, no choice: RSA-PSS with SHA-256, MGF1-SHA-256 and a salt of 32 bytes, e = 65537,
+moduli of 2048 to 4096 bits. The header may name ``alg``, ``kid`` and ``typ``, nothing else: no
+``crit``, no embedded key, no ``none``. Base64url must be canonical, so that one document has one
+spelling. Nothing of the payload is read before the signature holds.
+
+Source: RFC 8017 sections 8.1.2, 9.1.2 and B.2.1; RFC 7638 for key names.
+"""
+
+import binascii
+import hashlib
+import json
+
+from .errors import ConfigError, SignatureError
+
+TOKEN_LIMIT = 12288  # characters of a whole JWS: a manifest of 8 KiB and a 4096-bit signature
+_HEADER_LIMIT = 512
+_HASH_LEN = 32
+_SALT_LEN = 32
+
+
+def b64url_decode(text):
+    """Decode unpadded base64url ``bytes``; ValueError unless it is the canonical spelling."""
+    raw = binascii.a2b_base64(
+        bytes(text).replace(b"-", b"+").replace(b"_", b"/") + b"===="[: -len(text) % 4]
+    )
+    # Lenient decoders skip strange characters and ignore loose bits: compare the way back.
+    if b64url_encode(raw) != bytes(text):
+        raise ValueError("not canonical base64url")
+    return raw
+
+
+def b64url_encode(raw):
+    """Encode ``bytes`` as unpadded base64url ``bytes``."""
+    text = binascii.b2a_base64(raw).strip().replace(b"+", b"-").replace(b"/", b"_")
+    while text[-1:] == b"=":
+        text = text[:-1]
+    return text
+
+
+def thumbprint(n, e):
+    """Name an RSA key: RFC 7638 thumbprint of its base64url members ``n`` and ``e`` (str)."""
+    canonical = '{"e":"%s","kty":"RSA","n":"%s"}' % (e, n)
+    return b64url_encode(hashlib.sha256(canonical.encode()).digest()).decode()
+
+
+def _load_key(jwk):
+    if not isinstance(jwk, dict) or jwk.get("kty") != "RSA":
+        raise ConfigError("key type", jwk.get("kty") if isinstance(jwk, dict) else jwk, "RSA")
+    for member in ("d", "p", "q", "dp", "dq", "qi", "oth"):
+        if member in jwk:
+            raise ConfigError("a private key is where only its public half belongs")
+    n, e = jwk.get("n"), jwk.get("e")
+    if not isinstance(n, str) or e != "AQAB":
+        raise ConfigError("public exponent", e, "AQAB (65537)")
+    if jwk.get("alg", "PS256") != "PS256":
+        raise ConfigError("key algorithm", jwk["alg"], "PS256")
+    try:
+        raw = b64url_decode(n.encode())
+    except ValueError as exc:
+        raise ConfigError("key modulus: %s" % exc)
+    if not 256 <= len(raw) <= 512 or raw[0] < 0x80 or not raw[-1] & 1:
+        raise ConfigError("key modulus", "%d bytes" % len(raw), "an odd one of 2048 to 4096 bits")
+    kid = thumbprint(n, e)
+    if jwk.get("kid", kid) != kid:
+        raise ConfigError("kid", jwk["kid"], "the RFC 7638 thumbprint " + kid)
+    return kid, raw
+
+
+def load_keys(jwk_set):
+    """Turn a JWK set (dict, ``{"keys": [...]}``) into ``{kid: modulus bytes}``.
+
+    Raises:
+        ConfigError: no key, a key that is not RSA of 2048 to 4096 bits with e = 65537, a private
+            key, or a ``kid`` that is not the key's thumbprint.
+    """
+    keys = jwk_set.get("keys") if isinstance(jwk_set, dict) else None
+    if not isinstance(keys, list) or not keys:
+        raise ConfigError("key set", type(keys).__name__, 'a JWK set: {"keys": [...]}')
+    return dict(_load_key(jwk) for jwk in keys)
+
+
+def _header(text):
+    if len(text) > _HEADER_LIMIT:
+        raise SignatureError("JWS header", "%d characters" % len(text), "at most 512")
+    try:
+        header = json.loads(b64url_decode(text))
+    except (ValueError, RuntimeError):  # RuntimeError: nested too deep for the parser
+        raise SignatureError("JWS header is not base64url of JSON")
+    if not isinstance(header, dict):
+        raise SignatureError("JWS header", type(header).__name__, "an object")
+    for name in header:
+        if name not in ("alg", "kid", "typ"):
+            raise SignatureError("JWS header member", name, "alg, kid and typ only")
+    if header.get("alg") != "PS256":
+        raise SignatureError("JWS algorithm", header.get("alg"), "PS256")
+    return header
+
+
+def verify(token, keys):
+    """Return the payload of a compact JWS whose signature holds under one of ``keys``.
+
+    Args:
+        token: the compact serialization, bytes.
+        keys: ``{kid: modulus bytes}`` from :func:`load_keys`.
+
+    Raises:
+        SignatureError: anything but a canonical PS256 JWS by one of these keys.
+
+    Allocates about 15 KB of short-lived memory for a 3072-bit key.
+    """
+    if len(token) > TOKEN_LIMIT:
+        raise SignatureError("JWS", "%d bytes" % len(token), "at most %d" % TOKEN_LIMIT)
+    parts = bytes(token).split(b".")
+    if len(parts) != 3:
+        raise SignatureError("JWS", "%d parts" % len(parts), "header.payload.signature")
+    kid = _header(parts[0]).get("kid")
+    modulus = keys.get(kid) if isinstance(kid, str) else None
+    if modulus is None:
+        raise SignatureError("signing key", str(kid)[:48], "one of %d trusted" % len(keys))
+    digest = hashlib.sha256(memoryview(token)[: len(parts[0]) + 1 + len(parts[1])]).digest()
+    try:
+        signature = b64url_decode(parts[2])
+        payload = b64url_decode(parts[1])
+    except ValueError as exc:
+        raise SignatureError("JWS: %s" % exc)
+    if not _pss_holds(modulus, signature, digest):
+        raise SignatureError("the signature does not belong to this document and key " + kid)
+    return payload
+
+
+def _pss_holds(modulus, signature, digest):
+    """EMSA-PSS-VERIFY of RFC 8017 section 9.1.2 for whole-byte moduli, salt of 32 bytes."""
+    size = len(modulus)
+    n = int.from_bytes(modulus, "big")
+    s = int.from_bytes(signature, "big")
+    if len(signature) != size or not 0 < s < n:
+        return False
+    encoded = pow(s, 65537, n).to_bytes(size, "big")
+    # emBits is one less than the bits of the modulus: the topmost bit is clear.
+    db_len = size - _HASH_LEN - 1
+    if encoded[-1] != 0xBC or encoded[0] & 0x80:
+        return False
+    h = encoded[db_len:-1]
+    db = bytearray(encoded[:db_len])
+    _unmask(db, h)
+    db[0] &= 0x7F
+    pad = db_len - _SALT_LEN - 1
+    if db[pad] != 1 or any(db[:pad]):
+        return False
+    return hashlib.sha256(bytes(8) + digest + db[-_SALT_LEN:]).digest() == h
+
+
+def _unmask(db, seed):
+    """XOR ``db`` in place with MGF1-SHA-256 of ``seed`` (RFC 8017 section B.2.1)."""
+    pos = 0
+    counter = 0
+    while pos < len(db):
+        for byte in hashlib.sha256(seed + counter.to_bytes(4, "big")).digest():
+            if pos == len(db):
+                break
+            db[pos] ^= byte
+            pos += 1
+        counter += 1
