@@ -1,0 +1,45 @@
+"""Every bound of the server in one place, with its unit."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on what one client, or all of them together, may take."""
+
+    body_bytes: int = 8192
+    """A request's body: the longest honest one, a report with its error, is about 1 KiB."""
+
+    body_timeout_s: float = 10.0
+    """From the end of the headers until the whole body is here."""
+
+    header_timeout_s: float = 10.0
+    """From the connection (TLS included) until the first request's headers are here."""
+
+    header_bytes: int = 16384
+    """Request line and headers together."""
+
+    keep_alive_s: int = 60
+    """An idle connection between two requests: pointer, release and payload share one."""
+
+    send_timeout_s: float = 60.0
+    """A reader that takes nothing for so long is dropped. Erasing flash stalls a board for
+    seconds, never for a minute."""
+
+    requests: int = 256
+    """Requests worked on at once; the next one is told to come back."""
+
+    downloads: int = 64
+    """Of these, blobs being sent: polls and reports are answered while downloads wait."""
+
+    retry_after_s: int = 10
+    """Told to a client that was turned away, plus up to as much again, so that they spread."""
+
+    shutdown_s: int = 5
+    """A clean exit waits for running downloads so long and no longer."""
+
+    devices: int = 100_000
+    """Rows of the registry: with one shared token, anybody who holds it can add some."""
+
+    reports_per_device: int = 500
+    """Older reports of a device are dropped first."""

@@ -1,0 +1,70 @@
+"""The shapes of what boards send: bounded, typed, and blind to members not known here.
+
+A newer agent may say more than this server understands; that must never cost it an update.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+
+DEVICE_ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$"
+_MESSAGE_CHARS = 500
+
+DeviceId = Annotated[str, StringConstraints(pattern=DEVICE_ID)]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Text = Annotated[str, StringConstraints(max_length=64)]
+LongText = Annotated[str, StringConstraints(max_length=200)]
+Attempt = Annotated[
+    str,
+    BeforeValidator(lambda v: str(v) if type(v) is int else v),
+    StringConstraints(min_length=1, max_length=64),
+]
+
+Status = Literal["checking", "staging", "staged", "trial", "confirmed", "rolledback", "failed"]
+
+
+def _shorten(message: Any) -> Any:
+    # A report that is refused for its long text would be lost, and with it the reason.
+    return message[:_MESSAGE_CHARS] if isinstance(message, str) else message
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class CheckUpdate(_Message):
+    """``POST /api/v1/check-update``"""
+
+    device_id: DeviceId
+    product: Name
+    hardware: Name
+    current_version: Text
+    channel: Name = "stable"
+    current_build: Text | None = None
+    chip_id: Annotated[int, Field(ge=0, le=0xFFFF)] | None = None
+    mac: Text | None = None
+    labels: Annotated[list[Text], Field(max_length=32)] = []
+    agent: LongText | None = None
+    micropython: LongText | None = None
+
+
+class ErrorReport(_Message):
+    """What an error of the device package says of itself."""
+
+    code: Text
+    number: Text | None = None
+    message: Annotated[str, BeforeValidator(_shorten)] = ""
+
+
+class ReportStatus(_Message):
+    """``POST /api/v1/report-status``"""
+
+    device_id: DeviceId
+    attempt: Attempt
+    status: Status
+    version: Text | None = None
+    build: Text | None = None
+    error: ErrorReport | None = None
+    bytes: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
+    current_version: Text | None = None
+    current_build: Text | None = None

@@ -1,0 +1,199 @@
+"""Read the published tree: which files may be served, and what a channel offers now.
+
+A name outside the three patterns below is not served, whatever lies in the folder:
+
+    {product}/{channel}.json         pointer, mutable
+    {product}/r/{version}.jws        release, immutable
+    {product}/blobs/ab/{sha256}.bin  payload, immutable
+
+Nothing is written here; releases are published by the tool that holds the key.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from twinslot import jws
+from twinslot.errors import OtaError, ReleaseError
+from twinslot.release import Release, parse
+
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_POINTER = re.compile(rf"{_NAME}/{_NAME}\.json")
+_RELEASE = re.compile(rf"{_NAME}/r/[A-Za-z0-9][A-Za-z0-9.+-]{{0,63}}\.jws")
+_BLOB = re.compile(rf"{_NAME}/blobs/([0-9a-f]{{2}})/(\1[0-9a-f]{{62}})\.(?:bin|gz)")
+_RELEASE_NAME = re.compile(r"r/[A-Za-z0-9][A-Za-z0-9.+-]{0,63}\.jws")
+_PAYLOAD_NAME = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}\.(?:bin|gz)")
+
+SMALL_FILE_BYTES = 65536
+"""A pointer or a release is read whole; the device's own limit is 12 KiB."""
+
+
+class ChannelError(Exception):
+    """A channel that offers nothing; ``code`` is one stable word, the message is for the log."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class File:
+    """One file that may be served."""
+
+    path: Path
+    media_type: str
+    immutable: bool
+    etag: str  # strong, quoted
+    content: bytes | None  # None: large, stream it from ``path``
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What a pointer says, with the release it names."""
+
+    release_path: str  # below the site, as in sensor-node/r/1.4.0.jws
+    release: Release
+    poll: int | None  # seconds
+    rollout: dict | None  # {"percent", "seed"}
+
+
+class Site:
+    """A published folder, read afresh on every request; verified releases are remembered.
+
+    Args:
+        root: the folder ``twinslot publish`` wrote.
+        keys: ``{kid: modulus}`` of :func:`twinslot.jws.load_keys`; None offers releases without
+            verifying them, which is safe for the boards (they verify) and blind for the operator.
+    """
+
+    def __init__(self, root: Path, keys: dict | None = None):
+        self.root = root.resolve(strict=True)
+        self._keys = keys
+        self._releases: dict[str, tuple[tuple[int, int], Release]] = {}
+
+    def find(self, name: str) -> File | None:
+        """Return the file that URL path ``name`` (no leading slash) means, or None."""
+        if blob := _BLOB.fullmatch(name):
+            path = self._inside(name)
+            return path and File(path, "application/octet-stream", True, f'"{blob[2]}"', None)
+        if _RELEASE.fullmatch(name):
+            return self._small(name, "application/jose", immutable=True)
+        if _POINTER.fullmatch(name):
+            return self._small(name, "application/json", immutable=False)
+        return None
+
+    def _inside(self, name: str) -> Path | None:
+        """Resolve ``name``, which has passed a pattern; a symbolic link must not lead out."""
+        try:
+            path = (self.root / name).resolve(strict=True)
+        except OSError:
+            return None
+        return path if path.is_relative_to(self.root) and path.is_file() else None
+
+    def _small(self, name: str, media_type: str, immutable: bool) -> File | None:
+        path = self._inside(name)
+        if path is None:
+            return None
+        content = read_bounded(path)
+        if content is None:
+            return None
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        return File(path, media_type, immutable, etag, content)
+
+    def channel(self, product: str, channel: str) -> Channel:
+        """Read a channel's pointer and the release it names.
+
+        Raises:
+            ChannelError: there is no such channel, or it must not be offered: the pointer is
+                malformed, the release does not verify, or a payload is missing or of another
+                size than the release says.
+        """
+        name = f"{product}/{channel}.json"
+        file = self.find(name)
+        if file is None or file.content is None:
+            raise ChannelError("no_channel", f"{name} is not published")
+        pointer = _pointer(name, file.content)
+        release = self._release(f"{product}/{pointer['release']}")
+        if release.product != product:
+            raise ChannelError("bad_release", f"{name} names a release of {release.product}")
+        self._check_payloads(product, release)
+        return Channel(
+            f"{product}/{pointer['release']}",
+            release,
+            pointer.get("poll"),
+            pointer.get("rollout"),
+        )
+
+    def _release(self, name: str) -> Release:
+        path = self._inside(name)
+        if path is None:
+            raise ChannelError("bad_release", f"{name} is missing")
+        stat = path.stat()
+        stamp = (stat.st_mtime_ns, stat.st_size)
+        known = self._releases.get(name)
+        if known and known[0] == stamp:
+            return known[1]
+        token = read_bounded(path)
+        try:
+            if token is None:
+                raise ReleaseError("release file", f"{stat.st_size} bytes", "a JWS")
+            release = parse(self._payload(token))
+        except OtaError as exc:
+            raise ChannelError("bad_release", f"{name}: {exc}") from exc
+        self._releases[name] = (stamp, release)
+        return release
+
+    def _payload(self, token: bytes) -> bytes:
+        if self._keys is not None:
+            return jws.verify(token, self._keys)
+        try:
+            return jws.b64url_decode(token.split(b".")[1])
+        except (IndexError, ValueError) as exc:
+            raise ReleaseError("release file", str(exc), "a compact JWS") from exc
+
+    def _check_payloads(self, product: str, release: Release) -> None:
+        for payload in release.firmware.payloads:
+            if not _PAYLOAD_NAME.fullmatch(payload.url):
+                continue  # elsewhere: not ours to check
+            path = self._inside(f"{product}/{payload.url}")
+            if path is None or path.stat().st_size != payload.size:
+                seen = "missing" if path is None else f"{path.stat().st_size} bytes"
+                raise ChannelError(
+                    "bad_release",
+                    f"{release.version}: {payload.url} is {seen}, expected {payload.size} bytes",
+                )
+
+
+def read_bounded(path: Path) -> bytes | None:
+    """Read a small file whole; None when it is larger than such a file can be."""
+    with path.open("rb") as file:
+        content = file.read(SMALL_FILE_BYTES + 1)
+    return content if len(content) <= SMALL_FILE_BYTES else None
+
+
+def _pointer(name: str, content: bytes) -> dict:
+    try:
+        pointer = json.loads(content)
+    except ValueError as exc:
+        raise ChannelError("bad_pointer", f"{name} is not JSON: {exc}") from exc
+    if not isinstance(pointer, dict):
+        raise ChannelError("bad_pointer", f"{name} is not an object")
+    target = pointer.get("release")
+    if not isinstance(target, str) or not _RELEASE_NAME.fullmatch(target):
+        raise ChannelError("bad_pointer", f"{name} names release {str(target)[:80]!r}")
+    poll = pointer.get("poll")
+    if poll is not None and (type(poll) is not int or poll <= 0):
+        raise ChannelError("bad_pointer", f"{name} has poll {str(poll)[:80]!r}")
+    rollout = pointer.get("rollout")
+    if rollout is not None and not _is_rollout(rollout):
+        raise ChannelError("bad_pointer", f"{name} has rollout {str(rollout)[:80]!r}")
+    return pointer
+
+
+def _is_rollout(rollout: object) -> bool:
+    if not isinstance(rollout, dict) or not isinstance(rollout.get("seed"), str):
+        return False
+    percent = rollout.get("percent")
+    return type(percent) in (int, float) and 0 <= percent <= 100

@@ -1,0 +1,63 @@
+"""Pre-shared tokens: made on first start, kept in 0600 files, compared in constant time.
+
+Two roles: ``device`` may ask for updates and report, ``operator`` may read the registry. Neither
+may do what the other may. Only a hash stays in memory, so that no log or traceback can show one.
+"""
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+
+from .files import write_new
+
+DEVICE_FILE = "device-token"
+OPERATOR_FILE = "operator-token"
+DEVICE_ENV = "TWINSLOT_DEVICE_TOKEN"
+OPERATOR_ENV = "TWINSLOT_OPERATOR_TOKEN"
+_SHAPE = re.compile(r"[A-Za-z0-9._~+/-]{16,256}=*")  # RFC 6750 b64token, and long enough
+
+
+class TokenError(Exception):
+    """A token that can't be used: its message never shows it."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One role's secret, hashed, and where it came from."""
+
+    digest: bytes
+    source: str
+
+    def matches(self, presented: str) -> bool:
+        """Compare without telling by the time taken how much was right."""
+        digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
+        return hmac.compare_digest(digest, self.digest)
+
+
+def load(path: Path, variable: str) -> Token:
+    """Take a token from the environment, else from ``path``, else make one there.
+
+    Raises:
+        TokenError: it is empty, short, or holds characters no header can carry.
+    """
+    if variable in os.environ:
+        return _checked(os.environ[variable], f"${variable}")
+    if not path.exists():
+        write_new(path, secrets.token_urlsafe(32).encode() + b"\n", mode=0o600)
+    if os.name == "posix" and path.stat().st_mode & 0o077:
+        path.chmod(0o600)
+    return _checked(path.read_text("utf-8", "replace"), str(path))
+
+
+def _checked(text: str, source: str) -> Token:
+    text = text.strip()
+    if not _SHAPE.fullmatch(text):
+        raise TokenError(
+            f"the token in {source} is empty or unusable: expected 16 to 256 characters of"
+            " letters, digits and -._~+/ (delete the file and a new one is made)"
+        )
+    return Token(hashlib.sha256(text.encode()).digest(), source)
