@@ -172,7 +172,8 @@ def verify(read, limit, chip, flash_offset=0, *, in_bootloader=False, data=True,
     for i in range(count):
         head = bytearray(8)
         _read(read, end, head, limit)
-        segment = Segment(struct.unpack("<I", head)[0], end + 8, struct.unpack("<I", head[4:])[0])
+        load, length = struct.unpack("<II", head)
+        segment = Segment(load, end + 8, length)
         _check_segment(i, segment, chip, flash_offset, in_bootloader)
         end = segment.offset + segment.length
         if end > limit:
