@@ -22,7 +22,8 @@
       ChecksumError              checksum      OTA_007   yes: the bytes may come right next time
       PartitionError             partition     OTA_008
       UnreachableError           unreachable   OTA_009   yes
-      RollbackError              rollback      OTA_012
+      RollbackError              rollback      OTA_012   no image to go back to
+        HealthError              health                  the trial failed
       ConfigError                config        OTA_014
       ClockError                 clock         OTA_014   yes
 
@@ -170,6 +171,10 @@ class UnreachableError(OtaError):
 class RollbackError(OtaError):
     code = "rollback"
     number = "OTA_012"
+
+
+class HealthError(RollbackError):
+    code = "health"
 
 
 class ConfigError(OtaError):

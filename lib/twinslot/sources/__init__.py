@@ -1,0 +1,59 @@
+"""Where offers come from. A source has two coroutines and names the base of its URLs:
+
+    offer = await source.poll(client, facts)      # Offer; its release is None for "nothing"
+    await source.report(client, facts, report)
+
+``facts`` is a dict of what the device tells about itself: ``device_id``, ``product``,
+``channel``, ``hardware``, ``chip_id``, ``current_version``, ``current_build``, ``labels``,
+``agent``, ``micropython``. An offer is not signed: it can make a device look at a release,
+wait, or poll at another pace, never run anything.
+"""
+
+from collections import namedtuple
+
+from ..errors import FormatError
+
+DOCUMENT_LIMIT = 2048  # bytes of a pointer or an answer
+_POLL_MIN = 1
+_POLL_MAX = 7 * 86400
+
+Offer = namedtuple("Offer", ("release", "poll", "percent", "seed"))
+
+
+def parse_offer(obj, base, resolve):
+    """Check an offer of the channel pointer's shape and return an :class:`Offer`.
+
+    Args:
+        obj: ``{"release": URL, "poll": seconds, "rollout": {"percent", "seed"}}``, each optional.
+        base: URL of the document it came from.
+        resolve: ``http.resolve``.
+
+    Returns:
+        Offer: ``release`` an absolute URL or None, ``poll`` in seconds (1 s to 7 days) or None.
+
+    Raises:
+        FormatError: a member of the wrong type, or a URL that leads elsewhere.
+    """
+    if not isinstance(obj, dict):
+        raise FormatError("offer", type(obj).__name__, "an object")
+    release = obj.get("release")
+    if release is not None:
+        if not isinstance(release, str) or not release:
+            raise FormatError("member release of the offer", type(release).__name__, "a URL")
+        release = resolve(base, release)
+    poll = obj.get("poll")
+    if poll is not None:
+        if type(poll) is not int:
+            raise FormatError("member poll of the offer", type(poll).__name__, "seconds")
+        poll = min(max(poll, _POLL_MIN), _POLL_MAX)
+    rollout = obj.get("rollout")
+    percent, seed = 100, ""
+    if rollout is not None:
+        if not isinstance(rollout, dict):
+            raise FormatError("member rollout of the offer", type(rollout).__name__, "an object")
+        percent, seed = rollout.get("percent"), rollout.get("seed")
+        if type(percent) not in (int, float) or not 0 <= percent <= 100:
+            raise FormatError("percent of the rollout", percent, "0 to 100")
+        if not isinstance(seed, str):
+            raise FormatError("seed of the rollout", type(seed).__name__, "text")
+    return Offer(release, poll, percent, seed)

@@ -1,0 +1,471 @@
+"""The agent: an asyncio task beside the application that keeps its board up to date.
+
+    agent = twinslot.Agent.from_config("/ota.json")
+    agent.check("sensor answers", lambda: sensor.read() is not None)
+    asyncio.create_task(agent.run())
+
+Each poll goes one way: offer, signature, policy, download, verify, activate, reset. After the
+reset the trial decides. Every step is an event, ``listener(name, data)``:
+
+    checking staging progress staged trial confirmed rolledback failed idle
+
+Whatever goes wrong in a poll ends as one ``failed`` event with an ``OtaError``; the running slot
+is untouched and the next poll comes after a back-off.
+"""
+
+import asyncio
+import gc
+import hashlib
+import json
+import os
+import random
+import sys
+import time
+
+from . import __version__, config, guard, health, http, jws, payload, release
+from .clock import Clock
+from .errors import BusyError, HealthError, HttpError, OtaError, RefusedError
+from .journal import Journal
+from .slot import FirmwareSlot
+
+_BACKOFF_S = 60
+_BACKOFF_MAX_S = 3600
+_RETRY_AFTER_MAX_S = 6 * 3600
+_BOOT_SPREAD_S = 300  # boards that get power together poll within this, not at once
+_POSTPONE_MAX_S = 86400  # an application that is never ready gets its update all the same
+_HEAP_NEED = 24 * 1024  # bytes of GC heap: two blocks, the JWS, headers, and room to run
+_TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
+
+
+def _hex(raw):
+    return "".join("%02x" % b for b in raw)
+
+
+class Agent:
+    """Keeps one board up to date.
+
+    Args:
+        settings: dict as in ``config``.
+        source: where offers come from; made from ``settings`` by default.
+
+    Raises:
+        ConfigError: the settings, or a file they name, can't be used.
+        PartitionError: the board has no second slot.
+    """
+
+    def __init__(self, settings, source=None):
+        import machine
+
+        self._settings = s = config.check(settings)
+        self._machine = machine
+        self.device_id = _hex(machine.unique_id())
+        self._slot = FirmwareSlot()
+        self._journal = Journal()
+        try:
+            self._keys = jws.load_keys(json.loads(config.read(s["keys"])))
+        except ValueError:
+            raise config.ConfigError("key file %s is not JSON" % s["keys"])
+        self._clock = Clock(ntp=s["ntp"], last=self._journal.get("time", int) or 0)
+        self._client = http.Client(
+            tls=self._tls(s),
+            token=s["token"] or None,
+            origin=s["url"],
+            read_timeout_ms=s["timeout"] * 1000,
+            connect_timeout_ms=s["timeout"] * 1000,
+            allow_http=s["url"].startswith("http://"),
+        )
+        if source is None:
+            if s["source"] == "server":
+                from .sources.server import Server as Source
+            else:
+                from .sources.static import Static as Source
+            source = Source(s)
+        self._source = source
+        self._listeners = [_console]
+        self._checks = [("source", self._reachable)]
+        self._ask = None
+        self._busy = False
+        self._done = None  # release URL that needs no second look
+        self._failures = 0
+        self._poll_s = s["poll"]
+        self._retry_after = None
+
+    @staticmethod
+    def _tls(s):
+        if s["url"].startswith("http://"):
+            return None
+        return http.Tls(
+            ca=config.read(s["ca"]) if s["ca"] else None, fingerprint=s["fingerprint"] or None
+        )
+
+    @classmethod
+    def from_config(cls, path="/ota.json"):
+        """Make an agent from a configuration file. Raises ConfigError."""
+        return cls(config.load(path))
+
+    # -- what the application says ------------------------------------------------------------
+
+    def check(self, name, function):
+        """Add a health check: sync or async, true when all is well. Asked on trial only."""
+        self._checks.append((name, function))
+
+    def on_event(self, listener):
+        """Add ``listener(name, data)``; ``data`` is a dict. It must not block."""
+        self._listeners.append(listener)
+
+    def on_install(self, ask):
+        """Let the application decide when: ``ask(step, release)``, sync or async.
+
+        ``step`` is ``"download"`` or ``"activate"`` (which resets the board). Answer True to go
+        on, a number of seconds to be asked again then (24 hours at most in all), False to refuse
+        this release.
+        """
+        self._ask = ask
+
+    # -- what the agent says ------------------------------------------------------------------
+
+    def _emit(self, name, **data):
+        for listener in self._listeners:
+            try:
+                listener(name, data)
+            except Exception as exc:  # a listener's fault is not the update's
+                print("twinslot: listener:", exc)
+
+    def version(self):
+        """Version of the running image: as installed, else as in its descriptor, else as in
+        the configuration, else 0.0.0."""
+        status = self._slot.status()
+        known = self._journal.get("versions").get(status["build"])
+        return known or status["version"] or self._settings["version"] or "0.0.0"
+
+    def facts(self):
+        """What the device tells a source about itself."""
+        s = self._settings
+        return {
+            "device_id": self.device_id,
+            "product": s["product"],
+            "channel": s["channel"],
+            "hardware": s["hardware"],
+            "chip_id": self._slot.chip_id,
+            "current_version": self.version(),
+            "current_build": self._slot.status()["build"],
+            "labels": s["labels"],
+            "agent": __version__,
+            "micropython": ".".join(str(n) for n in sys.implementation[1][:3]),
+        }
+
+    async def _report(self, attempt, manifest, status, error=None, done=0):
+        """Tell the source how an attempt stands; best effort, the update does not hang on it."""
+        report = {
+            "attempt": attempt,
+            "version": manifest.version,
+            "build": manifest.firmware.build,
+            "status": status,
+            "error": error.report() if error else None,
+            "bytes": done,
+        }
+        try:
+            await self._source.report(self._client, self.facts(), report)
+        except OtaError as exc:
+            print("twinslot: report not delivered:", exc)
+            if status == "failed":
+                self._journal.update(reports=self._journal.get("reports", list) + [report])
+
+    async def _deliver(self):
+        """Hand over the reports that had to wait for a connection or a reboot."""
+        reports = self._journal.get("reports", list)
+        for report in list(reports):
+            await self._source.report(self._client, self.facts(), report)
+            reports = [r for r in reports if r != report]
+            self._journal.update(reports=reports)
+
+    # -- running ------------------------------------------------------------------------------
+
+    async def run(self):
+        """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
+        verdict = guard.start(self._settings["wdt"])
+        if verdict == "armed":
+            self._machine.reset()
+        if verdict == "trial":
+            await self._prove()
+        for report in self._journal.get("reports", list):
+            if report["status"] == "rolledback":
+                self._emit("rolledback", version=report["version"], **report["error"])
+        await asyncio.sleep_ms(self._first_delay_ms())
+        while True:
+            try:
+                await self.update_now()
+            except OtaError:
+                pass  # told to the listeners, and counted, by update_now
+            except Exception as exc:
+                # A slip of ours must not end the updates of a board nobody can reach.
+                sys.print_exception(exc)
+                self._failures += 1
+            await asyncio.sleep_ms(self._delay_ms())
+
+    def _first_delay_ms(self):
+        """A constant place of this board within the interval spreads the fleet for good."""
+        digest = hashlib.sha256(self.device_id.encode()).digest()
+        spread_ms = min(self._poll_s, _BOOT_SPREAD_S) * 1000
+        return int.from_bytes(digest[:3], "big") % (spread_ms + 1)
+
+    def _delay_ms(self):
+        if self._failures == 0:
+            return int(self._poll_s * (900 + random.getrandbits(8) % 200))
+        ceiling = min(_BACKOFF_S << min(self._failures - 1, 6), _BACKOFF_MAX_S)
+        # Never slower after an error than a board that polls at leisure.
+        ceiling = min(ceiling, max(self._poll_s, 1))
+        wait_ms = random.getrandbits(24) % (ceiling * 1000)  # full jitter
+        if self._retry_after:
+            wait_ms += min(self._retry_after, _RETRY_AFTER_MAX_S) * 1000
+        return wait_ms
+
+    async def _prove(self):
+        s = self._settings
+        hang = s["hang"]
+        guard.feed(hang)
+        self._emit("trial", version=self.version())
+        trial = health.Trial(
+            self._slot,
+            self._journal,
+            self._checks,
+            s["stable"],
+            s["deadline"],
+            lambda: guard.feed(hang),
+        )
+        try:
+            await trial.prove()
+        except HealthError as exc:
+            self._emit("rolledback", version=self.version(), **exc.report())
+            self._machine.reset()
+        except OtaError as exc:
+            self._emit("failed", **exc.report())
+        else:
+            self._emit("confirmed", version=self.version())
+        guard.stop()
+
+    async def _reachable(self):
+        """The default health check: the source answers, with whatever HTTP status."""
+        try:
+            await self._clock.ensure()
+            await self._source.poll(self._client, self.facts())
+        except HttpError as exc:
+            if not exc.status:
+                raise
+        return True
+
+    # -- one update ---------------------------------------------------------------------------
+
+    async def update_now(self, force=False):
+        """Poll once, and install what is offered: then the board resets and this never returns.
+
+        Args:
+            force: look again at a release that failed here before.
+
+        Returns:
+            False: there was nothing to install.
+
+        Raises:
+            OtaError: refused or failed; told to the listeners too. The running slot is untouched.
+        """
+        if self._busy:
+            raise BusyError("an update is under way")
+        self._busy = True
+        self._retry_after = None
+        try:
+            await self._update(force)
+            self._failures = 0
+            return False
+        except OtaError as exc:
+            self._failures += 1
+            self._retry_after = getattr(exc, "retry_after", None)
+            self._emit("failed", **exc.report())
+            raise
+        finally:
+            self._busy = False
+            self._slot.abandon()
+            gc.collect()
+
+    async def _update(self, force):
+        self._emit("checking")
+        self._preflight()
+        await self._clock.ensure()
+        offer = await self._source.poll(self._client, self.facts())
+        await self._deliver()
+        self._remember_time()
+        if offer.poll:
+            self._poll_s = offer.poll
+        url = offer.release
+        if (
+            url is None
+            or (url == self._done and not force)
+            or not release.in_rollout(offer.percent, offer.seed, self.device_id, hashlib.sha256)
+        ):
+            self._emit("idle", version=self.version())
+            return
+        manifest = await self._fetch(url)
+        if manifest.firmware.build == self._slot.status()["build"]:
+            self._done = url
+            self._emit("idle", version=self.version())
+            return
+        attempt = _hex(os.urandom(6))
+        try:
+            release.judge(manifest, self._board(force))
+            await self._permit("download", manifest)
+            await self._install(attempt, manifest, url)
+        except OtaError as exc:
+            # Said once: what the board can't take now it will not take at the next poll either.
+            if not exc.retry:
+                self._done = url
+            await self._report(attempt, manifest, "failed", exc)
+            raise
+
+    def _preflight(self):
+        """Raise BusyError unless both heaps can carry an update."""
+        gc.collect()
+        if gc.mem_free() < _HEAP_NEED:
+            raise BusyError("heap", "%d bytes free" % gc.mem_free(), "%d or more" % _HEAP_NEED)
+        import esp32
+
+        largest = max(h[2] for h in esp32.idf_heap_info(esp32.HEAP_DATA))
+        if largest < _TLS_NEED:
+            raise BusyError(
+                "IDF heap", "largest block %d" % largest, "%d for a TLS connection" % _TLS_NEED
+            )
+
+    def _remember_time(self):
+        """Keep a lower bound of the time for a boot without NTP; once a day, flash wears."""
+        now = self._clock.now()
+        if now and self._clock.trusted and now - (self._journal.get("time", int) or 0) > 86400:
+            self._journal.update(time=now)
+
+    async def _fetch(self, url):
+        """Fetch a release and return its verified manifest."""
+        response = await self._client.get(url)
+        try:
+            if response.status != 200:
+                raise HttpError("release " + url, response.status, "200", status=response.status)
+            token = await response.read(jws.TOKEN_LIMIT)
+        finally:
+            await response.close()
+        try:
+            manifest = release.parse(jws.verify(token, self._keys))
+        except OtaError:
+            self._done = url  # immutable: the same bytes would be refused again
+            raise
+        del token
+        gc.collect()
+        self._clock.at_least(manifest.issued)
+        return manifest
+
+    def _board(self, force):
+        s = self._settings
+        return release.Board(
+            s["product"],
+            s["hardware"],
+            self._slot.chip_id,
+            self.version(),
+            self._slot.status()["build"],
+            self._journal.get("floor", int) or 0,
+            self._clock.now() if self._clock.trusted else None,
+            () if force else health.failed_builds(self._journal),
+            self._slot.size,
+        )
+
+    async def _permit(self, step, manifest):
+        """Ask the application; return when it agrees or its time to postpone is over."""
+        waited = 0
+        while self._ask is not None:
+            answer = self._ask(step, manifest)
+            if hasattr(answer, "send"):
+                try:
+                    answer = await asyncio.wait_for(answer, 60)
+                except asyncio.TimeoutError:
+                    answer = 60
+            if answer is False:
+                raise RefusedError("the application refuses release " + manifest.version)
+            if answer is True or waited >= _POSTPONE_MAX_S:
+                return
+            seconds = answer if type(answer) in (int, float) and answer > 0 else 60
+            self._emit("postponed", step=step, seconds=seconds)
+            await asyncio.sleep(seconds)
+            waited += seconds
+
+    async def _install(self, attempt, manifest, url):
+        image = manifest.firmware
+        if not self._slot.is_settled():
+            raise BusyError("otadata names a slot that does not run; reset the board first")
+        self._emit("staging", version=manifest.version, size=image.size)
+        await self._report(attempt, manifest, "staging")
+        start = time.ticks_ms()
+        fetched = await self._stage(image, url)
+        await self._slot.finish()
+        ms = time.ticks_diff(time.ticks_ms(), start)
+        self._emit("staged", version=manifest.version, bytes=fetched, ms=ms)
+        await self._report(attempt, manifest, "staged", done=fetched)
+        await self._permit("activate", manifest)
+        await self._client.close()
+        status = self._slot.status()
+        failed = self._journal.get("failed", list)
+        versions = self._journal.get("versions")
+        self._journal.update(
+            confirmed=status["build"],
+            versions={status["build"]: versions.get(status["build"]) or self.version()},
+            failed=[f for f in failed if f[0] != image.build or f[3] < health.TRIES],
+            trial={
+                "build": image.build,
+                "version": manifest.version,
+                "attempt": attempt,
+                "security": manifest.security_version,
+                "back": status["build"],
+                "hang": self._settings["hang"],
+            },
+        )
+        self._slot.activate()
+        print("twinslot: reset into", status["inactive"])
+        self._machine.reset()
+
+    async def _stage(self, image, url):
+        """Bring the image into the slot by the smallest payload that works; return the bytes
+        fetched."""
+        # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
+        at = url.rfind("/r/")
+        base = url[: at + 1] if at > 0 else url
+        chosen = release.payloads(image, self._slot.status()["build"], payload.ENCODINGS)
+        error = RefusedError("release has no payload this device can apply")
+        for candidate in chosen:
+            offset = await self._slot.begin(image)
+            if offset == image.size:
+                return 0
+            try:
+                response = await self._client.get(http.resolve(base, candidate.url), redirects=1)
+                try:
+                    if response.status != 200:
+                        raise HttpError("payload", response.status, "200", status=response.status)
+                    if response.length not in (None, candidate.size):
+                        raise HttpError("payload length", response.length, candidate.size)
+                    writer = payload.Writer(self._slot, image.size)
+                    await payload.identity(response, writer, self._progress(image.size))
+                    return writer.offset
+                finally:
+                    await response.close()
+            except OtaError as exc:
+                error = exc
+                gc.collect()
+        raise error
+
+    def _progress(self, size):
+        def progress(offset):
+            if offset & 0xFFFF == 0 or offset == size:
+                self._emit("progress", done=offset, total=size)
+
+        return progress
+
+
+def _console(name, data):
+    """The listener every agent has: one line per step on the console, server text made safe."""
+    if name == "progress":
+        if data["done"] * 10 // data["total"] == (data["done"] - 65536) * 10 // data["total"]:
+            return
+    line = " ".join("%s=%s" % item for item in data.items())
+    print("twinslot:", name, "".join(c if " " <= c <= "~" else "?" for c in line[:200]))

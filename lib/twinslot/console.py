@@ -1,0 +1,58 @@
+"""What a person types at the prompt: ``twinslot.status()``, ``confirm()``, ``rollback()``."""
+
+from . import health
+from .errors import RollbackError
+from .journal import Journal
+from .slot import FirmwareSlot
+
+
+def status():
+    """Print and return slots, versions, states and the last failures.
+
+    Raises:
+        PartitionError: the board has no second slot.
+    """
+    facts = FirmwareSlot().status()
+    journal = Journal()
+    versions = journal.get("versions")
+    trial = journal.get("trial")
+    for which in ("running", "inactive"):
+        prefix = "" if which == "running" else "inactive_"
+        build = facts[prefix + "build"]
+        version = versions.get(build) or (facts["version"] if not prefix else "")
+        print(
+            "%-9s %s  version %s  build %s  %s"
+            % (which, facts[which], version or "?", build[:12] or "none", facts[prefix + "state"])
+        )
+    if trial:
+        print("on trial  version", trial.get("version"))
+    for failure in journal.get("failed", list):
+        print("failed    version %s: %s" % (failure[1], failure[2]))
+    facts["versions"] = versions
+    facts["trial"] = trial
+    facts["failed"] = journal.get("failed", list)
+    return facts
+
+
+def confirm():
+    """End the trial by hand: keep the running image.
+
+    Raises:
+        PartitionError: otadata names a slot that does not run.
+    """
+    health.confirm(FirmwareSlot(), Journal())
+
+
+def rollback():
+    """Return to the other slot, now: the board resets.
+
+    Raises:
+        RollbackError: the other slot holds nothing that boots.
+    """
+    import machine
+
+    slot, journal = FirmwareSlot(), Journal()
+    if slot.status()["build"] == slot.status()["inactive_build"]:
+        raise RollbackError("both slots hold the same image")
+    health.reject(slot, journal, "rolled back by hand")
+    machine.reset()

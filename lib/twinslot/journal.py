@@ -1,0 +1,101 @@
+"""What must survive a reboot: one small dict in ``esp32.NVS``, written whole and atomically.
+
+    journal = Journal()
+    journal.update(trial={...}, time=1795165200)     # None deletes a key
+
+One blob, because NVS is atomic for one key and not for two. Unreadable, half-written or newer
+content means "nothing known" and is never an exception: a board must boot with any NVS.
+
+    off size field
+    0   1    format, 1
+    1   4    CRC-32 of the rest, little-endian
+    5   ...  JSON object
+
+Keys: ``trial`` what was activated and is not yet confirmed, ``confirmed`` the last build that
+was, ``versions`` {build: version}, ``failed`` [[build, version, reason, tries]], ``floor`` the
+highest security version confirmed, ``time`` the last time known, ``reports`` those not yet
+delivered.
+
+Source: ESP-IDF nvs_flash, "Internals"; MicroPython ports/esp32/esp32_nvs.c.
+"""
+
+import binascii
+import json
+import struct
+
+from .errors import SpaceError
+
+LIMIT = 2048  # bytes of the whole blob; the smallest NVS we ship holds about 12 KB
+_FORMAT = 1
+_KEY = "journal"
+_KEEP = 4  # entries of each list: the newest
+
+
+class Journal:
+    """The agent's memory. Reads flash once, in the constructor; writes it in ``update``.
+
+    Args:
+        nvs: an ``esp32.NVS``; opened in namespace ``twinslot`` by default. Keep one Journal:
+            every NVS object takes a handle of ESP-IDF that is never given back.
+    """
+
+    def __init__(self, nvs=None):
+        if nvs is None:
+            from esp32 import NVS
+
+            nvs = NVS("twinslot")
+        self._nvs = nvs
+        self._data = self._load()
+
+    def _load(self):
+        buf = bytearray(LIMIT)
+        try:
+            n = self._nvs.get_blob(_KEY, buf)
+        except OSError:  # absent, of another type, or larger than we ever write
+            return {}
+        if n < 6 or buf[0] != _FORMAT:
+            return {}
+        body = bytes(memoryview(buf)[5:n])
+        if struct.unpack_from("<I", buf, 1)[0] != binascii.crc32(body) & 0xFFFFFFFF:
+            return {}
+        try:
+            data = json.loads(body)
+        except ValueError:
+            return {}
+        return data if isinstance(data, dict) else {}
+
+    def get(self, key, kind=dict):
+        """Return the value of ``key``, or None (for a list or dict: an empty one) if there is
+        none of type ``kind``."""
+        value = self._data.get(key)
+        if type(value) is kind:
+            return value
+        return kind() if kind in (list, dict) else None
+
+    def update(self, **changes):
+        """Set keys (None deletes one) and write the journal, in one step, if anything changed.
+
+        Raises:
+            SpaceError: NVS is full or the journal would exceed ``LIMIT``; the journal in flash
+                and in memory is as before.
+        """
+        data = dict(self._data)
+        for key, value in changes.items():
+            if value is None:
+                data.pop(key, None)
+            elif isinstance(value, list):
+                data[key] = value[-_KEEP:]
+            else:
+                data[key] = value
+        if data == self._data:
+            return
+        body = json.dumps(data).encode()
+        if len(body) + 5 > LIMIT:
+            raise SpaceError("journal", "%d bytes" % (len(body) + 5), "at most %d" % LIMIT)
+        blob = struct.pack("<BI", _FORMAT, binascii.crc32(body) & 0xFFFFFFFF) + body
+        try:
+            self._nvs.set_blob(_KEY, blob)
+            self._nvs.commit()
+        except OSError as exc:
+            raise SpaceError("the journal can't be written: %s" % exc)
+        self._data = data

@@ -1,0 +1,367 @@
+"""The firmware slot: write the inactive partition, verify it, make it boot. Over esp32.Partition.
+
+    slot = FirmwareSlot()
+    offset = await slot.begin(image)          # image: release.Image
+    slot.write(block)                         # 4096 bytes each, the last may be shorter
+    await slot.finish()
+    slot.activate()                           # then machine.reset()
+
+The rules (design section 5) live here and nowhere else: the running slot is never written; a
+wrong file is refused before the first erase; a block that already holds its bytes costs no
+erase; block 0 is erased first and its first 32 bytes, the 0xE9 header, are programmed last, so
+that no bootloader can take a slot half done for a bootable one; what counts is what flash holds
+when read back; the only fallback of an image on trial is never overwritten.
+
+``write`` blocks for one erase and write of a block (typically 50 ms, at most 1 s); ``activate``
+for a hash of the whole image (the bootloader's own check). The rest yields every block.
+Allocates two blocks of 4 KiB in ``begin``, gives them back in ``finish``.
+
+Source: ESP-IDF esp_ota_ops.c, bootloader_common_loader.c; MicroPython esp32_partition.c.
+"""
+
+import asyncio
+import binascii
+import hashlib
+import struct
+
+from . import espimage, semver
+from .errors import (
+    BusyError,
+    ChecksumError,
+    HardwareError,
+    ImageError,
+    OtaError,
+    PartitionError,
+    RollbackError,
+    SpaceError,
+)
+
+BLOCK = 4096
+_HEADER_LEN = 32
+_OTA_MIN = 0x10
+_STATES = {0: "new", 1: "pending", 2: "valid", 3: "invalid", 4: "aborted"}
+
+
+def _crc(seq):
+    return binascii.crc32(struct.pack("<I", seq), 0xFFFFFFFF) & 0xFFFFFFFF
+
+
+class FirmwareSlot:
+    """The two app partitions of a board, seen from the one that runs.
+
+    Args:
+        partition: the class ``esp32.Partition``, by default.
+
+    Raises:
+        PartitionError: this board has no second app slot; run ``twinslot.doctor()``.
+    """
+
+    kind = "firmware"
+
+    def __init__(self, partition=None):
+        if partition is None:
+            from esp32 import Partition as partition
+        self._partition = partition
+        self._running = partition(partition.RUNNING)
+        try:
+            self._target = self._running.get_next_update()
+        except OSError:
+            raise PartitionError("this board has no OTA slots; its partition table has none")
+        if self._target.info() == self._running.info():
+            raise PartitionError("this board has one OTA slot; an update needs two")
+        self._image = None
+        self._ready = False
+
+    @property
+    def size(self):
+        """Bytes of the inactive slot."""
+        return self._target.info()[3]
+
+    @property
+    def chip_id(self):
+        """Chip id of the running image: that of this chip, or it would not run."""
+        head = bytearray(16)
+        self._running.readblocks(0, head, 0)
+        return head[12] | head[13] << 8
+
+    # -- what the platform says -------------------------------------------------------------
+
+    def _entries(self):
+        """Return the otadata entries with a good CRC as ``[(seq, state, slot index)]``."""
+        slots = 0
+        for part in self._partition.find(self._partition.TYPE_APP):
+            slots += _OTA_MIN <= part.info()[1] < _OTA_MIN + 16
+        found = []
+        for otadata in self._partition.find(self._partition.TYPE_DATA, 0)[:1]:
+            raw = bytearray(32)
+            for block in (0, 1):
+                otadata.readblocks(block, raw, 0)
+                seq, state, crc = struct.unpack("<I20xII", raw)
+                if seq not in (0, 0xFFFFFFFF) and crc == _crc(seq):
+                    found.append((seq, state, (seq - 1) % slots))
+        return found
+
+    def _state(self, part):
+        """State of a slot's otadata entry: a name of ``_STATES``, "undefined" for any other
+        value, "" where no entry names it. With two entries for it, the newer one."""
+        index = part.info()[1] - _OTA_MIN
+        best = (-1, None)
+        for seq, state, slot in self._entries():
+            if slot == index and seq > best[0]:
+                best = (seq, state)
+        return "" if best[0] < 0 else _STATES.get(best[1], "undefined")
+
+    def _build(self, part):
+        try:
+            return espimage.identify(
+                lambda offset, buf: part.readblocks(0, buf, offset), part.info()[3]
+            )[1]
+        except ImageError:
+            return ""
+
+    def _version(self):
+        head = bytearray(espimage.HEAD_LEN)
+        try:
+            self._running.readblocks(0, head, 0)
+            version = espimage.parse(head)["version"]
+            semver.parse(version)
+            return version
+        except OtaError:
+            return ""
+
+    def status(self):
+        """Facts, read from flash now.
+
+        Returns:
+            dict: ``running``, ``inactive``, ``boot`` (labels; ``boot`` is what otadata names),
+            ``state`` and ``inactive_state`` (new pending valid invalid aborted undefined, or ""
+            without an entry), ``build`` and ``inactive_build`` (appended digest in hex, "" where
+            there is no image), ``version`` (of the running image's app descriptor, "" unless it
+            is SemVer: stock MicroPython leaves it empty).
+        """
+        try:
+            boot = self._partition(self._partition.BOOT).info()[4]
+        except OSError:
+            boot = ""
+        return {
+            "running": self._running.info()[4],
+            "inactive": self._target.info()[4],
+            "boot": boot,
+            "state": self._state(self._running),
+            "inactive_state": self._state(self._target),
+            "build": self._build(self._running),
+            "inactive_build": self._build(self._target),
+            "version": self._version(),
+        }
+
+    # -- writing ----------------------------------------------------------------------------
+
+    async def begin(self, image):
+        """Prepare the inactive slot for ``image`` (a ``release.Image``). Erases nothing yet.
+
+        Returns:
+            The offset in the image from which bytes are wanted: ``image.size`` when the slot
+            already holds all of it (a power cut after ``finish``), else 0.
+
+        Raises:
+            BusyError: the running image is on trial, and the inactive slot its only way back.
+            SpaceError: the image is larger than the slot.
+        """
+        if self._state(self._running) == "pending":
+            raise BusyError("the running image is on trial; the other slot is its way back")
+        if image.size > self.size:
+            raise SpaceError("image size", image.size, "at most %d, the slot" % self.size)
+        self._image = image
+        self._ready = False
+        self._pos = 0
+        self._header = None
+        self._block = bytearray(BLOCK)
+        self._view = memoryview(self._block)
+        if image.build and self._build(self._target) == image.build:
+            if await self._digest() == image.sha256:
+                self._pos = image.size
+        return self._pos
+
+    def write(self, buf):
+        """Write the next bytes of the image: one block of 4096, or the last, shorter one.
+
+        Raises:
+            ImageError, HardwareError: the first block is no image, or one for another chip;
+                nothing was erased.
+            PartitionError: flash refused the write.
+        """
+        n = len(buf)
+        if self._image is None or self._pos % BLOCK or n > BLOCK:
+            raise ValueError("write blocks of %d after begin()" % BLOCK)
+        if self._pos + n > self._image.size:
+            raise ImageError("image", "%d bytes" % (self._pos + n), self._image.size)
+        try:
+            if self._pos == 0:
+                self._first(buf)
+            else:
+                self._rest(self._pos // BLOCK, buf)
+        except OSError as exc:
+            raise PartitionError("flash write at %d failed: %s" % (self._pos, exc))
+        self._pos += n
+
+    def _first(self, buf):
+        head = espimage.parse(buf)
+        if head["chip_id"] != self.chip_id:
+            raise HardwareError(
+                "image is for",
+                espimage.chip_name(head["chip_id"]),
+                espimage.chip_name(self.chip_id),
+            )
+        if not head["hash_appended"]:
+            raise ImageError("the image has no appended SHA-256, so its checksum is 8 bits")
+        self._header = bytes(buf[:_HEADER_LEN])
+        # Always erased, even if it reads blank: an interrupted erase reads so too.
+        self._target.ioctl(6, 0)
+        self._target.writeblocks(0, memoryview(buf)[_HEADER_LEN:], _HEADER_LEN)
+
+    def _rest(self, block, buf):
+        n = len(buf)
+        if n == BLOCK:
+            self._target.readblocks(block, self._block)
+            if self._block != buf:
+                self._target.writeblocks(block, buf)
+            return
+        view = self._view
+        self._target.readblocks(block, view[:n])
+        if view[:n] != buf:
+            view[:n] = buf
+            for i in range(n, BLOCK):
+                view[i] = 0xFF
+            self._target.writeblocks(block, self._block)
+
+    async def _digest(self):
+        """SHA-256 of the image in hex as flash holds it, the held-back header put in its place."""
+        digest = hashlib.sha256()
+        size = self._image.size
+        for offset in range(0, size, BLOCK):
+            n = min(BLOCK, size - offset)
+            self._target.readblocks(offset // BLOCK, self._block)
+            if offset == 0 and self._header:
+                self._view[:_HEADER_LEN] = self._header
+            digest.update(self._block if n == BLOCK else self._view[:n])
+            await asyncio.sleep_ms(0)
+        return "".join("%02x" % b for b in digest.digest())
+
+    async def finish(self):
+        """Read the slot back, verify it and make it bootable by programming its header.
+
+        Raises:
+            ImageError: bytes are missing, or the build is not the one that was signed.
+            ChecksumError: what flash holds is not the image.
+        """
+        image = self._image
+        if image is None or self._pos != image.size:
+            raise ImageError("image", "%d bytes" % self._pos, image.size if image else "begin()")
+        try:
+            seen = await self._digest()
+            if seen != image.sha256:
+                raise ChecksumError("SHA-256 of the slot", seen, image.sha256)
+            if self._header is not None:
+                self._check_build(self._read_held)
+                self._target.writeblocks(0, self._header, 0)
+            self._check_build(self._read)
+        except OSError as exc:
+            raise PartitionError("flash failed while verifying: %s" % exc)
+        self._ready = True
+        self._block = self._view = self._header = None
+
+    def _read(self, offset, buf):
+        self._target.readblocks(0, buf, offset)
+
+    def _read_held(self, offset, buf):
+        self._read(offset, buf)
+        if offset < _HEADER_LEN:
+            n = min(len(buf), _HEADER_LEN - offset)
+            buf[:n] = self._header[offset : offset + n]
+
+    def _check_build(self, read):
+        length, build = espimage.identify(read, self._image.size)
+        if build != self._image.build:
+            raise ImageError("build of the image", build, self._image.build)
+        if length > self._image.size:
+            raise ImageError("length of the image", length, self._image.size)
+
+    def abandon(self):
+        """Forget the update that was begun and give its buffers back."""
+        self._image = self._block = self._view = self._header = None
+        self._ready = False
+
+    # -- switching --------------------------------------------------------------------------
+
+    def activate(self):
+        """Make the finished slot boot next, on trial. Reset right after, by machine.reset().
+
+        The platform verifies the whole image once more, from flash, before it writes otadata.
+
+        Raises:
+            PartitionError: not finished, or otadata names a slot that does not run.
+            ChecksumError: the image in flash no longer verifies.
+        """
+        if not self._ready:
+            raise PartitionError("activate() needs an image that finish() has verified")
+        if not self.is_settled():
+            raise PartitionError("otadata names a slot that does not run; settle() first")
+        self._check_build(self._read)
+        try:
+            self._target.set_boot()
+        except OSError as exc:
+            raise ChecksumError("the platform refuses the image: %s" % exc)
+
+    def is_settled(self):
+        """True unless otadata names another slot than the one that runs (after a fall-back)."""
+        status = self.status()
+        return status["boot"] == status["running"]
+
+    def settle(self):
+        """Make the running slot the one otadata names again, and confirm it.
+
+        For a board whose bootloader fell back from a damaged image: confirming there would mark
+        the damaged one valid. Only for a running image that was confirmed before.
+
+        Raises:
+            PartitionError: the platform refused.
+        """
+        if not self.is_settled():
+            try:
+                self._running.set_boot()
+            except OSError as exc:
+                raise PartitionError("the running slot can't be made the boot slot: %s" % exc)
+        self.confirm()
+
+    def confirm(self):
+        """Mark the running image valid, for good. No flash write if it is already.
+
+        Raises:
+            PartitionError: otadata names another slot, whose entry would be marked instead.
+        """
+        if not self.is_settled():
+            raise PartitionError("otadata names a slot that does not run; it stays unconfirmed")
+        if self._state(self._running) in ("valid", ""):
+            return
+        try:
+            self._partition.mark_app_valid_cancel_rollback()
+        except OSError as exc:
+            raise PartitionError("confirm failed: %s" % exc)
+
+    def reject(self):
+        """Prepare the way back: after this, machine.reset() boots the other slot.
+
+        On trial the bootloader's own rollback does it. Where that is not armed (a torn otadata
+        write can do that) the other slot is activated, and its agent confirms it again.
+
+        Raises:
+            RollbackError: the other slot holds nothing that boots; the running one stays.
+        """
+        if self._state(self._running) in ("pending", "new") and self.is_settled():
+            if not self._build(self._target):
+                raise RollbackError("no image to roll back to in " + self._target.info()[4])
+            return
+        try:
+            self._target.set_boot()
+        except OSError as exc:
+            raise RollbackError("no image to roll back to: %s" % exc)

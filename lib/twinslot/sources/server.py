@@ -1,0 +1,50 @@
+"""The Twinslot server: the same tree, plus an API that decides and listens."""
+
+import json
+
+from ..errors import FormatError, HttpError
+from ..http import resolve
+from . import DOCUMENT_LIMIT, parse_offer
+
+
+class Server:
+    """``POST api/v1/check-update`` and ``POST api/v1/report-status`` of the server."""
+
+    def __init__(self, config):
+        self._check = config["url"] + "api/v1/check-update"
+        self._report = config["url"] + "api/v1/report-status"
+
+    async def _post(self, client, url, obj):
+        response = await client.post_json(url, obj)
+        try:
+            if response.status != 200:
+                raise HttpError(
+                    url,
+                    response.status,
+                    "200",
+                    status=response.status,
+                    retry_after=response.retry_after,
+                )
+            body = await response.read(DOCUMENT_LIMIT)
+        finally:
+            await response.close()
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise FormatError("the answer of %s is not JSON" % url)
+
+    async def poll(self, client, facts):
+        """Return the server's offer for this device."""
+        answer = await self._post(client, self._check, facts)
+        if not isinstance(answer, dict) or type(answer.get("update_available")) is not bool:
+            raise FormatError("the answer of %s has no update_available" % self._check)
+        if not answer["update_available"]:
+            answer.pop("release", None)
+        return parse_offer(answer, self._check, resolve)
+
+    async def report(self, client, facts, report):
+        """Deliver a report; the server takes the same one twice without harm."""
+        body = dict(report)
+        body["device_id"] = facts["device_id"]
+        body["current_version"] = facts["current_version"]
+        await self._post(client, self._report, body)

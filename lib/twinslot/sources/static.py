@@ -1,0 +1,44 @@
+"""A channel on any web server: ``{url}{product}/{channel}.json``, fetched with its ETag."""
+
+import json
+
+from ..errors import FormatError, HttpError
+from ..http import resolve
+from . import DOCUMENT_LIMIT, parse_offer
+
+
+class Static:
+    """A plain directory tree as ``twinslot publish`` writes it; nobody listens to reports."""
+
+    def __init__(self, config):
+        self._url = "%s%s/%s.json" % (config["url"], config["product"], config["channel"])
+        self._etag = None
+        self._offer = None
+
+    async def poll(self, client, facts):
+        """Return the channel's offer; an unchanged one costs a 304."""
+        response = await client.get(self._url, etag=self._etag)
+        try:
+            if response.status == 304 and self._offer:
+                return self._offer
+            if response.status != 200:
+                raise HttpError(
+                    "channel " + self._url,
+                    response.status,
+                    "200",
+                    status=response.status,
+                    retry_after=response.retry_after,
+                )
+            body = await response.read(DOCUMENT_LIMIT)
+            etag = response.etag
+        finally:
+            await response.close()
+        try:
+            self._offer = parse_offer(json.loads(body), self._url, resolve)
+        except ValueError:
+            raise FormatError("channel %s is not JSON" % self._url)
+        self._etag = etag
+        return self._offer
+
+    async def report(self, client, facts, report):
+        """Nobody to tell: a report counts as delivered."""
