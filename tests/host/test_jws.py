@@ -1,0 +1,226 @@
+"""The JWS verifier against an independent JOSE library and against forgers."""
+
+import base64
+import json
+import random
+
+import pytest
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
+from joserfc import jws as jose
+from joserfc.jwk import ECKey, OctKey, RSAKey
+
+from twinslot import jws
+from twinslot.errors import ConfigError, SignatureError
+
+KEY = RSAKey.generate_key(3072, private=True)
+OTHER = RSAKey.generate_key(2048, private=True)
+
+
+def jwk(key):
+    return dict(key.as_dict(private=False), kid=key.thumbprint())
+
+
+def sign(payload, key=KEY, alg="PS256", **header):
+    header = {"alg": alg, "kid": key.thumbprint(), **header}
+    return jose.serialize_compact(header, payload, key, algorithms=[alg]).encode()
+
+
+KEYS = jws.load_keys({"keys": [jwk(KEY)]})
+
+
+def b64(raw):
+    return base64.urlsafe_b64encode(raw).rstrip(b"=")
+
+
+@pytest.mark.parametrize("bits", [2048, 3072, 4096])
+def test_signatures_of_another_library_hold(bits):
+    key = RSAKey.generate_key(bits, private=True)
+    keys = jws.load_keys({"keys": [jwk(KEY), jwk(key)]})
+    rng = random.Random(bits)
+    for length in (0, 1, 2, 3, 55, 64, 1000, 6000):
+        payload = rng.randbytes(length)
+        assert jws.verify(sign(payload, key), keys) == payload
+
+
+def test_every_flipped_bit_of_a_signature_is_refused():
+    token = sign(b'{"a":1}')
+    head, _, signature = token.rpartition(b".")
+    raw = bytearray(base64.urlsafe_b64decode(signature))
+    rng = random.Random(7)
+    for _ in range(200):
+        i, bit = rng.randrange(len(raw)), 1 << rng.randrange(8)
+        raw[i] ^= bit
+        with pytest.raises(SignatureError):
+            jws.verify(head + b"." + b64(raw), KEYS)
+        raw[i] ^= bit
+
+
+def test_every_changed_character_and_every_truncation_is_refused():
+    token = sign(b'{"version":"1.0.0"}')
+    rng = random.Random(8)
+    for i in range(len(token)):
+        with pytest.raises(SignatureError):
+            jws.verify(token[:i], KEYS)
+    for _ in range(300):
+        i = rng.randrange(len(token))
+        changed = bytearray(token)
+        changed[i] ^= 1 << rng.randrange(7)
+        with pytest.raises(SignatureError):
+            jws.verify(bytes(changed), KEYS)
+    for extra in (b".", b"=", b"A", b"\n", b" ", b"\0"):
+        with pytest.raises(SignatureError):
+            jws.verify(token + extra, KEYS)
+
+
+def test_a_key_nobody_trusts_is_refused_and_named():
+    with pytest.raises(SignatureError, match="signing key: saw " + OTHER.thumbprint()):
+        jws.verify(sign(b"{}", OTHER), KEYS)
+
+
+def test_a_strangers_signature_under_a_trusted_name_is_refused():
+    token = jose.serialize_compact(
+        {"alg": "PS256", "kid": KEY.thumbprint()}, b"{}", OTHER, algorithms=["PS256"]
+    )
+    with pytest.raises(SignatureError):
+        jws.verify(token.encode(), KEYS)
+
+
+def test_the_algorithm_is_bound_and_never_read_from_the_signature():
+    claims = b'{"product":"p"}'
+    forged = [
+        sign(claims, alg="PS384"),
+        sign(claims, alg="RS256"),
+        b64(json.dumps({"alg": "none", "kid": KEY.thumbprint()}).encode())
+        + b"."
+        + b64(claims)
+        + b".",
+        # The old trick: the public modulus as the secret of an HMAC.
+        jose.serialize_compact(
+            {"alg": "HS256", "kid": KEY.thumbprint()},
+            claims,
+            OctKey.import_key(KEYS[KEY.thumbprint()]),
+            algorithms=["HS256"],
+        ).encode(),
+    ]
+    ec = ECKey.generate_key("P-256", private=True)
+    forged.append(
+        jose.serialize_compact(
+            {"alg": "ES256", "kid": KEY.thumbprint()}, claims, ec, algorithms=["ES256"]
+        ).encode()
+    )
+    for token in forged:
+        with pytest.raises(SignatureError, match="algorithm"):
+            jws.verify(token, KEYS)
+
+
+def forge(header_json, payload=b"{}", salt=32, key=KEY):
+    """Sign with a header or salt that the JOSE library refuses to make."""
+    head = b64(header_json) + b"." + b64(payload)
+    signature = key.raw_value.sign(
+        head, padding.PSS(padding.MGF1(hashes.SHA256()), salt), hashes.SHA256()
+    )
+    return head + b"." + b64(signature)
+
+
+HEADER = {"alg": "PS256", "kid": KEY.thumbprint()}
+
+
+def test_a_well_formed_hand_made_token_holds():
+    assert jws.verify(forge(json.dumps(HEADER).encode()), KEYS) == b"{}"
+
+
+@pytest.mark.parametrize("salt", [0, 20, 31, 33, 64])
+def test_another_salt_length_is_refused(salt):
+    with pytest.raises(SignatureError):
+        jws.verify(forge(json.dumps(HEADER).encode(), salt=salt), KEYS)
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        {"crit": ["exp"]},
+        {"jwk": jwk(OTHER)},
+        {"jku": "https://evil.example/keys"},
+        {"x5c": ["AAAA"]},
+        {"b64": False},
+        {"zip": "DEF"},
+    ],
+    ids=lambda member: next(iter(member)),
+)
+def test_headers_that_steer_the_verifier_are_refused(member):
+    with pytest.raises(SignatureError, match="header"):
+        jws.verify(forge(json.dumps({**HEADER, **member}).encode()), KEYS)
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"[]", b"1", b'"PS256"', b"{", b"\xff", b"[" * 300, b"null"]
+)
+def test_headers_that_are_no_object_are_refused(header):
+    with pytest.raises(SignatureError):
+        jws.verify(forge(header), KEYS)
+
+
+@pytest.mark.parametrize("kid", [None, 1, [], "", "x" * 300])
+def test_strange_key_names_are_refused(kid):
+    with pytest.raises(SignatureError):
+        jws.verify(forge(json.dumps({"alg": "PS256", "kid": kid}).encode()), KEYS)
+
+
+def test_signature_values_outside_the_modulus_are_refused():
+    head = sign(b"{}").rpartition(b".")[0]
+    n = int.from_bytes(KEYS[KEY.thumbprint()], "big")
+    real = int.from_bytes(base64.urlsafe_b64decode(sign(b"{}").rpartition(b".")[2]), "big")
+    for s in (0, 1, n - 1, n, real + n):
+        size = 384 if s < 2**3072 else 385
+        with pytest.raises(SignatureError):
+            jws.verify(head + b"." + b64(s.to_bytes(size, "big")), KEYS)
+    with pytest.raises(SignatureError):  # a leading zero more
+        jws.verify(head + b"." + b64(real.to_bytes(385, "big")), KEYS)
+
+
+def test_padded_and_loose_base64_are_refused():
+    token = sign(b"{}")  # "e30": two characters carry 8 bits, the last one four loose bits
+    head, payload, signature = token.split(b".")
+    assert payload == b"e30"
+    for spelling in (b"e30=", b"e31", b"e3 0", b"e3+0", b"e30\n"):
+        with pytest.raises(SignatureError):
+            jws.verify(b".".join((head, spelling, signature)), KEYS)
+
+
+def test_a_token_over_the_limit_is_refused_before_it_is_decoded():
+    with pytest.raises(SignatureError, match="at most"):
+        jws.verify(sign(b"x" * 12000), KEYS)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kty": "EC"}, "key type"),
+        ({"e": "Aw"}, "public exponent"),
+        ({"e": "AQ"}, "public exponent"),
+        ({"alg": "RS256"}, "algorithm"),
+        ({"kid": "something-else"}, "thumbprint"),
+        ({"n": b64(b"\xff" * 128).decode(), "kid": None}, "modulus"),
+        ({"n": b64(b"\xff" * 1024).decode(), "kid": None}, "modulus"),
+        ({"n": b64(b"\xff" * 383 + b"\xfe").decode(), "kid": None}, "odd"),
+        ({"n": b64(b"\x00" + b"\xff" * 383).decode(), "kid": None}, "modulus"),
+        ({"n": 5}, "exponent"),
+        ({"n": "not base64!"}, "modulus"),
+        ({"d": "AQAB"}, "private"),
+    ],
+)
+def test_keys_that_are_not_what_we_trust_are_refused(change, message):
+    key = {**jwk(KEY), **change}
+    if key.get("kid", "") is None:
+        del key["kid"]
+    with pytest.raises(ConfigError, match=message):
+        jws.load_keys({"keys": [key]})
+
+
+@pytest.mark.parametrize(
+    "jwk_set", [None, [], {}, {"keys": []}, {"keys": {}}, {"keys": [1]}, "keys"]
+)
+def test_what_is_no_key_set_is_refused(jwk_set):
+    with pytest.raises(ConfigError):
+        jws.load_keys(jwk_set)
