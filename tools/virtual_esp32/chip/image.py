@@ -30,13 +30,26 @@ _SIXTEEN_MIB = 0x1000000
 # name        as esptool spells it
 # chip_id     of the image header
 # rev         revision of the virtual chip, major * 100 + minor
+# blk_rev     eFuse block revision, likewise; None: such images don't limit it (ESP32)
 # bootloader  flash offset of the second-stage bootloader
 # drom, irom  (start, end) of the flash-mapped addresses
 # ram         ((start, end), ...) where the bootloader can load
 # loader      ((start, end), ...) of that, taken by the bootloader itself while it loads
 # cache32     the cache addresses more than 16 MiB of flash
 Chip = namedtuple(
-    "Chip", ("name", "chip_id", "rev", "bootloader", "drom", "irom", "ram", "loader", "cache32")
+    "Chip",
+    (
+        "name",
+        "chip_id",
+        "rev",
+        "blk_rev",
+        "bootloader",
+        "drom",
+        "irom",
+        "ram",
+        "loader",
+        "cache32",
+    ),
 )
 
 CHIPS = {
@@ -44,6 +57,7 @@ CHIPS = {
         "esp32",
         0x0000,
         301,
+        None,
         0x1000,
         (0x3F400000, 0x3F800000),
         (0x400D0000, 0x40400000),
@@ -61,6 +75,7 @@ CHIPS = {
         "esp32s3",
         0x0009,
         2,
+        103,
         0x0,
         (0x3C000000, 0x3E000000),
         (0x42000000, 0x44000000),
@@ -77,6 +92,7 @@ CHIPS = {
         "esp32c3",
         0x0005,
         4,
+        103,
         0x0,
         (0x3C000000, 0x3C800000),
         (0x42000000, 0x42800000),
@@ -141,7 +157,17 @@ def chip_by_id(chip_id):
     return None
 
 
-def verify(read, limit, chip, flash_offset=0, *, in_bootloader=False, data=True, buf=None):
+def verify(
+    read,
+    limit,
+    chip,
+    flash_offset=0,
+    *,
+    in_bootloader=False,
+    data=True,
+    digest=True,
+    buf=None,
+):
     """Check an application image, in the order of ESP-IDF's esp_image_verify().
 
     Args:
@@ -151,7 +177,8 @@ def verify(read, limit, chip, flash_offset=0, *, in_bootloader=False, data=True,
         flash_offset: where the partition starts in flash (for the alignment of mapped segments).
         in_bootloader: also refuse segments that the bootloader can't load into RAM. Only it can
             know, so an image may pass set_boot and still be refused at boot.
-        data: False skips checksum and digest, as a wake from deep sleep does.
+        data: False leaves out checksum and digest, as a wake from deep sleep does.
+        digest: False leaves out the digest alone, as the ROM does with the bootloader.
         buf: bytearray to read through, length a multiple of 4; None allocates 4096 bytes.
     Returns:
         ImageInfo.
@@ -168,6 +195,7 @@ def verify(read, limit, chip, flash_offset=0, *, in_bootloader=False, data=True,
     count, entry, hash_appended = _check_header(head, chip)
     check = _Running(head, data, buf)
     segments = []
+    desc = None
     end = HEADER_SIZE
     for i in range(count):
         head = bytearray(8)
@@ -180,6 +208,8 @@ def verify(read, limit, chip, flash_offset=0, *, in_bootloader=False, data=True,
             raise ImageError(
                 "segment %d: ends at 0x%x, doesn't fit in partition length 0x%x" % (i, end, limit)
             )
+        if i == 0:
+            desc = _find_desc(read, segment, chip)
         check.segment(read, head, segment)
         segments.append(segment)
 
@@ -189,18 +219,17 @@ def verify(read, limit, chip, flash_offset=0, *, in_bootloader=False, data=True,
     _read(read, unpadded - 1, tail, limit)
     if data and tail[-1] != check.xor:
         raise ImageError("checksum failed: calculated 0x%02x, read 0x%02x" % (check.xor, tail[-1]))
-    digest = None
+    appended = None
     if hash_appended:
-        digest = bytearray(32)
-        _read(read, end, digest, limit)
-        digest = bytes(digest)
-        if data:
+        appended = bytearray(32)
+        _read(read, end, appended, limit)
+        appended = bytes(appended)
+        if data and digest:
             check.sha.update(tail)
-            if check.sha.digest() != digest:
+            if check.sha.digest() != appended:
                 raise ImageError("image hash failed: image is corrupt")
         end += 32
-    desc = _find_desc(read, segments)
-    return ImageInfo(segments, end, digest, entry, chip.chip_id, desc)
+    return ImageInfo(segments, end, appended, entry, chip.chip_id, desc)
 
 
 class _Running:
@@ -286,12 +315,22 @@ def _within(first, last, area):
     return area[0] <= first and last < area[1]
 
 
-def _find_desc(read, segments):
-    if not segments or segments[0].offset != DESC_OFFSET or segments[0].length < DESC_SIZE:
+def _find_desc(read, segment, chip):
+    """Offset of the app descriptor if segment 0 begins with one; refuse a wrong eFuse revision."""
+    if segment.offset != DESC_OFFSET or segment.length < DESC_SIZE:
         return None
-    magic = bytearray(4)
-    read(DESC_OFFSET, magic)
-    return DESC_OFFSET if struct.unpack("<I", magic)[0] == DESC_MAGIC else None
+    data = bytearray(DESC_SIZE)
+    read(DESC_OFFSET, data)
+    if struct.unpack_from("<I", data)[0] != DESC_MAGIC:
+        return None
+    low, high = struct.unpack_from("<HH", data, 176)
+    if chip.blk_rev is not None and not (
+        low <= chip.blk_rev and (high in (0, 0xFFFF) or chip.blk_rev <= high)
+    ):
+        raise ImageError(
+            "eFuse block revision %d, image expects %d to %d" % (chip.blk_rev, low, high)
+        )
+    return DESC_OFFSET
 
 
 def parse_desc(data):
