@@ -1,0 +1,346 @@
+"""The ``twinslot`` command: thin functions over the library, one per command.
+
+Data goes to stdout, talk to stderr. Exit code 0: done; 1: refused or failed, with one line
+``twinslot: what: why`` on stderr; 2: wrong usage.
+"""
+
+import datetime as dt
+import importlib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+
+import twinslot
+from twinslot.errors import OtaError
+
+# Commands of other modules, imported only when asked for: ``twinslot --help`` stays quick.
+_ELSEWHERE = {
+    "board": ("board_cli", "app", "Make, run and look into virtual boards and flash dumps."),
+    "demo": ("demo", "demo", "Watch a virtual board update itself and survive a bad release."),
+}
+
+
+class _Lazy(TyperGroup):
+    """A command group that knows the names and one line of help of what it has not loaded."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*super().list_commands(ctx), *_ELSEWHERE]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in _ELSEWHERE:
+            return TyperCommand(cmd_name, help=_ELSEWHERE[cmd_name][2])
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in _ELSEWHERE:
+            return args[0], _load(args[0]), args[1:]
+        return super().resolve_command(ctx, args)
+
+
+def _load(name: str) -> Any:
+    module, attribute, _ = _ELSEWHERE[name]
+    loaded = getattr(importlib.import_module(f"twinslot_tools.{module}"), attribute)
+    if not isinstance(loaded, typer.Typer):
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(name)(loaded)
+        loaded = single
+    return typer.main.get_command(loaded)
+
+
+app = typer.Typer(
+    cls=_Lazy,
+    help="Over-the-air updates for MicroPython on the ESP32 that never leave a board dead.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+talk = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+_PROGRESS_BYTES = 1 << 20  # a smaller file is done before a bar could be read
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    try:
+        app(prog_name="twinslot")
+    except (OtaError, OSError, ValueError) as exc:
+        if os.environ.get("TWINSLOT_TRACEBACK"):
+            raise
+        # Not through rich: a path in brackets must not turn into markup.
+        print(f"twinslot: {_one_line(exc)}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _one_line(exc: Exception) -> str:
+    if isinstance(exc, OSError) and exc.filename:
+        return f"{exc.filename}: {exc.strerror}"
+    return " ".join(str(exc).split())
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        out.print(twinslot.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def keygen(
+    path: Annotated[Path, typer.Argument(metavar="NAME.key", help="The private key's file.")],
+    bits: Annotated[int, typer.Option(help="2048, 3072 or 4096.")] = 3072,
+    as_json: Json = False,
+) -> None:
+    """Make a signing key, and beside it NAME.pub.json, which is what devices get.
+
+    Keep the private key off servers and out of repositories; without it no device can be
+    updated, and whoever has it can update all of them.
+    """
+    from . import keys
+
+    with _doing("searching for primes"):
+        kid = keys.generate(path, bits)
+    public = keys.public_path(path)
+    if as_json:
+        _print_json({"key": str(path), "public": str(public), "kid": kid, "bits": bits})
+    else:
+        print(f"{path}   the private key: keep it safe, keep a copy")
+        print(f"{public}   the public key: goes onto devices")
+        print(f"key id {kid}")
+
+
+def _expires(text: str | None) -> dt.datetime | dt.timedelta | None:
+    """Read ``365d``, ``2027-11-20`` or ``2027-11-20T09:00:00Z``."""
+    if text is None:
+        return None
+    if days := re.fullmatch(r"([0-9]{1,5})d", text):
+        return dt.timedelta(days=int(days[1]))
+    try:
+        when = dt.datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r}: expected days as in 365d, or a date as in 2027-11-20",
+            param_hint="--expires",
+        ) from None
+    return when.replace(tzinfo=when.tzinfo or dt.UTC)
+
+
+@app.command()
+def publish(
+    image: Annotated[
+        Path, typer.Argument(help="Application image: MicroPython's micropython.bin.")
+    ],
+    version: Annotated[str, typer.Option(help="SemVer, as in 1.4.0.")],
+    product: Annotated[str, typer.Option(help="What this software is.")],
+    hardware: Annotated[
+        list[str], typer.Option("--hardware", "-H", help="Board that may run it (repeatable).")
+    ],
+    key: Annotated[Path, typer.Option(help="Private key made by keygen.")],
+    site: Annotated[Path, typer.Option("--to", metavar="SITE", help="Folder to publish into.")],
+    channel: Annotated[str, typer.Option(help="Who gets it.")] = "stable",
+    security_version: Annotated[
+        int | None, typer.Option(min=0, help="Anti-rollback floor (default: as before).")
+    ] = None,
+    downgrade: Annotated[
+        bool, typer.Option("--downgrade", help="May replace a newer version.")
+    ] = False,
+    expires: Annotated[str | None, typer.Option(help="365d, or a date (default: never).")] = None,
+    notes: Annotated[str | None, typer.Option(help="What a user should know.")] = None,
+    rollout: Annotated[
+        float | None, typer.Option(help="Percent of devices (default: all).")
+    ] = None,
+    poll: Annotated[int | None, typer.Option(help="Seconds until devices ask again.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Sign a release and put it into a folder that any web server can hand out.
+
+    Publish the same thing again with another --rollout to widen it, or with another --channel to
+    promote it: the release itself never changes.
+    """
+    from . import keys
+    from . import publish as publishing
+
+    spec = publishing.Spec(
+        product=product,
+        version=version,
+        hardware=tuple(dict.fromkeys(hardware)),
+        channel=channel,
+        security_version=security_version,
+        downgrade=downgrade,
+        expires=_expires(expires),
+        notes=notes,
+        rollout=rollout,
+        poll=poll,
+    )
+    with _bar(as_json) as progress:
+        done = publishing.publish(image, spec, keys.load_private(key), site, progress)
+    if as_json:
+        _print_json(_published(done, spec, site))
+    else:
+        _show_published(done, spec, site)
+
+
+def _published(done: Any, spec: Any, site: Path) -> dict[str, Any]:
+    image = done.manifest["images"][0]
+    return {
+        "product": spec.product,
+        "version": spec.version,
+        "channel": spec.channel,
+        "site": str(site),
+        "release": done.release,
+        "pointer": done.pointer,
+        "offer": done.offer,
+        "build": image["build"],
+        "sha256": image["sha256"],
+        "size": image["size"],
+        "payloads": image["payloads"],
+        "security_version": done.manifest["security_version"],
+        "expires": done.manifest.get("expires"),
+        "kid": done.kid,
+        "new": done.new,
+    }
+
+
+def _show_published(done: Any, spec: Any, site: Path) -> None:
+    image = done.manifest["images"][0]
+    state = "published" if done.new else "published before, unchanged"
+    share = done.offer.get("rollout", {}).get("percent", 100)
+    print(f"{spec.product} {spec.version}  {state}, {image['size']:,} bytes")
+    print(f"  for       {', '.join(spec.hardware)}")
+    print(f"  build     {image['build']}")
+    print(f"  release   {site / done.release}")
+    print(f"  channel   {site / done.pointer}  ->  {share} % of devices")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Image, release, pointer, keys, table or dump.")],
+    keys: Annotated[
+        Path | None, typer.Option(help="Public key set (NAME.pub.json) to judge a signature with.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a file is, what is in it, and whether it holds (exit code 1: it does not)."""
+    from . import inspection
+    from . import keys as key_files
+
+    found = inspection.inspect(file, key_files.load_public(keys) if keys else None)
+    if as_json:
+        _print_json({"file": str(file), **found})
+    else:
+        _show_found(file, found)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def _show_found(file: Path, found: dict[str, Any]) -> None:
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("file", Text(str(file)))
+    for name, value in _flat(found):
+        table.add_row(name, value)
+    out.print(table)
+
+
+def _flat(found: Any, name: str = "") -> Iterator[tuple[str, Text]]:
+    """Turn nested data into rows ``images.0.size  1500000``; as Text: a file is no markup."""
+    if isinstance(found, dict) and found:
+        for key, value in found.items():
+            yield from _flat(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(found, list) and found:
+        if all(isinstance(item, str) for item in found):
+            yield name, Text(", ".join(found))
+            return
+        for number, item in enumerate(found):
+            yield from _flat(item, f"{name}.{number}")
+    else:
+        if found is None or isinstance(found, bool):
+            found = {True: "yes", False: "no", None: "-"}[found]
+        yield name, Text(str(found))
+
+
+@app.command()
+def serve(
+    site: Annotated[Path, typer.Argument(help="Folder made by publish.")],
+    host: Annotated[str, typer.Option(help="0.0.0.0 for every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8443,
+    data: Annotated[
+        Path | None, typer.Option(help="Private folder: certificate, tokens, database.")
+    ] = None,
+    keys: Annotated[Path | None, typer.Option(help="Offer only what these keys signed.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option(help="Name or address boards use (repeatable).")
+    ] = None,
+    poll: Annotated[
+        int | None, typer.Option(min=1, help="Seconds until a board asks again.")
+    ] = None,
+) -> None:
+    """Hand out a published folder over HTTPS, decide who gets what, and keep reports."""
+    from .serve import serve as run
+
+    options: list[tuple[str, Any]] = [("--data", data), ("--keys", keys), ("--poll", poll)]
+    options += [("--name", n) for n in name or []]
+    arguments = [str(site), "--host", host, "--port", str(port)]
+    for option, value in options:
+        if value is not None:
+            arguments += [option, str(value)]
+    raise typer.Exit(run(arguments))
+
+
+@contextmanager
+def _bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """Show progress of long work on stderr, if somebody is there to see it."""
+    if quiet or not talk.is_terminal:
+        yield lambda *_: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+    with Progress(
+        TextColumn("{task.description:10}"),
+        BarColumn(),
+        DownloadColumn(),
+        console=talk,
+        transient=True,
+    ) as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if total < _PROGRESS_BYTES:
+                return
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        yield show
+
+
+@contextmanager
+def _doing(what: str) -> Iterator[None]:
+    with talk.status(what):
+        yield
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Say what a file is and whether it holds: image, release, pointer, keys, table, flash dump.
+
+Recognised by content, never by name. Everything is looked at as untrusted: whatever a file says is
+shown as data, and a private key is named as one, never printed.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from twinslot import espimage, jws, release
+from twinslot.errors import FormatError, OtaError, SignatureError
+
+from . import images
+from .virtual_esp32.chip import image as chip_image
+from .virtual_esp32.chip import table
+from .virtual_esp32.layout import subtype_name, type_name
+
+_LARGEST = 128 << 20  # bytes: the largest flash an ESP32 takes
+_SECTOR = 4096
+
+
+def inspect(path: Path, keys: dict[str, bytes] | None = None) -> dict[str, Any]:
+    """Describe a file.
+
+    Args:
+        path: the file.
+        keys: trusted public keys, ``{kid: modulus}``; None: signatures are not judged.
+
+    Returns:
+        dict with ``kind``, ``ok`` (False: something in it does not hold) and what was found,
+        ready for JSON.
+
+    Raises:
+        FormatError: nothing known here.
+        OSError: no such file.
+    """
+    if path.stat().st_size > _LARGEST:
+        raise FormatError(f"{path}", f"{path.stat().st_size} bytes", f"at most {_LARGEST}")
+    data = path.read_bytes()
+    if data[:1] == b"\xe9" and images.find_table(data) is None:
+        return _image(data)
+    if data[:2] == b"\xaa\x50":
+        return _table(data)
+    if (found := images.find_table(data)) is not None:
+        return _flash(path, data, *found)
+    text = data.strip()
+    if text[:1] == b"{":
+        return _json(path, text)
+    if text.count(b".") == 2 and text[:3] == b"eyJ" and text.isascii():
+        return _release(text, keys)
+    raise FormatError(
+        f"{path}: not an ESP image, release, pointer, key set, partition table or flash dump:"
+        f" it starts with {data[:8].hex(' ') or 'nothing, it is empty'}"
+    )
+
+
+# ---- ESP image
+
+
+def _image(data: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": "image", "ok": False, "size": len(data)}
+    try:
+        head = espimage.parse(data[: espimage.HEAD_LEN])
+        length, build = espimage.identify(images.reader(data), len(data))
+    except OtaError as exc:
+        return {**found, "why": str(exc)}
+    chip = espimage.chip_name(head["chip_id"])
+    found |= {"chip": chip, **head, "length": length, "build": build}
+    try:
+        checked = images.check_with_esptool("image", chip, data)
+        found["checksum"] = f"{checked.checksum:02x}"
+        found["segment_table"] = [
+            {"address": f"{s.addr:#010x}", "length": len(s.data), "offset": s.file_offs}
+            for s in checked.segments
+        ]
+        info = images.check_as_bootloader(data[:length], chip)
+        found["app"] = _app(data, info)
+        found["tree"] = _tree(data, info)
+        found["ok"] = bool(build)
+        if not build:
+            found["why"] = "no SHA-256 is appended: it can't be published"
+    except OtaError as exc:
+        found["why"] = str(exc)
+    return found
+
+
+def _app(data: bytes, info: chip_image.ImageInfo | None) -> dict[str, Any] | None:
+    desc = info and chip_image.read_desc(images.reader(data), info)
+    if not desc:
+        return None
+    return {k: v.hex() if isinstance(v, bytes) else v for k, v in desc._asdict().items()}
+
+
+def _tree(data: bytes, info: chip_image.ImageInfo | None) -> dict[str, Any] | None:
+    """The Python tree of a virtual firmware, if it carries one."""
+    place = info and chip_image.find_tree(images.reader(data), info)
+    if not place:
+        return None
+    romfs = data[place[0] : place[0] + place[1]]
+    _, _, payload, _ = _record(romfs, 3 - 1)
+    return {"offset": place[0], "bytes": place[1], "files": sorted(_files(payload, ""))}
+
+
+def _uint(data: bytes, at: int) -> tuple[int, int]:
+    """A ROMFS number: big-endian groups of 7 bits (MicroPython docs, reference/romfs)."""
+    value = 0
+    while True:
+        value = value << 7 | data[at] & 0x7F
+        at += 1
+        if data[at - 1] < 0x80:
+            return value, at
+
+
+def _record(data: bytes, at: int) -> tuple[int, int, bytes, int]:
+    """``(kind, start, payload, end)`` of the record at ``at``."""
+    kind, at = _uint(data, at)
+    length, at = _uint(data, at)
+    return kind, at, data[at : at + length], at + length
+
+
+def _files(payload: bytes, folder: str) -> Iterator[str]:
+    at = 0
+    while at < len(payload):
+        kind, _, inner, at = _record(payload, at)
+        if kind in (4, 5):
+            length, start = _uint(inner, 0)
+            name = folder + inner[start : start + length].decode("utf-8", "replace")
+            if kind == 5:
+                yield name
+            else:
+                yield from _files(inner[start + length :], name + "/")
+
+
+# ---- release, pointer, keys
+
+
+def _release(token: bytes, keys: dict[str, bytes] | None) -> dict[str, Any]:
+    header, payload, _ = token.split(b".")
+    found: dict[str, Any] = {"kind": "release", "ok": False}
+    try:
+        found["header"] = json.loads(jws.b64url_decode(header))
+        raw = jws.b64url_decode(payload)
+        found["manifest"] = json.loads(raw)
+    except ValueError as exc:
+        return {**found, "signature": "bad", "why": f"not a JWS around JSON: {exc}"}
+    found["signature"] = _signature(token, keys)
+    try:
+        release.parse(raw)
+        found["ok"] = found["signature"] in ("good", "not checked")
+    except OtaError as exc:
+        found["why"] = str(exc)
+    return found
+
+
+def _signature(token: bytes, keys: dict[str, bytes] | None) -> str:
+    """``good``, ``unknown`` (by none of the keys), ``bad``, or ``not checked``."""
+    if keys is None:
+        return "not checked"
+    try:
+        jws.verify(token, keys)
+    except SignatureError as exc:
+        return "unknown" if str(exc).startswith("signing key") else "bad"
+    return "good"
+
+
+def _json(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as exc:
+        raise FormatError(f"{path}: not JSON: {exc}") from exc
+    if "release" in content:
+        return {"kind": "pointer", "ok": True, "offer": content}
+    if content.get("kty") or "keys" in content:
+        return _keys(content)
+    raise FormatError(f"{path}: JSON, but neither a pointer nor a key set")
+
+
+def _keys(content: dict[str, Any]) -> dict[str, Any]:
+    if "d" in content:
+        return {"kind": "private key", "ok": True, "kid": content.get("kid")}
+    key_set = content if "keys" in content else {"keys": [content]}
+    try:
+        loaded = jws.load_keys(key_set)
+    except OtaError as exc:
+        return {"kind": "key set", "ok": False, "why": str(exc)}
+    keys = [{"kid": kid, "bits": len(modulus) * 8} for kid, modulus in loaded.items()]
+    return {"kind": "key set", "ok": True, "keys": keys}
+
+
+# ---- partition table, flash
+
+
+def _table(data: bytes) -> dict[str, Any]:
+    data = data.ljust(table.TABLE_SIZE, b"\xff")
+    try:
+        partitions = table.parse(data)
+    except table.TableError as exc:
+        return {"kind": "partition table", "ok": False, "why": str(exc)}
+    return {"kind": "partition table", "ok": True, "partitions": [_row(p) for p in partitions]}
+
+
+def _row(partition: table.Partition) -> dict[str, Any]:
+    row = partition._asdict()
+    row["subtype"] = subtype_name(partition.type, partition.subtype)
+    row["type"] = type_name(partition.type)
+    return row
+
+
+def _flash(path: Path, data: bytes, at: int, start: int) -> dict[str, Any]:
+    """A file with a bootloader in front: a whole flash, or a combined file that starts later."""
+    whole = start == 0 and len(data) % _SECTOR == 0 and len(data) >= 1 << 20
+    if whole:
+        from .virtual_esp32 import show
+
+        return {"kind": "flash", "ok": True, **show.describe(path)}
+    result = _table(data[at : at + table.TABLE_SIZE])
+    return {**result, "kind": "combined file", "flash_offset": start, "size": len(data)}
