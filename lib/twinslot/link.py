@@ -1,0 +1,469 @@
+"""One connection of the HTTP client: name lookup, TCP, verified TLS, bounded reads, header lines.
+
+Not for applications; `twinslot.http` is. A socket here is never waited for: a read that finds
+nothing sleeps 1 to 15 ms and tries again. That costs no task, no timer and no entry in asyncio's
+poller, and finds the bytes that a TLS stream holds while its socket polls unreadable. What can't
+be split holds the event loop: the public key steps of a TLS handshake, and the name lookup on
+ports without safe threads (unix).
+
+Source: MicroPython extmod/modtls_mbedtls.c, extmod/asyncio/stream.py, py/stream.c;
+RFC 9112 sections 2 to 5 (lines and fields).
+"""
+
+import gc
+import select
+import socket
+import sys
+from asyncio import sleep_ms
+from binascii import a2b_base64, hexlify, unhexlify
+from hashlib import sha256
+from time import ticks_diff, ticks_ms
+
+from micropython import const
+
+from .errors import ConfigError, HttpError, NetworkError, TimeoutError_, TlsError, UnreachableError
+from .url import decimal
+
+LINE_MAX = 1024  # a header line with its CRLF; the size of a link's buffer
+HEAD_MAX = 8192
+_LINES_MAX = const(64)
+_INTERIM_MAX = const(8)  # 1xx answers before the real one
+_PAUSE_MAX_MS = const(15)
+_LOOKUP_STACK = const(8192)
+
+# mbedtls/include/mbedtls/{ssl,x509,pk}.h
+_SSL_ALLOC_FAILED = const(-0x7F00)
+_X509_ALLOC_FAILED = const(-0x2880)
+_PK_ALLOC_FAILED = const(-0x3F80)
+_SSL_FATAL_ALERT = const(-0x7780)
+_SSL_CONN_EOF = const(-0x7280)
+_X509_FATAL_ERROR = const(-0x3000)
+_ENOMEM = const(12)
+
+_asking = [()]  # the answer of the lookup thread: None while it runs, a list, or an exception
+
+
+def _ask(answer, host, port, kind):
+    # Runs in a thread of its own: touches nothing but its own list.
+    try:
+        answer[0] = socket.getaddrinfo(host, port, 0, kind)
+    except Exception as e:
+        answer[0] = e
+
+
+async def lookup(host, port, kind=socket.SOCK_STREAM, limit_ms=10000):
+    """Return the addresses of a host as getaddrinfo gives them, not empty.
+
+    getaddrinfo blocks (5 s for a .local name), so it runs in a thread on the ESP32, whose threads
+    take turns under one lock. The unix port's do not, so there it is called directly.
+
+    Raises:
+        UnreachableError: no such name, or no DNS server answers.
+        TimeoutError_: after ``limit_ms``. The thread ends by itself; until then no other starts.
+    """
+    global _asking
+    since = ticks_ms()
+    answer = [None]
+    threaded = sys.platform == "esp32" and ":" not in host and not host[-1].isdigit()
+    while _asking[0] is None:
+        await sleep_ms(10)
+        if ticks_diff(ticks_ms(), since) >= limit_ms:
+            raise TimeoutError_("name lookup: the one before still hangs")
+    if threaded:
+        import _thread
+
+        before = _thread.stack_size(_LOOKUP_STACK)
+        try:
+            _thread.start_new_thread(_ask, (answer, host, port, kind))
+            _asking = answer
+        except OSError:
+            threaded = False  # no memory for a thread: ask here
+        finally:
+            _thread.stack_size(before)
+    if not threaded:
+        _ask(answer, host, port, kind)
+    while answer[0] is None:
+        await sleep_ms(10)
+        if ticks_diff(ticks_ms(), since) >= limit_ms:
+            raise TimeoutError_("name lookup of %s: no answer in %d ms" % (host, limit_ms))
+    found = answer[0]
+    if isinstance(found, MemoryError):
+        raise found
+    if isinstance(found, Exception) or not found:
+        raise UnreachableError("name lookup of %s failed (%s)" % (host, found))
+    return found
+
+
+def _der_of(data, what, label):
+    """Return the DER blocks named ``label`` in ``data``: PEM text, or DER already."""
+    if isinstance(data, str):
+        data = data.encode()
+    data = bytes(data)
+    if b"-----BEGIN " not in data:
+        return [data]
+    # Not every port's mbedTLS parses PEM (unix does not), so none has to.
+    blocks = []
+    for part in data.split(b"-----BEGIN ")[1:]:
+        name, _, rest = part.partition(b"-----")
+        if name.endswith(label):
+            try:
+                blocks.append(a2b_base64(rest.split(b"-----END ")[0]))
+            except ValueError:
+                raise ConfigError("%s: not base64 between the PEM lines" % what)
+    if not blocks:
+        raise ConfigError("%s: no PEM block" % what, "none", label.decode())
+    return blocks
+
+
+class Tls:
+    """Whom to trust, and the TLS context made from it once, when first needed.
+
+    Args:
+        ca: certificate(s), DER or PEM: the CA that signs the server's, or the server's own
+            self-signed one. Chain, name and dates are verified, so the clock must be set
+            (at least to a time within the certificates' dates).
+        fingerprint: SHA-256 of the server's certificate (64 hex digits, colons allowed). Compared
+            during the handshake, before a byte of any request is sent. Name and dates of a
+            certificate pinned this way don't matter: it works without a clock.
+        client_cert, client_key: for servers that ask for one; DER or PEM.
+
+    With both, both must hold. With neither: ConfigError; nothing turns verification off.
+    """
+
+    def __init__(self, ca=None, fingerprint=None, client_cert=None, client_key=None):
+        if not ca and not fingerprint:
+            raise ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
+        if bool(client_cert) != bool(client_key):
+            raise ConfigError("a client certificate needs its key, and the key its certificate")
+        self._pin = None
+        if fingerprint:
+            digits = fingerprint.replace(":", "").strip()
+            try:
+                self._pin = unhexlify(digits)
+            except ValueError:
+                pass
+            if self._pin is None or len(self._pin) != 32:
+                raise ConfigError("fingerprint", "%d characters" % len(digits), "64 hex digits")
+        self._sources = (ca, client_cert, client_key)
+        self._context = None
+        self.pinned = False  # the certificate of the current handshake is the pinned one
+        self._seen = None  # SHA-256 of the one that was not
+
+    def _make_context(self):
+        import tls
+
+        ca, cert, key = self._sources
+        context = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
+        what = "ca"
+        try:
+            # OPTIONAL without a CA goes on after a failed chain; then _check decides alone.
+            context.verify_mode = tls.CERT_REQUIRED if ca else tls.CERT_OPTIONAL
+            if ca:
+                for der in _der_of(ca, what, b"CERTIFICATE"):
+                    context.load_verify_locations(der)
+            what = "client certificate"
+            if cert:
+                context.load_cert_chain(
+                    _der_of(cert, what, b"CERTIFICATE")[0],
+                    _der_of(key, "client key", b"PRIVATE KEY")[0],
+                )
+        except ValueError as e:
+            raise ConfigError("%s: mbedTLS can't read it (%s)" % (what, e))
+        except OSError as e:
+            raise _tls_error(e, "", self)
+        if self._pin:
+            try:
+                context.verify_callback = self._check
+            except AttributeError:
+                raise TlsError("no fingerprints on this port: pin the certificate itself (ca)")
+        self._sources = None
+        return context
+
+    def _check(self, der, depth):
+        # Called by mbedTLS within the handshake, for each certificate of the chain.
+        if depth:
+            return 0
+        digest = sha256(der).digest()
+        different = 0
+        for i in range(32):
+            different |= digest[i] ^ self._pin[i]
+        if not different:
+            self.pinned = True
+            return 0
+        self._seen = digest
+        # A positive value would reach the reader as a count of bytes read (modtls socket_read).
+        return _X509_FATAL_ERROR
+
+    def wrap(self, sock, host):
+        """Return ``sock`` wrapped, its handshake not begun; it runs in the first reads and writes.
+
+        Raises:
+            TlsError, ConfigError
+        """
+        if self._context is None:
+            self._context = self._make_context()
+        self.pinned = self._pin is None
+        self._seen = None
+        try:
+            return self._context.wrap_socket(
+                sock, server_hostname=host, do_handshake_on_connect=False
+            )
+        except (OSError, ValueError) as e:
+            raise _tls_error(e, host, self)
+
+
+def _tls_error(e, host, tls):
+    """Return the TlsError for an exception of the handshake, with what to do about it."""
+    if tls._seen:
+        return TlsError("certificate fingerprint", hexlify(tls._seen).decode(), "the pinned one")
+    text = str(e.args[-1] if e.args else e).replace("\n", " ").strip()
+    if isinstance(e, OSError):
+        code = e.args[0]
+        if code in (_ENOMEM, _SSL_ALLOC_FAILED, _X509_ALLOC_FAILED, _PK_ALLOC_FAILED):
+            return TlsError("out of memory for TLS: it needs about 40 KB outside the Python heap")
+        if code == _SSL_CONN_EOF or (isinstance(code, int) and code > 0):
+            return TlsError("the connection closed during the TLS handshake (%s)" % text)
+        if code == _SSL_FATAL_ALERT:
+            return TlsError("the server refused the TLS handshake (alert)")
+        return TlsError("TLS handshake failed (%s)" % text)
+    if "not correctly signed" in text:
+        why = "not signed by the pinned CA: is it the right server, the right ca?"
+    elif "does not match" in text:
+        why = "for another name than %s: use the name in the certificate" % host
+    elif "in the future" in text:
+        why = "not valid yet: is the clock set?"
+    elif "has expired" in text:
+        why = "expired: renew it, or correct the clock"
+    else:
+        why = "refused"
+    return TlsError("the server's certificate is %s (%s)" % (why, text))
+
+
+class Link:
+    """A connection and the bytes read ahead of it. Every wait is bounded.
+
+    ``since``, ``limit_ms`` below: the wait began at tick ``since`` and fails ``limit_ms`` later;
+    ``deadline`` (a tick, or None) bounds all of them.
+    """
+
+    def __init__(self, origin, buf):
+        self.origin = origin
+        self.deadline = None
+        self.owner = None  # the Response whose body is still to be read
+        self.heard = False  # bytes came since the last request
+        self.greeted = False  # the TLS handshake is through
+        self.ended = False
+        self._sock = None
+        self._raw = None
+        self._tls = None
+        self._buf = buf
+        self._mv = memoryview(buf)
+        self._from = 0
+        self._to = 0
+
+    def check(self, since, limit_ms, doing):
+        now = ticks_ms()
+        if self.deadline is not None and ticks_diff(self.deadline, now) <= 0:
+            raise TimeoutError_("%s: the deadline passed" % doing)
+        if ticks_diff(now, since) >= limit_ms:
+            raise TimeoutError_("%s: gave up after %d ms" % (doing, limit_ms))
+
+    def close(self):
+        # After a failed handshake the TLS socket no longer closes the one below: close both.
+        for sock in (self._sock, self._raw):
+            if sock is not None:
+                try:
+                    sock.close()
+                except OSError:
+                    pass
+        self._sock = self._raw = self.owner = None
+
+    def _error(self, e, doing):
+        if self._tls and not self.greeted:
+            return _tls_error(e, self.origin[1], self._tls)
+        code = e.args[0] if e.args else e
+        if code == _SSL_CONN_EOF:
+            return NetworkError("%s: the connection closed" % doing)
+        if isinstance(code, int) and code < 0:
+            return TlsError("%s: TLS failed (%s)" % (doing, e.args[-1]))
+        return NetworkError("%s: the connection broke (error %s)" % (doing, code))
+
+    async def dial(self, address, since, limit_ms):
+        """Connect to one address of getaddrinfo. Raises UnreachableError, TimeoutError_."""
+        try:
+            sock = socket.socket(address[0], address[1], address[2])
+            self._raw = self._sock = sock
+            sock.setblocking(False)
+            try:
+                sock.connect(address[-1])
+            except OSError as e:
+                # EINPROGRESS: 115 on Linux, 119 on the ESP32, 36 on macOS.
+                if e.args[0] not in (115, 119, 36):
+                    raise
+            poller = select.poll()
+            poller.register(sock, select.POLLOUT)
+            pause = 1
+            while True:
+                ready = poller.poll(0)
+                if ready:
+                    break
+                self.check(since, limit_ms, "connect")
+                await sleep_ms(pause)
+                pause = min(pause * 2, _PAUSE_MAX_MS)
+            if ready[0][1] & (select.POLLERR | select.POLLHUP):
+                sock.read(1)  # raises the reason
+                raise OSError(0)
+        except OSError as e:
+            raise UnreachableError(
+                "no connection to %s:%d (error %s)" % (self.origin[1], self.origin[2], e.args[0])
+            )
+
+    async def secure(self, tls, since, limit_ms):
+        """Wrap the connection in TLS; with a pinned fingerprint, shake hands until it was seen."""
+        gc.collect()  # a dropped TLS socket frees its buffers only now
+        self._tls = tls
+        self._sock = tls.wrap(self._raw, self.origin[1])
+        pause = 1
+        while not tls.pinned:
+            try:
+                got = self._sock.readinto(self._mv, 1)
+            except (OSError, ValueError) as e:
+                raise self._error(e, "TLS handshake")
+            if got is not None and not tls.pinned:
+                raise TlsError("the server spoke before its certificate was checked")
+            self.check(since, limit_ms, "TLS handshake")
+            await sleep_ms(pause)
+            pause = min(pause * 2, _PAUSE_MAX_MS)
+
+    async def send(self, data, since, limit_ms):
+        left = memoryview(data)
+        pause = 1
+        while len(left) > 0:
+            doing = "request" if self.greeted or not self._tls else "TLS handshake"
+            try:
+                n = self._sock.write(left)
+            except (OSError, ValueError) as e:
+                raise self._error(e, doing)
+            if n:
+                self.greeted = True
+                left = left[n:]
+                pause = 1
+            else:
+                self.check(since, limit_ms, doing)
+                await sleep_ms(pause)
+                pause = min(pause * 2, _PAUSE_MAX_MS)
+
+    async def receive(self, buf, n, since, limit_ms, doing):
+        """Read 1 to ``n`` bytes into ``buf``; 0 at the end of the stream."""
+        pause = 0  # lets other tasks run even while bytes keep coming
+        while True:
+            await sleep_ms(pause)
+            try:
+                got = self._sock.readinto(buf, n)
+            except (OSError, ValueError) as e:
+                raise self._error(e, doing)
+            if got is not None:
+                return got
+            self.check(since, limit_ms, doing)
+            pause = min(pause * 2 + 1, _PAUSE_MAX_MS)
+
+    def take(self, buf, n):
+        """Move up to ``n`` bytes that were read ahead into ``buf``; return how many."""
+        n = min(n, self._to - self._from)
+        if n:
+            buf[:n] = self._mv[self._from : self._from + n]
+            self._from += n
+        return n
+
+    def is_quiet(self):
+        """Tell whether the connection is open and nothing unasked has come over it."""
+        if self._sock is None or self._from != self._to:
+            return False
+        try:
+            return self._sock.readinto(self._mv, 1) is None
+        except (OSError, ValueError):
+            return False
+
+    async def line(self, since, limit_ms, doing):
+        """Return the next line (bytes, without its CRLF)."""
+        at = self._from
+        buf = self._buf
+        while True:
+            while at < self._to:
+                c = buf[at]
+                at += 1
+                if c == 10:
+                    line = bytes(self._mv[self._from : at - 1])
+                    self._from = at
+                    if not line.endswith(b"\r") or line.find(b"\r") != len(line) - 1:
+                        raise HttpError("%s: a line that does not end with CRLF" % doing)
+                    return line[:-1]
+                if (c < 32 and c not in (9, 13)) or c == 127:
+                    raise HttpError("%s: control character" % doing, c)
+            if self._from:
+                kept = self._to - self._from
+                self._mv[:kept] = self._mv[self._from : self._to]
+                self._from = 0
+                self._to = at = kept
+            if self._to == LINE_MAX:
+                raise HttpError("%s: line too long" % doing, "more", "%d bytes" % LINE_MAX)
+            got = await self.receive(
+                self._mv[self._to :], LINE_MAX - self._to, since, limit_ms, doing
+            )
+            if not got:
+                raise NetworkError("%s: the connection closed" % doing)
+            self.heard = True
+            self._to += got
+
+    async def fields(self, since, limit_ms, doing, room, wanted=()):
+        """Read header fields up to the empty line: ({wanted name: value}, room left).
+
+        A wanted field that is repeated is refused, all others are only counted.
+        """
+        found = {}
+        for _ in range(_LINES_MAX + 1):
+            line = await self.line(since, limit_ms, doing)
+            room -= len(line) + 2
+            if room < 0:
+                raise HttpError("%s: too long" % doing, "more", "%d bytes" % HEAD_MAX)
+            if not line:
+                return found, room
+            name, colon, value = line.partition(b":")
+            if not colon or not name or b" " in name or b"\t" in name:
+                raise HttpError("%s: not a field" % doing)
+            name = name.lower()
+            if name in wanted:
+                if name in found:
+                    raise HttpError("%s: field twice" % doing, name.decode())
+                found[name] = value.strip(b" \t")
+        raise HttpError("%s: too many fields" % doing, "more", _LINES_MAX)
+
+    async def head(self, since, limit_ms):
+        """Return (status, minor version, fields) of the answer; 1xx are passed over."""
+        room = HEAD_MAX
+        for _ in range(_INTERIM_MAX + 1):
+            line = await self.line(since, limit_ms, "header")
+            room -= len(line) + 2
+            status = decimal(line[9:12], 599)
+            if line[:7] != b"HTTP/1." or line[7:9] not in (b"0 ", b"1 ") or line[12:13].strip():
+                status = None
+            if not status or status < 100 or status == 101:
+                raise HttpError("not an HTTP/1.1 answer")
+            found, room = await self.fields(since, limit_ms, "header", room, _WANTED)
+            if status >= 200:
+                return status, line[7] - 48, found
+        raise HttpError("interim answers", "more", _INTERIM_MAX)
+
+
+_WANTED = (
+    b"age",
+    b"connection",
+    b"content-encoding",
+    b"content-length",
+    b"content-range",
+    b"date",
+    b"etag",
+    b"location",
+    b"retry-after",
+    b"transfer-encoding",
+)
