@@ -246,7 +246,7 @@ class _Bootloader:
             self.info("boot", f"otadata[{i}] is selected as new and marked PENDING_VERIFY state")
             entries[i] = entries[i]._replace(state=otadata.PENDING_VERIFY)
             self.write_entry(i, entries[i])
-            state = "new, now on trial"
+            state = "NEW, now on trial"
         return index, f"otadata entry {i}: seq {entries[i].seq}, {state}{note}"
 
     def select_default(self, entries: list[otadata.Entry], note: str) -> tuple[int, str]:

@@ -8,38 +8,19 @@ file system; the runner fills the vfs partition.
 Source: esptool and ESP-IDF's flasher arguments (what lies where).
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 from .chip import image, otadata, table
 from .chip.image import CHIPS, ImageError
 from .chip.table import Partition
-from .firmware import _80MHZ, _DIO, _IMAGE_CLASSES, SIZE_CODES, _segment
+from .firmware import SIZE_CODES, make_bootloader
 from .layout import APP_ALIGN, subtype_name
-
-# Data and code of the bootloader, and its entry point, as ESP-IDF links it.
-_BOOTLOADER_RAM = {
-    "esp32": (0x3FFF0030, 0x40078000, 0x40078004),
-    "esp32s3": (0x3FCE3820, 0x403C9700, 0x403C9918),
-    "esp32c3": (0x3FCD5820, 0x403CC710, 0x403CC710),
-}
 
 MAX_FLASH = 16 << 20
 
 
 class BuildError(ValueError):
     """This flash can't be built; the text says what doesn't fit where."""
-
-
-def make_bootloader(chip: str, flash_size: int) -> bytes:
-    """Return a bootloader image with that flash size in its header (its code is noise)."""
-    built = _IMAGE_CLASSES[chip]()
-    data, code, built.entrypoint = _BOOTLOADER_RAM[chip]
-    built.flash_mode = _DIO
-    built.flash_size_freq = SIZE_CODES[flash_size] << 4 | _80MHZ
-    noise = hashlib.shake_256(b"bootloader " + chip.encode())
-    built.segments = [_segment(data, noise.digest(0x400)), _segment(code, noise.digest(0x1000))]
-    return built.save(None)
 
 
 def make_flash(

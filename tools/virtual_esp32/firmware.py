@@ -38,6 +38,13 @@ _RAM = {
     "esp32c3": (0x3FC94000, 0x40380000, 0x403802A8),
 }
 
+# The same of the bootloader, as ESP-IDF links it.
+_BOOTLOADER_RAM = {
+    "esp32": (0x3FFF0030, 0x40078000, 0x40078004),
+    "esp32s3": (0x3FCE3820, 0x403C9700, 0x403C9918),
+    "esp32c3": (0x3FCD5820, 0x403CC710, 0x403CC710),
+}
+
 # Highest chip revision that a build of today accepts, major * 100 + minor.
 _MAX_REV = {"esp32": 399, "esp32s3": 99, "esp32c3": 199}
 
@@ -93,6 +100,17 @@ def make_firmware(
         return small
     filler = hashlib.shake_256(b"filler" + struct.pack("<q", seed)).digest(size - len(small))
     return _image(chip, desc, romfs, filler, identity)
+
+
+def make_bootloader(chip: str, flash_size: int) -> bytes:
+    """Return a bootloader image with that flash size in its header (its code is noise)."""
+    built = _IMAGE_CLASSES[chip]()
+    data, code, built.entrypoint = _BOOTLOADER_RAM[chip]
+    built.flash_mode = _DIO
+    built.flash_size_freq = SIZE_CODES[flash_size] << 4 | _80MHZ
+    noise = hashlib.shake_256(b"bootloader " + chip.encode())
+    built.segments = [_segment(data, noise.digest(0x400)), _segment(code, noise.digest(0x1000))]
+    return built.save(None)
 
 
 def _app_desc(version: str, project: str, secure_version: int, elf_sha256: bytes) -> bytes:

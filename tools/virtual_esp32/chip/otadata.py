@@ -28,12 +28,12 @@ ABORTED = 4
 UNDEFINED = 0xFFFFFFFF
 
 STATES = {
-    NEW: "new",
-    PENDING_VERIFY: "pending_verify",
-    VALID: "valid",
-    INVALID: "invalid",
-    ABORTED: "aborted",
-    UNDEFINED: "undefined",
+    NEW: "NEW",
+    PENDING_VERIFY: "PENDING_VERIFY",
+    VALID: "VALID",
+    INVALID: "INVALID",
+    ABORTED: "ABORTED",
+    UNDEFINED: "UNDEFINED",
 }
 
 _EMPTY = 0xFFFFFFFF
@@ -78,7 +78,7 @@ def read_entries(read, offset):
 
 
 def state_name(state):
-    """Name of a state; an undocumented value (a torn write) comes back as hex."""
+    """Name of a state as IDF spells it; an undocumented value (a torn write) comes back as hex."""
     return STATES.get(state) or "0x%08x" % state
 
 
