@@ -1,0 +1,119 @@
+"""The device's reader of ESP images, against images made and read by other code."""
+
+import contextlib
+import hashlib
+import random
+import struct
+
+import pytest
+
+from twinslot import espimage
+from twinslot.errors import ImageError
+from twinslot_tools.virtual_esp32.firmware import make_bootloader, make_firmware
+
+CHIPS = {"esp32": 0, "esp32s3": 9, "esp32c3": 5}
+IMAGE = make_firmware(None, chip="esp32", version="1.2.3", project="node", size=70_001)
+
+
+def reader(data):
+    def read(offset, buf):
+        part = data[offset : offset + len(buf)]
+        buf[: len(part)] = part
+
+    return read
+
+
+def identify(data, limit=None):
+    return espimage.identify(reader(data), len(data) if limit is None else limit)
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_head_and_identity_are_what_the_builder_put_in(chip):
+    image = make_firmware(
+        None, chip=chip, version="3.2.1", project="pump", size=50_000, secure_version=7
+    )
+    head = espimage.parse(image[: espimage.HEAD_LEN])
+    assert head["chip_id"] == CHIPS[chip]
+    assert espimage.chip_name(head["chip_id"]) == chip
+    assert (head["version"], head["project"]) == ("3.2.1", "pump")
+    assert head["secure_version"] == 7
+    assert head["hash_appended"]
+    length, build = identify(image)
+    assert length == len(image)
+    assert build == image[-32:].hex() == hashlib.sha256(image[:-32]).hexdigest()
+
+
+def test_the_vector_of_a_genuine_build_is_walked_to_its_end():
+    # 336 bytes, accepted by esptool 5: one DROM segment that is only an app descriptor.
+    desc = struct.pack("<I28x", 0xABCD5432)[:16] + b"1.0".ljust(32, b"\0") + bytes(208)
+    image = bytearray(struct.pack("<BBBBIB3xHBHH4xB", 0xE9, 1, 2, 0x20, 0, 0xEE, 0, 0, 0, 399, 1))
+    image += struct.pack("<II", 0x3F400020, len(desc)) + desc
+    checksum = 0xEF
+    for byte in desc:
+        checksum ^= byte
+    image += bytes(15 - len(image) % 16) + bytes([checksum])
+    image += hashlib.sha256(image).digest()
+    assert len(image) == 336
+    assert identify(bytes(image)) == (336, image[-32:].hex())
+
+
+def test_every_wrong_first_byte_is_refused():
+    for byte in range(256):
+        if byte != 0xE9:
+            with pytest.raises(ImageError, match="magic"):
+                espimage.parse(bytes([byte]) + IMAGE[1:])
+            with pytest.raises(ImageError, match="magic"):
+                identify(bytes([byte]) + IMAGE[1:])
+
+
+@pytest.mark.parametrize("length", [0, 1, 23, 24, 32, 287])
+def test_a_head_cut_short_is_refused(length):
+    with pytest.raises(ImageError, match="at least 288"):
+        espimage.parse(IMAGE[:length])
+
+
+@pytest.mark.parametrize("segments", [0, 17, 255])
+def test_a_number_of_segments_no_bootloader_takes_is_refused(segments):
+    image = IMAGE[:1] + bytes([segments]) + IMAGE[2:]
+    with pytest.raises(ImageError, match="segments"):
+        espimage.parse(image)
+    with pytest.raises(ImageError, match="segments"):
+        identify(image)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 1 << 24, 0xFFFFFFFC])
+def test_a_segment_length_no_bootloader_takes_is_refused(length):
+    image = IMAGE[:28] + struct.pack("<I", length) + IMAGE[32:]
+    with pytest.raises(ImageError, match="segment length"):
+        identify(image)
+
+
+def test_an_image_that_ends_beyond_its_slot_is_refused():
+    for limit in (0, 24, 31, 300, len(IMAGE) // 2, len(IMAGE) - 33, len(IMAGE) - 1):
+        with pytest.raises(ImageError):
+            identify(IMAGE, limit)
+
+
+def test_a_bootloader_is_no_application():
+    with pytest.raises(ImageError, match="bootloader"):
+        espimage.parse(make_bootloader("esp32", 4 << 20)[: espimage.HEAD_LEN])
+
+
+def test_an_image_without_digest_has_no_identity():
+    image = IMAGE[:23] + b"\0" + IMAGE[24:]
+    assert identify(image) == (len(IMAGE) - 32, "")
+    assert not espimage.parse(image[: espimage.HEAD_LEN])["hash_appended"]
+
+
+def test_random_damage_to_headers_gives_an_answer_or_an_image_error():
+    rng = random.Random(11)
+    for _ in range(3000):
+        image = bytearray(IMAGE[:400])
+        for _ in range(rng.randrange(1, 6)):
+            image[rng.randrange(320)] = rng.randrange(256)
+        with contextlib.suppress(ImageError):
+            espimage.parse(image[:288])
+        with contextlib.suppress(ImageError):
+            length, build = identify(bytes(image), 70_001)
+            assert length <= 70_001
+            assert len(build) in (0, 64)
