@@ -24,7 +24,7 @@ import time
 
 from . import __version__, config, guard, health, http, jws, payload, release
 from .clock import Clock
-from .errors import BusyError, HealthError, HttpError, OtaError, RefusedError
+from .errors import BusyError, HealthError, HttpError, KnownBadError, OtaError, RefusedError
 from .journal import Journal
 from .slot import FirmwareSlot
 
@@ -59,8 +59,10 @@ class Agent:
         self._settings = s = config.check(settings)
         self._machine = machine
         self.device_id = _hex(machine.unique_id())
+        self._verdict = guard.start(s["wdt"])  # no second time if boot.py has done it
         self._slot = FirmwareSlot()
-        self._journal = Journal()
+        self._journal = Journal.shared()
+        self._running = self._slot.status()  # what runs can't change before the next reset
         try:
             self._keys = jws.load_keys(json.loads(config.read(s["keys"])))
         except ValueError:
@@ -134,9 +136,9 @@ class Agent:
     def version(self):
         """Version of the running image: as installed, else as in its descriptor, else as in
         the configuration, else 0.0.0."""
-        status = self._slot.status()
-        known = self._journal.get("versions").get(status["build"])
-        return known or status["version"] or self._settings["version"] or "0.0.0"
+        running = self._running
+        known = self._journal.get("versions").get(running["build"])
+        return known or running["version"] or self._settings["version"] or "0.0.0"
 
     def facts(self):
         """What the device tells a source about itself."""
@@ -148,45 +150,44 @@ class Agent:
             "hardware": s["hardware"],
             "chip_id": self._slot.chip_id,
             "current_version": self.version(),
-            "current_build": self._slot.status()["build"],
+            "current_build": self._running["build"],
             "labels": s["labels"],
             "agent": __version__,
             "micropython": ".".join(str(n) for n in sys.implementation[1][:3]),
         }
 
-    async def _report(self, attempt, manifest, status, error=None, done=0):
-        """Tell the source how an attempt stands; best effort, the update does not hang on it."""
-        report = {
-            "attempt": attempt,
-            "version": manifest.version,
-            "build": manifest.firmware.build,
-            "status": status,
-            "error": error.report() if error else None,
-            "bytes": done,
-        }
+    async def _report(self, report, status, error=None):
+        """Tell the source how an attempt stands. The update does not hang on it; a failure that
+        could not be told is kept for the next poll."""
+        report["status"] = status
+        report["error"] = error.report() if error else None
         try:
             await self._source.report(self._client, self.facts(), report)
         except OtaError as exc:
             print("twinslot: report not delivered:", exc)
-            if status == "failed":
+            if error:
                 self._journal.update(reports=self._journal.get("reports", list) + [report])
 
     async def _deliver(self):
         """Hand over the reports that had to wait for a connection or a reboot."""
-        reports = self._journal.get("reports", list)
-        for report in list(reports):
-            await self._source.report(self._client, self.facts(), report)
-            reports = [r for r in reports if r != report]
-            self._journal.update(reports=reports)
+        for report in self._journal.get("reports", list):
+            try:
+                await self._source.report(self._client, self.facts(), report)
+            except HttpError as exc:
+                # 4xx: the server will never take it (429 and 408: not now).
+                if not 400 <= exc.status < 500 or exc.status in (408, 429):
+                    raise
+                print("twinslot: report refused:", exc)
+            left = [r for r in self._journal.get("reports", list) if r != report]
+            self._journal.update(reports=left)
 
     # -- running ------------------------------------------------------------------------------
 
     async def run(self):
         """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
-        verdict = guard.start(self._settings["wdt"])
-        if verdict == "armed":
+        if self._verdict == "armed":
             self._machine.reset()
-        if verdict == "trial":
+        if self._verdict == "trial":
             await self._prove()
         for report in self._journal.get("reports", list):
             if report["status"] == "rolledback":
@@ -243,6 +244,7 @@ class Agent:
         else:
             self._emit("confirmed", version=self.version())
         guard.stop()
+        self._verdict = "idle"
 
     async def _reachable(self):
         """The default health check: the source answers, with whatever HTTP status."""
@@ -277,7 +279,8 @@ class Agent:
             self._failures = 0
             return False
         except OtaError as exc:
-            self._failures += 1
+            # What can't succeed later is no reason to poll at another pace.
+            self._failures = self._failures + 1 if exc.retry else 0
             self._retry_after = getattr(exc, "retry_after", None)
             self._emit("failed", **exc.report())
             raise
@@ -287,6 +290,8 @@ class Agent:
             gc.collect()
 
     async def _update(self, force):
+        if self._verdict == "trial":
+            raise BusyError("the running image is on trial")
         self._emit("checking")
         self._preflight()
         await self._clock.ensure()
@@ -303,22 +308,33 @@ class Agent:
         ):
             self._emit("idle", version=self.version())
             return
-        manifest = await self._fetch(url)
-        if manifest.firmware.build == self._slot.status()["build"]:
-            self._done = url
-            self._emit("idle", version=self.version())
-            return
-        attempt = _hex(os.urandom(6))
+        report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
         try:
+            manifest = await self._fetch(url)
+            if manifest.firmware.build == self._running["build"]:
+                self._is_running(manifest, url)
+                return
+            report["version"] = manifest.version
+            report["build"] = manifest.firmware.build
             release.judge(manifest, self._board(force))
             await self._permit("download", manifest)
-            await self._install(attempt, manifest, url)
+            await self._install(report, manifest, url)
         except OtaError as exc:
             # Said once: what the board can't take now it will not take at the next poll either.
             if not exc.retry:
                 self._done = url
-            await self._report(attempt, manifest, "failed", exc)
+            if not isinstance(exc, KnownBadError):  # that was told when it was rolled back
+                await self._report(report, "failed", exc)
             raise
+
+    def _is_running(self, manifest, url):
+        """The offered image already runs; it may go by a newer version."""
+        self._done = url
+        if self.version() != manifest.version:
+            versions = dict(self._journal.get("versions"))
+            versions[self._running["build"]] = manifest.version
+            self._journal.update(versions=versions)
+        self._emit("idle", version=manifest.version)
 
     def _preflight(self):
         """Raise BusyError unless both heaps can carry an update."""
@@ -348,11 +364,7 @@ class Agent:
             token = await response.read(jws.TOKEN_LIMIT)
         finally:
             await response.close()
-        try:
-            manifest = release.parse(jws.verify(token, self._keys))
-        except OtaError:
-            self._done = url  # immutable: the same bytes would be refused again
-            raise
+        manifest = release.parse(jws.verify(token, self._keys))
         del token
         gc.collect()
         self._clock.at_least(manifest.issued)
@@ -365,7 +377,7 @@ class Agent:
             s["hardware"],
             self._slot.chip_id,
             self.version(),
-            self._slot.status()["build"],
+            self._running["build"],
             self._journal.get("floor", int) or 0,
             self._clock.now() if self._clock.trusted else None,
             () if force else health.failed_builds(self._journal),
@@ -391,38 +403,44 @@ class Agent:
             await asyncio.sleep(seconds)
             waited += seconds
 
-    async def _install(self, attempt, manifest, url):
+    async def _install(self, report, manifest, url):
         image = manifest.firmware
         if not self._slot.is_settled():
             raise BusyError("otadata names a slot that does not run; reset the board first")
         self._emit("staging", version=manifest.version, size=image.size)
-        await self._report(attempt, manifest, "staging")
+        await self._report(report, "staging")
         start = time.ticks_ms()
-        fetched = await self._stage(image, url)
+        report["bytes"] = await self._stage(image, url)
         await self._slot.finish()
         ms = time.ticks_diff(time.ticks_ms(), start)
-        self._emit("staged", version=manifest.version, bytes=fetched, ms=ms)
-        await self._report(attempt, manifest, "staged", done=fetched)
+        self._emit("staged", version=manifest.version, bytes=report["bytes"], ms=ms)
+        await self._report(report, "staged")
         await self._permit("activate", manifest)
         await self._client.close()
-        status = self._slot.status()
-        failed = self._journal.get("failed", list)
-        versions = self._journal.get("versions")
+        self._activate(report["attempt"], manifest)
+
+    def _activate(self, attempt, manifest):
+        """Write down what is about to be tried, then make it boot. Never returns."""
+        build = manifest.firmware.build
+        own = self._running["build"]
         self._journal.update(
-            confirmed=status["build"],
-            versions={status["build"]: versions.get(status["build"]) or self.version()},
-            failed=[f for f in failed if f[0] != image.build or f[3] < health.TRIES],
+            confirmed=own,
+            versions={own: self.version()},
             trial={
-                "build": image.build,
+                "build": build,
                 "version": manifest.version,
                 "attempt": attempt,
                 "security": manifest.security_version,
-                "back": status["build"],
+                "back": own,
                 "hang": self._settings["hang"],
             },
         )
-        self._slot.activate()
-        print("twinslot: reset into", status["inactive"])
+        try:
+            self._slot.activate()
+        except OtaError:
+            self._journal.update(trial=None)
+            raise
+        print("twinslot: reset into", self._running["inactive"])
         self._machine.reset()
 
     async def _stage(self, image, url):
@@ -431,7 +449,7 @@ class Agent:
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
         at = url.rfind("/r/")
         base = url[: at + 1] if at > 0 else url
-        chosen = release.payloads(image, self._slot.status()["build"], payload.ENCODINGS)
+        chosen = release.payloads(image, self._running["build"], payload.ENCODINGS)
         error = RefusedError("release has no payload this device can apply")
         for candidate in chosen:
             offset = await self._slot.begin(image)

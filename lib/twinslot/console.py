@@ -13,7 +13,7 @@ def status():
         PartitionError: the board has no second slot.
     """
     facts = FirmwareSlot().status()
-    journal = Journal()
+    journal = Journal.shared()
     versions = journal.get("versions")
     trial = journal.get("trial")
     for which in ("running", "inactive"):
@@ -40,7 +40,7 @@ def confirm():
     Raises:
         PartitionError: otadata names a slot that does not run.
     """
-    health.confirm(FirmwareSlot(), Journal())
+    health.confirm(FirmwareSlot(), Journal.shared())
 
 
 def rollback():
@@ -51,7 +51,7 @@ def rollback():
     """
     import machine
 
-    slot, journal = FirmwareSlot(), Journal()
+    slot, journal = FirmwareSlot(), Journal.shared()
     if slot.status()["build"] == slot.status()["inactive_build"]:
         raise RollbackError("both slots hold the same image")
     health.reject(slot, journal, "rolled back by hand")

@@ -110,7 +110,7 @@ def _room(say, slot):
 
 def _journal(say):
     try:
-        journal = Journal()
+        journal = Journal.shared()
         for build, version, reason, _ in journal.get("failed", list):
             say("warn", "history", "%s (%s) failed: %s" % (version, build[:12], reason))
         journal.update(probe=not journal.get("probe", bool))

@@ -26,7 +26,8 @@ _left = 0
 
 
 def start(wdt=0):
-    """Reconcile, and on trial arm the way back.
+    """Reconcile, and on trial arm the way back. Later calls in the same boot do nothing but
+    start a hardware watchdog that is not running yet.
 
     Args:
         wdt: seconds of the hardware watchdog, 0 for none. It stays on after the trial.
@@ -35,23 +36,12 @@ def start(wdt=0):
         ``"idle"``, ``"trial"`` or ``"armed"``, as ``health.reconcile``.
     """
     global _verdict
-    if _verdict is not None:
-        return _verdict
-    _verdict = "idle"
     try:
-        from . import health
-        from .journal import Journal
-        from .slot import FirmwareSlot
-
-        slot, journal = FirmwareSlot(), Journal()
-        _verdict = health.reconcile(slot, journal, machine.reset_cause())
-        if _verdict == "rejected":
-            machine.reset()
-        if _verdict == "trial":
-            print("twinslot: trial boot of", slot.status()["running"])
-            _arm(journal.get("trial").get("hang", _BOOT_S), wdt)
-        elif wdt:
-            _arm(0, wdt)
+        if _verdict is None:
+            _verdict = "idle"
+            _verdict = _reconcile()
+        if wdt and not _wdt:
+            _arm_wdt(wdt)
     except Exception as exc:
         # Also errors of our own making: a guard that keeps the application from booting would
         # be worse than none.
@@ -60,11 +50,32 @@ def start(wdt=0):
     return _verdict
 
 
-def _arm(seconds, wdt):
-    global _timer, _wdt, _left
-    _left = seconds
-    if wdt:
-        _wdt = machine.WDT(timeout=wdt * 1000)
+def _reconcile():
+    global _left
+    from . import health
+    from .journal import Journal
+    from .slot import FirmwareSlot
+
+    journal = Journal.shared()
+    verdict = health.reconcile(FirmwareSlot(), journal, machine.reset_cause())
+    if verdict == "rejected":
+        machine.reset()
+    if verdict == "trial":
+        print("twinslot: trial boot")
+        _left = journal.get("trial").get("hang", _BOOT_S)
+        _run_timer()
+    return verdict
+
+
+def _arm_wdt(seconds):
+    global _wdt
+    _wdt = machine.WDT(timeout=seconds * 1000)
+    if _timer is None:
+        _run_timer()
+
+
+def _run_timer():
+    global _timer
     # The highest numbers first: applications start with 0. The C3 has two timers.
     for number in (3, 1, 0):
         try:
@@ -73,6 +84,8 @@ def _arm(seconds, wdt):
             return
         except (ValueError, OSError):
             pass
+    _timer = None
+    print("twinslot: no timer is free; a hanging application will not be noticed")
 
 
 def _tick(_):
@@ -95,7 +108,8 @@ def feed(seconds):
 
 def stop():
     """End the software watchdog: the trial is over. A hardware watchdog goes on being fed."""
-    global _left
+    global _left, _timer
     _left = 0
     if _timer and not _wdt:
         _timer.deinit()
+        _timer = None

@@ -37,7 +37,7 @@ def _fail(journal, trial, reason, tries):
         else:
             kept.append(f)
     report = {
-        "attempt": trial.get("attempt", ""),
+        "attempt": trial.get("attempt", "none"),
         "version": version,
         "build": build,
         "status": "rolledback",
@@ -125,7 +125,7 @@ def _confirmed(journal, trial):
     if back in journal.get("versions"):
         versions[back] = journal.get("versions")[back]
     report = {
-        "attempt": trial.get("attempt", ""),
+        "attempt": trial.get("attempt", "none"),
         "version": version,
         "build": build,
         "status": "confirmed",

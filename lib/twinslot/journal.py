@@ -1,6 +1,6 @@
 """What must survive a reboot: one small dict in ``esp32.NVS``, written whole and atomically.
 
-    journal = Journal()
+    journal = Journal.shared()
     journal.update(trial={...}, time=1795165200)     # None deletes a key
 
 One blob, because NVS is atomic for one key and not for two. Unreadable, half-written or newer
@@ -30,22 +30,33 @@ _FORMAT = 1
 _KEY = "journal"
 _KEEP = 4  # entries of each list: the newest
 
+_shared = None
+
 
 class Journal:
     """The agent's memory. Reads flash once, in the constructor; writes it in ``update``.
 
     Args:
-        nvs: an ``esp32.NVS``; opened in namespace ``twinslot`` by default. Keep one Journal:
-            every NVS object takes a handle of ESP-IDF that is never given back.
+        nvs: an ``esp32.NVS``.
     """
 
-    def __init__(self, nvs=None):
-        if nvs is None:
-            from esp32 import NVS
-
-            nvs = NVS("twinslot")
+    def __init__(self, nvs):
         self._nvs = nvs
         self._data = self._load()
+
+    @classmethod
+    def shared(cls):
+        """Return the one journal of this board, in NVS namespace ``twinslot``.
+
+        One, because two would overwrite each other's changes, and because every NVS object
+        takes a handle of ESP-IDF that is never given back.
+        """
+        global _shared
+        if _shared is None:
+            from esp32 import NVS
+
+            _shared = cls(NVS("twinslot"))
+        return _shared
 
     def _load(self):
         buf = bytearray(LIMIT)
