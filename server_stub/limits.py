@@ -35,6 +35,9 @@ class Limits:
     retry_after_s: int = 10
     """Told to a client that was turned away, plus up to as much again, so that they spread."""
 
+    goodbye_s: float = 0.5
+    """At a clean exit, an idle connection's TLS goodbye is awaited so long."""
+
     shutdown_s: int = 5
     """A clean exit waits for running downloads so long and no longer."""
 

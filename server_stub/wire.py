@@ -47,6 +47,12 @@ def protocol(limits: Limits) -> type[asyncio.Protocol]:
                 self._stalled.cancel()
                 self._stalled = None
 
+        def shutdown(self) -> None:
+            super().shutdown()
+            if self.transport.is_closing():
+                # TLS waits for the other side's goodbye, and an idle client sends none.
+                self.loop.call_later(limits.goodbye_s, self.transport.abort)
+
         def connection_lost(self, exc: Exception | None) -> None:
             for timer in (self._headers, self._stalled):
                 if timer:

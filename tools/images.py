@@ -123,9 +123,12 @@ def check_as_bootloader(image: bytes, chip: str) -> chip_image.ImageInfo | None:
     """
     if chip not in chip_image.CHIPS:
         return None
+    # Which revision the boards are is theirs to judge: take the oldest the image runs on.
+    revision = int.from_bytes(image[15:17], "little")
+    model = chip_image.CHIPS[chip]._replace(rev=revision, blk_rev=None)
     try:
         return chip_image.verify(
-            reader(image), len(image), chip, _APP_FLASH_OFFSET, in_bootloader=True
+            reader(image), len(image), model, _APP_FLASH_OFFSET, in_bootloader=True
         )
     except chip_image.ImageError as exc:
         raise ImageError(f"a bootloader would refuse it: {exc}") from exc

@@ -208,6 +208,7 @@ def payloads(firmware: images.Firmware) -> list[dict[str, Any]]:
 
 def _sign(manifest: dict[str, Any], key: RSAKey) -> bytes:
     payload = json.dumps(manifest, separators=(",", ":")).encode()
+    release.parse(payload)  # its refusals are clearer than those of a token that grew too long
     header = {"alg": "PS256", "kid": key.kid, "typ": TYPE}
     return jose.serialize_compact(header, payload, key, algorithms=["PS256"]).encode()
 
