@@ -1,0 +1,53 @@
+# What one needs to know: `make demo` shows it, `make test` proves it. Both set everything up
+# themselves, in .venv and build, and take no time to do so when nothing has changed.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+STUBS := build/typings/.ready
+LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
+
+.PHONY: help demo test lint size setup clean
+
+help:
+	@echo "make demo    a virtual board updates itself, and survives a bad release"
+	@echo "make test    lint, sizes, device tests on MicroPython, host tests"
+	@echo "make lint    ruff and pyright"
+	@echo "make size    bytes of each module of lib/twinslot on the device"
+	@echo "make clean   remove .venv and build"
+
+demo: $(READY)
+	@$(BIN)/twinslot demo
+
+test: lint size
+	@$(BIN)/python -m pytest
+
+lint: $(READY) $(STUBS)
+	@$(BIN)/ruff check $(LINTED)
+	@$(BIN)/ruff format --check $(LINTED)
+	@$(BIN)/pyright
+
+size: $(READY)
+	@$(BIN)/python tools/size.py
+
+setup: $(READY) $(STUBS)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "twinslot: $(PYTHON) is `$(PYTHON) -V 2>&1`: needs Python 3.11 or newer;" \
+	         "name one with  make PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    $(PYTHON) -m virtualenv -q $(VENV) 2>/dev/null || { rm -rf $(VENV); \
+	    echo "twinslot: $(PYTHON) can't make a virtual environment: on Debian and Ubuntu" \
+	         "run  apt install python3-venv" >&2; exit 1; }; }
+	@echo "installing into $(VENV)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(STUBS): $(READY)
+	@$(BIN)/python tools/stubs.py build/typings
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build
