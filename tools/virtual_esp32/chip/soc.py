@@ -39,28 +39,34 @@ class Panic(Exception):
 
 def start(path):
     """Read the board's configuration and open what it names."""
-    global flash, running, _wire, _rtc
+    global running, _wire, _rtc
     with open(path) as f:
-        config.update(json.load(f))
+        open_flash(json.load(f))
     _wire = open(config["wire"], "wb")
     _rtc = open(config["rtc"], "r+b")
+    for part in partitions:
+        if part.offset == config["running"] and part.type == table.TYPE_APP:
+            running = part
+
+
+def open_flash(settings):
+    """Open the flash file and read its partition table."""
+    global flash
+    config.update(settings)
     size = config["flash_size"]
-    stats = None
-    if config["stats"]:
-        stats = nor.Stats(open(config["stats"], "r+b"), size)
-    fault = None
-    if config["fault"]:
-        fault = nor.Fault(*config["fault"])
+    stats = config.get("stats")
+    fault = config.get("fault")
     flash = nor.Flash(
-        open(config["flash"], "r+b"), size, stats=stats, strict=config["strict"], fault=fault
+        open(config["flash"], "r+b"),
+        size,
+        stats=nor.Stats(open(stats, "r+b"), size) if stats else None,
+        strict=config.get("strict", True),
+        fault=nor.Fault(*fault) if fault else None,
     )
     flash.on_cut = power_cut
     raw = bytearray(table.TABLE_SIZE)
     flash.read(table.TABLE_OFFSET, raw)
     partitions.extend(table.parse(raw, require_md5=True))
-    for part in partitions:
-        if part.offset == config["running"] and part.type == table.TYPE_APP:
-            running = part
     _add_vfs(size)
 
 

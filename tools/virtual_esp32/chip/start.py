@@ -66,20 +66,20 @@ def main(config_path, reserve):
     _idle(None)
 
 
-_plugs = []
+_plugs = [None] * 1000
 
 
 def _hand_over_heap(reserve):
     """Fill what the fakes left free, then free the user's heap."""
     gc.collect()
     fakes = gc.mem_alloc() - len(reserve[0])
-    _plugs.extend([None] * 1000)
     count = 0
     size = 65536
     gc.disable()
     while size >= 16 and count < len(_plugs):
         try:
-            _plugs[count] = bytearray(size) if size >= 32 else count + 0.5  # a float: one block
+            # A bytearray is its header and its data; a float is one block of 32 bytes.
+            _plugs[count] = bytearray(size) if size >= 32 else count + 0.5
             count += 1
         except MemoryError:
             size //= 2
