@@ -61,7 +61,7 @@ _NEXT_CAUSE = {
     "soft-reset": SOFT_RESET,
     "power-cut": PWRON_RESET,
 }
-_CAUSE_NAMES = {1: "power-on", 2: "hard", 3: "wdt", 4: "deep sleep", 5: "soft"}
+CAUSE_NAMES = {1: "power-on", 2: "hard", 3: "wdt", 4: "deep sleep", 5: "soft"}
 
 # Objects of the 64-bit unix port are about twice as large as the ESP32's: this stands for some
 # 128 KiB, what a board without PSRAM has left once Wi-Fi is up.
@@ -90,7 +90,7 @@ _IDF_HEAP = [
 CHIP_FOLDER = Path(__file__).parent / "chip"
 
 
-class BoardError(Exception):
+class BoardError(ValueError):
     """This board can't be run; the text says why."""
 
 
@@ -121,7 +121,7 @@ class Boot:
     seconds: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "reset_cause": _CAUSE_NAMES[self.reset_cause]}
+        return {**self.__dict__, "reset_cause": CAUSE_NAMES[self.reset_cause]}
 
 
 @dataclass

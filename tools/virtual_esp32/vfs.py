@@ -19,7 +19,7 @@ from .board import chip_modules, find_micropython
 _HEAP = 8 << 20  # bytes
 
 
-class VolumeError(Exception):
+class VolumeError(ValueError):
     """The volume can't be read or written; the text says why."""
 
 
