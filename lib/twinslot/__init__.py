@@ -17,10 +17,13 @@ _HOME = {
 
 
 def __getattr__(name):
-    if name not in _HOME:
+    # MicroPython asks here before it looks for a submodule: ``from . import health`` too.
+    try:
+        module = __import__("twinslot." + _HOME.get(name, name), None, None, (name,))
+    except ImportError:
+        if name in _HOME:
+            raise  # a submodule that is broken or left out: say which
         raise AttributeError("module 'twinslot' has no attribute '%s'" % name)
-    module = __import__("twinslot." + _HOME[name], None, None, (name,))
-    value = getattr(module, name)
     # Cached under its own name. For ``doctor`` that hides the submodule of the same name.
-    globals()[name] = value
+    value = globals()[name] = getattr(module, name) if name in _HOME else module
     return value

@@ -26,7 +26,9 @@ from . import __version__, config, guard, health, http, jws, payload, release
 from .clock import Clock
 from .errors import BusyError, HealthError, HttpError, KnownBadError, OtaError, RefusedError
 from .journal import Journal
+from .link import Tls
 from .slot import FirmwareSlot
+from .url import resolve
 
 _BACKOFF_S = 60
 _BACKOFF_MAX_S = 3600
@@ -96,7 +98,7 @@ class Agent:
     def _tls(s):
         if s["url"].startswith("http://"):
             return None
-        return http.Tls(
+        return Tls(
             ca=config.read(s["ca"]) if s["ca"] else None, fingerprint=s["fingerprint"] or None
         )
 
@@ -456,7 +458,7 @@ class Agent:
             if offset == image.size:
                 return 0
             try:
-                response = await self._client.get(http.resolve(base, candidate.url), redirects=1)
+                response = await self._client.get(resolve(base, candidate.url), redirects=1)
                 try:
                     if response.status != 200:
                         raise HttpError("payload", response.status, "200", status=response.status)

@@ -26,7 +26,7 @@ def parse_offer(obj, base, resolve):
     Args:
         obj: ``{"release": URL, "poll": seconds, "rollout": {"percent", "seed"}}``, each optional.
         base: URL of the document it came from.
-        resolve: ``http.resolve``.
+        resolve: ``url.resolve``.
 
     Returns:
         Offer: ``release`` an absolute URL or None, ``poll`` in seconds (1 s to 7 days) or None.

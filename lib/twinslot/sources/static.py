@@ -3,7 +3,7 @@
 import json
 
 from ..errors import FormatError, HttpError
-from ..http import resolve
+from ..url import resolve
 from . import DOCUMENT_LIMIT, parse_offer
 
 
