@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -277,12 +278,12 @@ class Board:
             "idf6": idf6,
             "idf_heap": idf_heap or _IDF_HEAP,
         }
-        self._folder = tempfile.TemporaryDirectory(prefix="virtual-esp32-")
-        self._scratch = Path(self._folder.name)
+        self._scratch = Path(tempfile.mkdtemp(prefix="virtual-esp32-"))
         self._rtc = _Rtc(self._scratch / "rtc", clock)
         self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._bell = os.pipe()
         os.set_blocking(self._bell[0], False)
+        weakref.finalize(self, _dispose, self._scratch, self._bell)
 
     def _identify_chip(self) -> str:
         with self.path.open("rb") as f:
@@ -367,6 +368,12 @@ class Board:
         with self.path.open("rb", buffering=0) as f:
             found = image.find_tree(_at(f, booted.partition.offset), booted.image)
         return found[1] if found else 0
+
+
+def _dispose(scratch: Path, pipe: tuple[int, int]) -> None:
+    shutil.rmtree(scratch, ignore_errors=True)
+    for fd in pipe:
+        os.close(fd)
 
 
 def _at(file, start: int) -> Callable[[int, bytearray], None]:

