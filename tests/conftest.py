@@ -1,8 +1,8 @@
 """Run tests/device/test_*.py with MicroPython on a virtual board; report each test on its own.
 
 A file is run as one, on a board of 4 MiB with a stock image in both slots and lib/twinslot and the
-file on its volume. When the board dies in a test, that test has failed, and the rest runs on a board
-switched on again. A file may choose, with literals at its top level:
+file on its volume. When the board dies in a test, that test has failed, and the rest runs on a
+board switched on again. A file may choose, with literals at its top level:
 
     HEAP = "128K"                       what the tests may allocate
     TIMEOUT = 30                        seconds for the whole file

@@ -24,7 +24,7 @@ class _Poll:
 
     def poll(self, timeout=-1, flags=0):
         if not soc.timers or timeout == 0:
-            return self._poll.poll(timeout, flags)
+            return self._poll.poll(timeout)
         return self._sliced(timeout)
 
     def _sliced(self, timeout):
