@@ -155,7 +155,9 @@ def _add_tree(app: FastAPI, parts: Parts) -> None:
         if file is None:
             raise Problem(404, "not_found", "nothing is published under this name")
         response = tree.respond(request, file)
-        return _InPlace(response, downloads, parts.limits) if file.content is None else response
+        if isinstance(response, tree.Slice):
+            return _InPlace(response, downloads, parts.limits)
+        return response
 
 
 class _Places:

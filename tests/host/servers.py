@@ -33,9 +33,13 @@ def firmware(
     return make_firmware(None, chip=chip, version=version, project=PRODUCT, size=size, seed=seed)
 
 
-@functools.cache
 def signing_key(number: int = 0) -> RSAKey:
     """A private key; another number is another key."""
+    return _key(number)
+
+
+@functools.cache
+def _key(_number: int) -> RSAKey:
     return keys._named(RSAKey.generate_key(2048))
 
 
@@ -43,7 +47,8 @@ def publish_version(site: Path, version: str, **options) -> publish.Published:
     """Publish a firmware of that version; ``options`` are members of ``publish.Spec``."""
     image = site.parent / f"{version}.bin"
     image.write_bytes(firmware(version))
-    spec = publish.Spec(product=PRODUCT, version=version, hardware=(HARDWARE,), **options)
+    members = {"product": PRODUCT, "hardware": (HARDWARE,), **options}
+    spec = publish.Spec(version=version, **members)
     return publish.publish(image, spec, signing_key(), site)
 
 

@@ -1,0 +1,171 @@
+"""The server's certificate: made once, and trusted by every TLS stack a board or tool has."""
+
+import datetime as dt
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from servers import serving
+
+from twinslot_server import tls
+
+MICROPYTHON = Path(sys.executable).parent / "micropython"
+
+# What a board does: the pinned certificate as the only CA, verification on, a host name.
+CONNECT = """
+import socket, ssl, sys
+address, port, name, ca = sys.argv[1:5]
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+context.verify_mode = ssl.CERT_REQUIRED
+context.load_verify_locations(cadata=open(ca, 'rb').read())
+plain = socket.socket()
+plain.connect(socket.getaddrinfo(address, int(port))[0][-1])
+secure = context.wrap_socket(plain, server_hostname=name)
+secure.write(b'HEAD / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n')
+print(secure.read(12).decode())
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "site").mkdir()
+    with serving(folder / "site", "--name", "updates.example.org", "--name", "192.0.2.7") as s:
+        yield s
+
+
+def certificate(server) -> x509.Certificate:
+    return x509.load_pem_x509_certificate((server.data / "server.crt").read_bytes())
+
+
+def der(server, folder: Path) -> Path:
+    path = folder / "server.der"
+    path.write_bytes(certificate(server).public_bytes(serialization.Encoding.DER))
+    return path
+
+
+def micropython(server, name: str, ca: Path) -> subprocess.CompletedProcess:
+    port = server.url.rsplit(":", 1)[1]
+    return subprocess.run(
+        [str(MICROPYTHON), "-c", CONNECT, "127.0.0.1", port, name, str(ca)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["localhost", "127.0.0.1", "updates.example.org", "192.0.2.7", socket.gethostname()]
+)
+def test_a_board_trusts_the_pinned_certificate_under_each_of_its_names(server, tmp_path, name):
+    """mbedTLS, as on the ESP32, takes the self-signed certificate as its own trust anchor."""
+    run = micropython(server, name, der(server, tmp_path))
+    assert run.stdout.strip() == "HTTP/1.1 404", run.stderr
+
+
+def test_a_board_refuses_another_name(server, tmp_path):
+    run = micropython(server, "evil.example.org", der(server, tmp_path))
+    assert run.returncode == 1
+    assert "does not match" in run.stdout + run.stderr
+
+
+def test_a_board_refuses_another_server_of_the_same_kind(server, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    tls.ensure(other, [])
+    (tmp_path / "other.der").write_bytes(
+        ssl.PEM_cert_to_DER_cert((other / "server.crt").read_text())
+    )
+    run = micropython(server, "localhost", tmp_path / "other.der")
+    assert run.returncode == 1
+    assert "not correctly signed" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_openssl_trusts_it_in_its_strictest_mode(server, strict):
+    context = ssl.create_default_context(cafile=server.data / "server.crt")
+    if strict:
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+    host, port = server.url.removeprefix("https://").split(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=10) as plain,
+        context.wrap_socket(plain, server_hostname="updates.example.org") as secure,
+    ):
+        assert secure.version() in ("TLSv1.2", "TLSv1.3")
+
+
+def test_openssl_refuses_another_name(server):
+    context = ssl.create_default_context(cafile=server.data / "server.crt")
+    host, port = server.url.removeprefix("https://").split(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=10) as plain,
+        pytest.raises(ssl.SSLCertVerificationError),
+    ):
+        context.wrap_socket(plain, server_hostname="evil.example.org")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_the_openssl_tool_verifies_it(server):
+    path = str(server.data / "server.crt")
+    command = ["openssl", "verify", "-x509_strict", "-CAfile", path, "-purpose", "sslserver", path]
+    run = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_it_is_what_it_is_documented_to_be(server):
+    made = certificate(server)
+    assert isinstance(made.public_key(), ec.EllipticCurvePublicKey)
+    assert made.public_key().curve.name == "secp256r1"
+    years = (made.not_valid_after_utc - dt.datetime.now(dt.UTC)).days / 365.25
+    assert 9.9 < years < 10.1
+    constraints = made.extensions.get_extension_for_class(x509.BasicConstraints).value
+    assert constraints.ca is False
+    assert made.serial_number > 0
+
+
+def test_it_is_valid_for_a_board_whose_clock_was_never_set(server):
+    """MicroPython's epoch on the ESP32: 2000-01-01 00:00:00."""
+    assert certificate(server).not_valid_before_utc <= dt.datetime(2000, 1, 1, tzinfo=dt.UTC)
+
+
+def test_the_log_tells_its_fingerprint_for_pinning(server):
+    start = next(line for line in server.log() if line["event"] == "start")
+    assert start["fingerprint"] == certificate(server).fingerprint(hashes.SHA256()).hex()
+    assert "updates.example.org" in start["names"]
+
+
+def test_the_key_never_leaves_its_file(server):
+    key = (server.data / "server.key").read_text().splitlines()[1]
+    assert key not in server.errors.read_text()
+
+
+def test_an_existing_certificate_is_never_replaced_by_itself(tmp_path):
+    before = tls.ensure(tmp_path, ["one.example.org"])
+    assert tls.ensure(tmp_path, []).fingerprint == before.fingerprint
+    assert tls.ensure(tmp_path, ["ONE.example.org"]).fingerprint == before.fingerprint
+    with pytest.raises(tls.CertificateError, match=r"does not name 'two\.example\.org'"):
+        tls.ensure(tmp_path, ["two.example.org"])
+    assert tls.ensure(tmp_path, []).fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize("missing", ["server.crt", "server.key"])
+def test_half_a_certificate_is_an_error(tmp_path, missing):
+    tls.ensure(tmp_path, [])
+    (tmp_path / missing).unlink()
+    with pytest.raises(tls.CertificateError, match=missing):
+        tls.ensure(tmp_path, [])
+
+
+def test_a_damaged_certificate_is_an_error(tmp_path):
+    tls.ensure(tmp_path, [])
+    (tmp_path / "server.crt").write_text("-----BEGIN CERTIFICATE-----\nxx\n")
+    with pytest.raises(tls.CertificateError, match="not a usable certificate"):
+        tls.ensure(tmp_path, [])
