@@ -159,6 +159,7 @@ def test_reasons_come_in_the_order_of_the_idf():
         (0x3FFFFFF0, "bad load address range"),  # runs out of DRAM
         (0x3FFF0000, "overlaps bootloader"),
         (0x3FFEFFF0, "overlaps bootloader"),
+        (0x3FFE3F00, "overlaps bootloader"),  # its stack
     ],
 )
 def test_ram_range_is_checked_in_the_bootloader_only(load, reason):

@@ -8,8 +8,8 @@ builds don't).
     checksum  last byte of a 16-byte unit: 0xEF XOR all segment data
     SHA-256   of everything before it; only there if header byte 23 is set
 
-Source: ESP-IDF bootloader_support esp_image_format.c, esp_app_format.h, esp_app_desc.h, soc.h of
-the chips (address ranges).
+Source: ESP-IDF bootloader_support esp_image_format.c, esp_app_format.h, esp_app_desc.h; soc.h
+and bootloader.ld of the chips (address ranges).
 """
 
 import hashlib
@@ -34,7 +34,8 @@ _SIXTEEN_MIB = 0x1000000
 # bootloader  flash offset of the second-stage bootloader
 # drom, irom  (start, end) of the flash-mapped addresses
 # ram         ((start, end), ...) where the bootloader can load
-# loader      ((start, end), ...) of that, taken by the bootloader itself while it loads
+# loader      ((start, end), ...) of that, taken by the bootloader's data, stack and loading code
+#             (its bootloader.ld; the stack with the 32 KiB of headroom that it checks)
 # cache32     the cache addresses more than 16 MiB of flash
 Chip = namedtuple(
     "Chip",
@@ -68,7 +69,7 @@ CHIPS = {
             (0x3FF80000, 0x3FF82000),  # RTC fast, data bus
             (0x50000000, 0x50002000),  # RTC slow
         ),
-        ((0x3FFF0000, 0x3FFF6000),),
+        ((0x3FFF0000, 0x3FFF6000), (0x3FFDBF20, 0x3FFE3F20)),
         False,
     ),
     "esp32s3": Chip(
@@ -85,7 +86,7 @@ CHIPS = {
             (0x600FE000, 0x60100000),
             (0x50000000, 0x50002000),
         ),
-        ((0x3FCE2000, 0x3FCF0000), (0x403CB700, 0x403D2700)),
+        ((0x3FCE2700, 0x3FCEB710), (0x403CB700, 0x403D2700)),
         True,
     ),
     "esp32c3": Chip(
@@ -101,7 +102,7 @@ CHIPS = {
             (0x4037C000, 0x403E0000),
             (0x50000000, 0x50002000),
         ),
-        ((0x3FCD5000, 0x3FCE0000), (0x403CC700, 0x403D0000)),
+        ((0x3FCD5710, 0x3FCDE710), (0x403CE710, 0x403D5710)),
         False,
     ),
 }
