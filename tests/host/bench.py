@@ -10,12 +10,18 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from hypothesis import settings
+
 from twinslot_tools.virtual_esp32 import bootloader
 from twinslot_tools.virtual_esp32.build import make_flash
 from twinslot_tools.virtual_esp32.chip import otadata, table
 from twinslot_tools.virtual_esp32.chip.flash import SECTOR, Fault, Flash, PowerCut, Stats
 from twinslot_tools.virtual_esp32.firmware import make_firmware
 from twinslot_tools.virtual_esp32.layout import load_layout, parse_size
+
+# The same examples in every run, however busy the machine is.
+settings.register_profile("bench", deadline=None, derandomize=True)
+settings.load_profile("bench")
 
 CHIP_FOLDER = Path(bootloader.__file__).parent / "chip"
 
