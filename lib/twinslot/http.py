@@ -333,6 +333,8 @@ class Client:
         read_timeout_ms: for the request, for the whole head of the answer, for every read of the
             body.
         min_rate: bytes per second a body must bring on average over ``rate_window_ms`` of waiting.
+        on_date: called with ``Response.date`` of each answer over a verified connection:
+            ``clock.observe``.
 
     A request while another one waits for its answer raises BusyError; one while a body is unread
     gives that body up.
@@ -349,11 +351,13 @@ class Client:
         read_timeout_ms=15000,
         min_rate=256,
         rate_window_ms=60000,
+        on_date=None,
     ):
         self.read_timeout_ms = read_timeout_ms
         self.min_rate = min_rate
         self.rate_window_ms = rate_window_ms
         self._connect_timeout_ms = connect_timeout_ms
+        self._on_date = on_date
         self._tls = tls
         self._allow_http = allow_http
         self._allow_hosts = allow_hosts
@@ -433,7 +437,7 @@ class Client:
         if not answer.location:
             raise HttpError("redirect without a usable Location", status=answer.status)
         try:
-            return resolve(url, answer.location, self._allow_hosts)
+            return parse(resolve(url, answer.location, self._allow_hosts))
         except FormatError as e:
             raise HttpError("redirect refused: %s" % e.message, status=answer.status)
 
@@ -459,12 +463,15 @@ class Client:
         self._busy = True
         try:
             status, minor, found = await self._exchange(url, data, deadline)
-            return Response(self._link, self, status, minor, found, start, if_range)
+            answer = Response(self._link, self, status, minor, found, start, if_range)
         except BaseException:  # cancelled, too: the stream is in an unknown state
             self._drop()
             raise
         finally:
             self._busy = False
+        if self._on_date and answer.secure and answer.date is not None:
+            self._on_date(answer.date)
+        return answer
 
     async def _exchange(self, url, data, deadline):
         """Send a request and return the head of its answer, over the kept connection or anew."""

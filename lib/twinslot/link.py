@@ -37,6 +37,7 @@ _X509_ALLOC_FAILED = const(-0x2880)
 _PK_ALLOC_FAILED = const(-0x3F80)
 _SSL_FATAL_ALERT = const(-0x7780)
 _SSL_CONN_EOF = const(-0x7280)
+_SSL_BAD_CERTIFICATE = const(-0x7A00)
 _X509_FATAL_ERROR = const(-0x3000)
 _ENOMEM = const(12)
 
@@ -223,6 +224,8 @@ def _tls_error(e, host, tls):
             return TlsError("out of memory for TLS: it needs about 40 KB outside the Python heap")
         if code == _SSL_CONN_EOF or (isinstance(code, int) and code > 0):
             return TlsError("the connection closed during the TLS handshake (%s)" % text)
+        if code == _SSL_BAD_CERTIFICATE:
+            return TlsError("the server's certificate is not fit for a server (key usage)")
         if code == _SSL_FATAL_ALERT:
             return TlsError("the server refused the TLS handshake (alert)")
         return TlsError("TLS handshake failed (%s)" % text)

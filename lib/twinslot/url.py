@@ -82,10 +82,10 @@ def parse(url):
 
 
 def resolve(base, reference, allow_hosts=()):
-    """Return the ``Url`` that ``reference`` means in the document at ``base``.
+    """Return the absolute URL (text) that ``reference`` means in the document at ``base``.
 
     Args:
-        base: a Url, or the text of one.
+        base: absolute URL, or a Url.
         reference: relative ("r/1.4.0.jws"), path-absolute ("/a/b") or absolute on an allowed host.
         allow_hosts: further hosts that may be named: "cdn.example" or "cdn.example:8443".
 
@@ -108,29 +108,33 @@ def resolve(base, reference, allow_hosts=()):
             path = own + reference
         else:
             path = own[: own.rfind("/") + 1] + reference
-        _check_path(path)
-        if len(path) > _URL_MAX:
-            raise FormatError("URL too long", len(path), "at most %d characters" % _URL_MAX)
-        return Url(base.scheme, base.host, base.port, path)
+        url = Url(base.scheme, base.host, base.port, path)
+        parse(text_of(url))
+        return text_of(url)
     if url.scheme != base.scheme:
         raise FormatError("URL scheme", url.scheme, base.scheme)
     if url[:3] != base[:3] and not (
         url.host in allow_hosts or "%s:%d" % (url.host, url.port) in allow_hosts
     ):
         raise FormatError("URL on a foreign host", host_of(url), host_of(base))
-    return url
+    return text_of(url)
 
 
 def host_of(url):
+    """Return ``host`` or ``host:port``, as in a Host field."""
     host = "[%s]" % url.host if ":" in url.host else url.host
     if url.port == (443 if url.scheme == "https" else 80):
         return host
     return "%s:%d" % (host, url.port)
 
 
+def text_of(url):
+    return "%s://%s%s" % (url.scheme, host_of(url), url.path)
+
+
 def shown(url):
-    # For messages: without the query, which may carry a signature.
-    return "%s://%s%s" % (url.scheme, host_of(url), url.path.split("?")[0][:80])
+    """Return the URL for a message: without its query, which may carry a signature."""
+    return text_of(url).split("?")[0][:120]
 
 
 def decimal(text, limit):
