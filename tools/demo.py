@@ -116,7 +116,7 @@ def _play(story: _Story) -> dict[str, Any]:
     story.wait(lambda e: e.name == "rolledback")
     lab.wait_for_server(
         lambda d: (
-            any(r["status"] == "rolledback" for r in d["reports"])
+            any(r["status"] == "rolledback" for r in d["history"])
             and d["current_version"] == "1.1.0"
         )
     )

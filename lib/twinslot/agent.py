@@ -34,6 +34,8 @@ _BACKOFF_S = 60
 _BACKOFF_MAX_S = 3600
 _RETRY_AFTER_MAX_S = 6 * 3600
 _BOOT_SPREAD_S = 300  # boards that get power together poll within this, not at once
+_TRIES = 3  # downloads of one release, then it rests: flash wears and data costs
+_REST_S = 6 * 3600
 _POSTPONE_MAX_S = 86400  # an application that is never ready gets its update all the same
 _HEAP_NEED = 24 * 1024  # bytes of GC heap: two blocks, the JWS, headers, and room to run
 _TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
@@ -90,6 +92,7 @@ class Agent:
         self._ask = None
         self._busy = False
         self._done = None  # release URL that needs no second look
+        self._tried = (None, 0, 0)  # release URL, downloads that failed, ticks_ms of the last
         self._failures = 0
         self._poll_s = s["poll"]
         self._retry_after = None
@@ -305,7 +308,7 @@ class Agent:
         url = offer.release
         if (
             url is None
-            or (url == self._done and not force)
+            or ((url == self._done or self._rests(url)) and not force)
             or not release.in_rollout(offer.percent, offer.seed, self.device_id, hashlib.sha256)
         ):
             self._emit("idle", version=self.version())
@@ -328,6 +331,16 @@ class Agent:
             if not isinstance(exc, KnownBadError):  # that was told when it was rolled back
                 await self._report(report, "failed", exc)
             raise
+
+    def _rests(self, url):
+        """True while a release that could not be downloaded several times is left alone."""
+        known, tries, last = self._tried
+        if url != known or tries < _TRIES:
+            return False
+        if time.ticks_diff(time.ticks_ms(), last) < _REST_S * 1000:
+            return True
+        self._tried = (None, 0, 0)
+        return False
 
     def _is_running(self, manifest, url):
         """The offered image already runs; it may go by a newer version."""
@@ -412,6 +425,7 @@ class Agent:
         self._emit("staging", version=manifest.version, size=image.size)
         await self._report(report, "staging")
         start = time.ticks_ms()
+        self._tried = (url, self._tried[1] + 1 if url == self._tried[0] else 1, start)
         report["bytes"] = await self._stage(image, url)
         await self._slot.finish()
         ms = time.ticks_diff(time.ticks_ms(), start)
@@ -487,5 +501,5 @@ def _console(name, data):
     if name == "progress":
         if data["done"] * 10 // data["total"] == (data["done"] - 65536) * 10 // data["total"]:
             return
-    line = " ".join("%s=%s" % item for item in data.items())
-    print("twinslot:", name, "".join(c if " " <= c <= "~" else "?" for c in line[:200]))
+    line = " ".join("%s=%s" % (key, str(value)[:160]) for key, value in data.items())
+    print("twinslot:", name, "".join(c if " " <= c <= "~" else "?" for c in line))

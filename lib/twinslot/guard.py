@@ -61,7 +61,7 @@ def _reconcile():
     if verdict == "rejected":
         machine.reset()
     if verdict == "trial":
-        print("twinslot: trial boot")
+        print("twinslot: guard: this boot is a trial")
         _left = journal.get("trial").get("hang", _BOOT_S)
         _run_timer()
     return verdict
@@ -85,7 +85,7 @@ def _run_timer():
         except (ValueError, OSError):
             pass
     _timer = None
-    print("twinslot: no timer is free; a hanging application will not be noticed")
+    print("twinslot: guard: no timer is free; a hanging application will not be noticed")
 
 
 def _tick(_):
@@ -93,7 +93,7 @@ def _tick(_):
     if _left:
         _left -= 1
         if _left == 0:
-            print("twinslot: the application hangs; reset")
+            print("twinslot: guard: the application stands still; reset")
             machine.reset()
     if _wdt:
         _wdt.feed()

@@ -260,7 +260,8 @@ class FirmwareSlot:
         try:
             seen = await self._digest()
             if seen != image.sha256:
-                raise ChecksumError("SHA-256 of the slot", seen, image.sha256)
+                # Half of each is enough to tell them apart in a log.
+                raise ChecksumError("SHA-256 of the slot", seen[:32], image.sha256[:32])
             if self._header is not None:
                 self._check_build(self._read_held)
                 self._target.writeblocks(0, self._header, 0)
@@ -282,7 +283,7 @@ class FirmwareSlot:
     def _check_build(self, read):
         length, build = espimage.identify(read, self._image.size)
         if build != self._image.build:
-            raise ImageError("build of the image", build, self._image.build)
+            raise ImageError("build of the image", build[:32], self._image.build[:32])
         if length > self._image.size:
             raise ImageError("length of the image", length, self._image.size)
 
