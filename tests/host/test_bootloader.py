@@ -4,8 +4,11 @@ Sections are those of ESP-IDF's behaviour as the reference notes it: selection, 
 that fail, power loss, deep sleep. "F.." names a row of the fault catalogue.
 """
 
+import hashlib
+import struct
+
 import pytest
-from bench import Board
+from bench import Board, firmware
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -21,6 +24,7 @@ from twinslot_tools.virtual_esp32.bootloader import (
 from twinslot_tools.virtual_esp32.build import make_flash
 from twinslot_tools.virtual_esp32.chip import otadata, table
 from twinslot_tools.virtual_esp32.chip.flash import SHAPES, PowerCut
+from twinslot_tools.virtual_esp32.chip.image import verify
 from twinslot_tools.virtual_esp32.chip.otadata import (
     ABORTED,
     INVALID,
@@ -307,6 +311,22 @@ def test_a_board_with_nothing_bootable_says_so():
     assert board.result.why.startswith("no bootable app partition; ota_0 is not bootable: invalid")
     assert board.log[-1] == "E boot: No bootable app partitions in the partition table"
     assert board.states() == ["blank", "blank"]
+
+
+def test_image_that_only_the_bootloader_refuses():
+    """A segment for RAM that isn't there: set_boot accepts the image, the bootloader doesn't."""
+    board = Board(entries=ACTIVATED)
+    slot = board.part(NEW_SLOT)
+    image = bytearray(firmware(NEW_SLOT))
+    at = image.index(struct.pack("<I", 0x40080000), 24)
+    image[at : at + 4] = struct.pack("<I", 0x20000000)
+    image[-32:] = hashlib.sha256(image[:-32]).digest()
+    board.put(slot.offset, bytes(image))
+    verify(
+        lambda at, buf: board.flash().read(slot.offset + at, buf), slot.size, "esp32", slot.offset
+    )
+    assert board.boot() == OLD
+    assert "bad load address range" in board.result.why
 
 
 def test_the_seed_names_the_slot_that_really_booted():

@@ -206,6 +206,7 @@ def test_long_name_is_cut_to_its_field():
             "line 1: 'a' begins at 0x8000, but the partition table",
         ),
         ("a,data,nvs,,16K\nb,data,phy,0xc000,4K", "line 2: 'b' begins at 0xc000, but 'a' before"),
+        ("a,data,fat,,4097\nb,data,fat,0xa000,4K", "line 2: 'b' begins at 0xa000, but 'a' before"),
         ("a, app, ota_0, 0x18000, 64K", "line 1: 'a': offset 0x18000, expected a multiple"),
         ("a, app, ota_0, 0x10000, 0x800", "line 1: 'a': size 0x800, expected a multiple"),
         ("a, data, fat, 0x9100, 4K", "line 1: 'a': offset 0x9100, expected a multiple of 0x1000"),

@@ -284,7 +284,7 @@ class _Bootloader:
             return self.test
         if index == FACTORY:
             return self.factory
-        return self.ota.get(index) if index < self.app_count else None
+        return self.ota.get(index)
 
     def try_load(self, index: int) -> ImageInfo | None:
         part = self.partition(index)
