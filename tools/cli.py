@@ -251,6 +251,11 @@ def inspect(
 
 
 def _show_found(file: Path, found: dict[str, Any]) -> None:
+    if found["kind"] == "flash":
+        from .virtual_esp32 import show
+
+        out.print(show.render(found))
+        return
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

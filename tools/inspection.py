@@ -19,6 +19,7 @@ from .virtual_esp32.layout import subtype_name, type_name
 
 _LARGEST = 128 << 20  # bytes: the largest flash an ESP32 takes
 _SECTOR = 4096
+_RECORD = 32  # bytes of a partition table's entry
 
 
 def inspect(path: Path, keys: dict[str, bytes] | None = None) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def inspect(path: Path, keys: dict[str, bytes] | None = None) -> dict[str, Any]:
     if data[:2] == b"\xaa\x50":
         return _table(data)
     if (found := images.find_table(data)) is not None:
-        return _flash(path, data, *found)
+        return _flash(data, *found)
     text = data.strip()
     if text[:1] == b"{":
         return _json(path, text)
@@ -193,8 +194,10 @@ def _keys(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _table(data: bytes) -> dict[str, Any]:
-    data = data.ljust(table.TABLE_SIZE, b"\xff")
     try:
+        if len(data) % _RECORD:
+            raise table.TableError(f"cut off: {len(data)} bytes, expected records of {_RECORD}")
+        data = data.ljust(table.TABLE_SIZE, b"\xff")
         partitions = table.parse(data)
     except table.TableError as exc:
         return {"kind": "partition table", "ok": False, "why": str(exc)}
@@ -208,12 +211,13 @@ def _row(partition: table.Partition) -> dict[str, Any]:
     return row
 
 
-def _flash(path: Path, data: bytes, at: int, start: int) -> dict[str, Any]:
+def _flash(data: bytes, at: int, start: int) -> dict[str, Any]:
     """A file with a bootloader in front: a whole flash, or a combined file that starts later."""
     whole = start == 0 and len(data) % _SECTOR == 0 and len(data) >= 1 << 20
     if whole:
         from .virtual_esp32 import show
 
-        return {"kind": "flash", "ok": True, **show.describe(path)}
+        found = show.describe(data)
+        return {"kind": "flash", "ok": found["boots"] is not None, **found}
     result = _table(data[at : at + table.TABLE_SIZE])
     return {**result, "kind": "combined file", "flash_offset": start, "size": len(data)}
