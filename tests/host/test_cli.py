@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 from servers import HARDWARE, PRODUCT, Running, firmware, public_keys, serving, signing_key
 

@@ -19,8 +19,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # What MicroPython 1.24 on the ESP32 has, built in or frozen; nothing else may be imported there.
 ON_THE_DEVICE = set(
     "_thread array asyncio binascii cryptolib deflate errno esp esp32 espnow gc hashlib io json"
-    " machine math micropython neopixel network ntptime os platform random re select socket ssl struct"
-    " sys time tls uctypes vfs websocket collections twinslot".split()
+    " machine math micropython neopixel network ntptime os platform random re select socket ssl"
+    " struct sys time tls uctypes vfs websocket collections twinslot".split()
 )
 
 
