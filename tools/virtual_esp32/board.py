@@ -432,11 +432,15 @@ class _Process:
         self.wire.close()
         self.stdout.close()
 
-    def kill_and_drain(self) -> tuple[int, bytes]:
-        """Return the exit status before the kill (None: it was running) and the last output."""
-        status = self._popen.poll()
+    def kill_and_drain(self, died: bool) -> tuple[int, bytes]:
+        """Return the exit status and the last output; `died`: it ended by itself."""
+        if died:
+            try:
+                self._popen.wait(2)
+            except subprocess.TimeoutExpired:
+                pass
         self._popen.kill()
-        self._popen.wait()
+        status = self._popen.wait()
         rest = self.stdout.read()
         self.wire.close()
         self.stdout.close()
@@ -579,7 +583,7 @@ class _Run:
                 if self.stopping and not boot.outcome:
                     boot.outcome = "stopped"
                 self.check_clocks(boot)
-        status, rest = process.kill_and_drain()
+        status, rest = process.kill_and_drain(boot.outcome == "crash")
         printed.append(rest)
         self.print(console.feed(rest) + console.rest())
         boot.console = b"".join(printed).decode(errors="replace")

@@ -186,8 +186,19 @@ def _run(name, frozen, namespace):
     except SystemExit:
         soc.end("soft-reset")
     except BaseException as e:
-        sys.print_exception(e)
-        _idle(e)  # main.py doesn't run after a boot.py that failed
+        text = _traceback(e)
+        print(text, end="")
+        _idle(text)  # main.py doesn't run after a boot.py that failed
+
+
+def _traceback(error):
+    """Text of a traceback, without the frame of this file."""
+    text = io.StringIO()
+    sys.print_exception(error, text)
+    lines = text.getvalue().split("\n")
+    if len(lines) > 1 and "in _run" in lines[1]:
+        del lines[1]
+    return "\n".join(lines)
 
 
 def _exists(path):
@@ -199,12 +210,7 @@ def _exists(path):
 
 def _idle(error):
     """Where a board shows its prompt: timers and threads go on, and so does the watchdog."""
-    text = None
-    if error is not None:
-        text = io.StringIO()
-        sys.print_exception(error, text)
-        text = text.getvalue()
     soc.event("heap", at="end", alloc=gc.mem_alloc(), free=gc.mem_free())
-    soc.event("idle", error=text, timers=len(soc.timers))
+    soc.event("idle", error=error, timers=len(soc.timers))
     while True:
         shim_time.sleep_ms(20)
