@@ -60,6 +60,7 @@ def main(config_path, reserve):
     namespace = _clean_namespace()
     frozen = _mount(bdev, tree)
     del tree, bdev
+    _grow_qstr_pool()
     _hand_over_heap(reserve)
     for name in ("boot", "main"):
         _run(name, frozen, namespace)
@@ -67,6 +68,18 @@ def main(config_path, reserve):
 
 
 _plugs = [None] * 1000
+_QSTRS = 1200  # what this folder's modules intern, and then some: over 630, where a pool ends
+
+
+def _grow_qstr_pool():
+    """Intern names until a new pool of strings is begun.
+
+    A pool is twice the size of the last one and in one piece (py/qstr.c). The names of the fakes
+    have filled the small ones, so the user's next name would take 15 KB for a pool that on a
+    board, which has those names in flash, begins with 10 entries.
+    """
+    for i in range(_QSTRS - 630):
+        getattr(_QSTRS, "qstr%d" % i, None)
 
 
 def _hand_over_heap(reserve):
