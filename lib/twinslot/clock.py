@@ -63,6 +63,10 @@ _NTP_UNIX = const(2208988800)  # seconds from 1900 to 1970
 _RANK = {None: 0, "rtc": 0, "ntp": 1, "date": 2, "user": 3}
 
 
+class KissError(ClockError):
+    """The NTP server has sent a kiss of death (RFC 5905 section 7.4)."""
+
+
 def _epoch():
     return 946684800 if time.gmtime(0)[0] == 2000 else 0
 
@@ -88,8 +92,8 @@ def parse_ntp(reply, nonce):
         nonce: the 8 bytes sent as transmit timestamp, which the reply must give back.
 
     Raises:
-        ClockError: not a synchronised server's answer to this question. Its ``kiss`` is True
-            where the server asks to be left alone.
+        ClockError: not a synchronised server's answer to this question; KissError where the
+            server asks to be left alone.
     """
     leap, version, mode = reply[0] >> 6, reply[0] >> 3 & 7, reply[0] & 7
     if mode != 4 or version not in (3, 4):
@@ -97,9 +101,7 @@ def parse_ntp(reply, nonce):
     if bytes(reply[24:32]) != nonce:
         raise ClockError("ntp: the reply is not to this question")
     if not reply[1]:
-        error = ClockError("ntp: the server declines", bytes(reply[12:16]))
-        error.kiss = True
-        raise error
+        raise KissError("ntp: the server declines", bytes(reply[12:16]))
     if reply[1] > 15 or leap == 3:
         raise ClockError("ntp: the server is not synchronised")
     seconds = int.from_bytes(reply[40:44], "big")
@@ -228,7 +230,7 @@ class Clock:
                     self.problem = None
                 except OtaError as e:
                     self.problem = str(e)
-                    if getattr(e, "kiss", False):
+                    if isinstance(e, KissError):
                         self._kissed = now
         self._raise_rtc()
         return self.state
@@ -287,9 +289,9 @@ class Clock:
                 if sock.readinto(reply) == 48:
                     try:
                         return parse_ntp(reply, nonce)
+                    except KissError:
+                        raise
                     except ClockError as e:
-                        if getattr(e, "kiss", False):
-                            raise
                         self.problem = str(e)
         except OSError:
             pass  # refused, unreachable, no network: no answer

@@ -20,6 +20,7 @@ Source: RFC 9110 (fields, Range, dates), RFC 9112 (message framing).
 """
 
 import json
+from asyncio import sleep_ms
 from time import ticks_add, ticks_diff, ticks_ms
 
 from micropython import const
@@ -33,7 +34,7 @@ from .errors import (
     TimeoutError_,
     UnreachableError,
 )
-from .link import HEAD_MAX, LINE_MAX, Link, Tls, lookup  # noqa: F401 (Tls is for users)
+from .link import HEAD_MAX, LINE_MAX, Link, Tls, longer, lookup  # noqa: F401 (Tls is for users)
 from .url import decimal, hexadecimal, host_of, parse, resolve, shown
 
 _EXTENSION_MAX = const(128)  # a chunk-size line
@@ -228,9 +229,15 @@ class Response:
                 return 0
             n = min(len(buf), self._left)
             got = link.take(buf, n)
-            if not got:
-                got = await link.receive(buf, n, since, client.read_timeout_ms, "body")
-                if not got:
+            pause = 0  # lets other tasks run even while bytes keep coming
+            while not got:
+                # Here and not in a coroutine of the link: each would cost 200 bytes per read.
+                await sleep_ms(pause)
+                got = link.read(buf, n, "body")
+                if got is None:
+                    link.check(since, client.read_timeout_ms, "body")
+                    pause = longer(pause)
+                elif not got:
                     raise NetworkError(
                         "the body ends early", self._got, self.length or "more in its chunk"
                     )

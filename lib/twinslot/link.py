@@ -158,7 +158,7 @@ class Tls:
         what = "ca"
         try:
             # OPTIONAL without a CA goes on after a failed chain; then _check decides alone.
-            context.verify_mode = tls.CERT_REQUIRED if ca else tls.CERT_OPTIONAL
+            context.verify_mode = tls.CERT_REQUIRED if ca else tls.CERT_OPTIONAL  # pyright: ignore
             if ca:
                 for der in _der_of(ca, what, b"CERTIFICATE"):
                     context.load_verify_locations(der)
@@ -174,10 +174,10 @@ class Tls:
             raise _tls_error(e, "", self)
         if self._pin:
             try:
-                context.verify_callback = self._check
+                context.verify_callback = self._check  # pyright: ignore (not in the stubs)
             except AttributeError:
                 raise TlsError("no fingerprints on this port: pin the certificate itself (ca)")
-        self._sources = None
+        self._sources = (None, None, None)
         return context
 
     def _check(self, der, depth):
@@ -242,6 +242,11 @@ def _tls_error(e, host, tls):
     return TlsError("the server's certificate is %s (%s)" % (why, text))
 
 
+def longer(pause):
+    """Return the next of the pauses between two looks at a socket: 0, 1, 3, 7, 15, 15... ms."""
+    return min(pause * 2 + 1, _PAUSE_MAX_MS)
+
+
 class Link:
     """A connection and the bytes read ahead of it. Every wait is bounded.
 
@@ -255,7 +260,6 @@ class Link:
         self.owner = None  # the Response whose body is still to be read
         self.heard = False  # bytes came since the last request
         self.greeted = False  # the TLS handshake is through
-        self.ended = False
         self._sock = None
         self._raw = None
         self._tls = None
@@ -312,7 +316,7 @@ class Link:
                     break
                 self.check(since, limit_ms, "connect")
                 await sleep_ms(pause)
-                pause = min(pause * 2, _PAUSE_MAX_MS)
+                pause = longer(pause)
             if ready[0][1] & (select.POLLERR | select.POLLHUP):
                 sock.read(1)  # raises the reason
                 raise OSError(0)
@@ -336,7 +340,7 @@ class Link:
                 raise TlsError("the server spoke before its certificate was checked")
             self.check(since, limit_ms, "TLS handshake")
             await sleep_ms(pause)
-            pause = min(pause * 2, _PAUSE_MAX_MS)
+            pause = longer(pause)
 
     async def send(self, data, since, limit_ms):
         left = memoryview(data)
@@ -354,21 +358,14 @@ class Link:
             else:
                 self.check(since, limit_ms, doing)
                 await sleep_ms(pause)
-                pause = min(pause * 2, _PAUSE_MAX_MS)
+                pause = longer(pause)
 
-    async def receive(self, buf, n, since, limit_ms, doing):
-        """Read 1 to ``n`` bytes into ``buf``; 0 at the end of the stream."""
-        pause = 0  # lets other tasks run even while bytes keep coming
-        while True:
-            await sleep_ms(pause)
-            try:
-                got = self._sock.readinto(buf, n)
-            except (OSError, ValueError) as e:
-                raise self._error(e, doing)
-            if got is not None:
-                return got
-            self.check(since, limit_ms, doing)
-            pause = min(pause * 2 + 1, _PAUSE_MAX_MS)
+    def read(self, buf, n, doing):
+        """Read up to ``n`` bytes into ``buf``, now: None where there are none, 0 at the end."""
+        try:
+            return self._sock.readinto(buf, n)
+        except (OSError, ValueError) as e:
+            raise self._error(e, doing)
 
     def take(self, buf, n):
         """Move up to ``n`` bytes that were read ahead into ``buf``; return how many."""
@@ -391,6 +388,7 @@ class Link:
         """Return the next line (bytes, without its CRLF)."""
         at = self._from
         buf = self._buf
+        pause = 0
         while True:
             while at < self._to:
                 c = buf[at]
@@ -410,13 +408,17 @@ class Link:
                 self._to = at = kept
             if self._to == LINE_MAX:
                 raise HttpError("%s: line too long" % doing, "more", "%d bytes" % LINE_MAX)
-            got = await self.receive(
-                self._mv[self._to :], LINE_MAX - self._to, since, limit_ms, doing
-            )
-            if not got:
+            got = self.read(self._mv[self._to :], LINE_MAX - self._to, doing)
+            if got:
+                self.heard = True
+                self._to += got
+                pause = 0
+            elif got is None:
+                self.check(since, limit_ms, doing)
+                await sleep_ms(pause)
+                pause = longer(pause)
+            else:
                 raise NetworkError("%s: the connection closed" % doing)
-            self.heard = True
-            self._to += got
 
     async def fields(self, since, limit_ms, doing, room, wanted=()):
         """Read header fields up to the empty line: ({wanted name: value}, room left).
