@@ -20,7 +20,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError
 from starlette.exceptions import HTTPException
 
 from . import offers, tree
@@ -58,7 +58,7 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_exception_handler(HTTPException, _http_problem)
     app.add_exception_handler(RequestValidationError, _query_problem)
     app.add_exception_handler(StoreError, _store_problem(parts.limits))
-    app.add_exception_handler(OperationalError, _store_problem(parts.limits))
+    app.add_exception_handler(DatabaseError, _store_problem(parts.limits))
     app.add_exception_handler(Exception, _bug)
     _add_device_routes(app, parts)
     _add_operator_routes(app, parts)
@@ -99,7 +99,7 @@ def _check_update(parts: Parts, request: CheckUpdate) -> dict:
         request.chip_id,
     )
     offer = offers.decide(board, channel, int(time.time()))
-    _note(device=request.device_id, version=offer.version, reason=offer.reason)
+    _note("checked", device=request.device_id, version=offer.version, reason=offer.reason)
     if channel.poll is not None:
         answer["poll"] = channel.poll
     if offer.release is None:
@@ -115,6 +115,7 @@ def _report_status(parts: Parts, report: ReportStatus) -> dict:
     running = {"current_version": report.current_version, "current_build": report.current_build}
     new = parts.store.report(report.device_id, kept, running)
     _note(
+        "reported",
         device=report.device_id,
         attempt=report.attempt,
         version=report.version,
@@ -238,8 +239,8 @@ def _with_dates(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _note(**fields: Any) -> None:
-    log.info("api", extra={"fields": {k: v for k, v in fields.items() if v is not None}})
+def _note(event: str, **fields: Any) -> None:
+    log.info(event, extra={"fields": {k: v for k, v in fields.items() if v is not None}})
 
 
 def _problem_response(problem: Problem) -> JSONResponse:
@@ -251,11 +252,13 @@ def _problem_response(problem: Problem) -> JSONResponse:
     )
 
 
-async def _http_problem(_request: Request, exc: Exception) -> Response:
+async def _http_problem(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     if not isinstance(exc, Problem):  # the framework's own: no such route, no such method
         code = {404: "not_found", 405: "method"}.get(exc.status_code, "request")
         exc = Problem(exc.status_code, code, str(exc.detail), exc.headers)
+    client = request.client.host if request.client else None
+    _note("refused", code=exc.code, path=request.url.path[:200], client=client, why=exc.detail)
     return _problem_response(exc)
 
 

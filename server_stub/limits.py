@@ -14,7 +14,8 @@ class Limits:
     """From the end of the headers until the whole body is here."""
 
     header_timeout_s: float = 10.0
-    """From the connection (TLS included) until the first request's headers are here."""
+    """From the end of the TLS handshake (asyncio allows that one 60 s) until a request's headers
+    are here; and again from the first byte of each further request."""
 
     header_bytes: int = 16384
     """Request line and headers together."""
@@ -40,6 +41,9 @@ class Limits:
 
     shutdown_s: int = 5
     """A clean exit waits for running downloads so long and no longer."""
+
+    database_wait_s: float = 5.0
+    """For another process that holds the database (a backup), then 503."""
 
     devices: int = 100_000
     """Rows of the registry: with one shared token, anybody who holds it can add some."""

@@ -23,6 +23,7 @@ from sqlalchemy import (
     select,
 )
 from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from .limits import Limits
@@ -94,19 +95,17 @@ class Store:
 
     def __init__(self, path: Path, limits: Limits):
         self._limits = limits
-        self._engine = create_engine(f"sqlite:///{path}")
+        self._engine = create_engine(
+            f"sqlite:///{path}", connect_args={"timeout": limits.database_wait_s}
+        )
         event.listen(self._engine, "connect", _configure)
         event.listen(self._engine, "begin", _begin)
         self._writer = self._engine.execution_options(write=True)
-        with self._writer.begin() as connection:
-            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-            if found not in (0, SCHEMA_VERSION):
-                raise StoreError(
-                    f"{path} has schema {found}, this server knows {SCHEMA_VERSION}: use the"
-                    " server that wrote it, or start with another --data folder"
-                )
-            Base.metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        try:
+            with self._writer.begin() as connection:
+                _prepare(connection, path)
+        except DatabaseError as exc:
+            raise StoreError(f"{path}: {exc.orig}") from exc
 
     def close(self) -> None:
         self._engine.dispose()
@@ -199,18 +198,29 @@ class Store:
             return {**_columns(row), "history": history}
 
 
+def _prepare(connection: Connection, path: Path) -> None:
+    """Make the tables of a new database; refuse one of another schema."""
+    found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    if found not in (0, SCHEMA_VERSION):
+        raise StoreError(
+            f"{path} has schema {found}, this server knows {SCHEMA_VERSION}: use the"
+            " server that wrote it, or start with another --data folder"
+        )
+    Base.metadata.create_all(connection)
+    connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+
+
 def _configure(connection: Any, _record: object) -> None:
     connection.isolation_level = None  # the driver starts no transaction of its own: _begin does
     cursor = connection.cursor()
     cursor.execute("PRAGMA journal_mode = WAL")
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
-    cursor.execute("PRAGMA busy_timeout = 5000")
     cursor.close()
 
 
 def _begin(connection: Connection) -> None:
     # A writer takes its lock before it reads: one that read first could only fail when another
-    # has written since (SQLITE_BUSY_SNAPSHOT, which busy_timeout doesn't wait for).
+    # has written since (SQLITE_BUSY_SNAPSHOT, which no timeout waits for).
     write = connection.get_execution_options().get("write")
     connection.exec_driver_sql("BEGIN IMMEDIATE" if write else "BEGIN")

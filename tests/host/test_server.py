@@ -349,6 +349,20 @@ def test_the_registry_is_the_whole_api(server):
     assert found == {(m, p.replace(DEVICE, "{device_id}")) for m, p, _ in ROUTES}
 
 
+def test_a_refusal_is_logged_with_who_and_where(server):
+    """F117: an audit line, in which a path can forge nothing."""
+    with server.client() as client:
+        client.post("/api/v1/check-update", json=ASK)
+        line = server.log()[-1]
+        assert (line["event"], line["code"]) == ("refused", "unauthorized")
+        assert (line["path"], line["client"]) == ("/api/v1/check-update", "127.0.0.1")
+        client.get("/%0A%7B%22event%22%3A%22forged%22%7D%1b[31m" + "x" * 900)
+    line = server.log()[-1]
+    assert line["event"] == "refused"
+    assert len(line["path"]) == 200
+    assert "\x1b" not in server.errors.read_text()
+
+
 def test_no_token_is_ever_logged(server):
     ask(server)
     for role in ("device", "operator"):
@@ -675,6 +689,29 @@ def test_a_database_of_a_later_server_stops_the_start(site, tmp_path):
         database.execute("PRAGMA user_version = 99")
     database.close()
     assert "schema 99" in refused_start(tmp_path)
+
+
+def test_a_file_that_is_no_database_stops_the_start(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "data").mkdir(mode=0o700)
+    (tmp_path / "data" / "server.sqlite3").write_bytes(b"no database at all" * 100)
+    assert "server.sqlite3" in refused_start(tmp_path)
+
+
+def test_while_the_database_is_held_boards_are_told_when_to_come_back(site, tmp_path):
+    """F114: another process holds the lock; nothing is lost, and it ends with the lock."""
+    with serving(site, program=short_limits(database_wait_s=0.2)) as s:
+        ask(s)
+        holder = sqlite3.connect(tmp_path / "data" / "server.sqlite3")
+        try:
+            holder.execute("BEGIN IMMEDIATE")
+            response = post(s, "report-status", REPORT)
+            assert problem(response) == (503, "storage")
+            assert int(response.headers["retry-after"]) >= 10
+        finally:
+            holder.close()
+        assert post(s, "report-status", REPORT).json() == {"ok": True}
+        assert len(device(s, DEVICE)["history"]) == 1
 
 
 def test_a_private_key_among_the_trusted_stops_the_start(tmp_path):
