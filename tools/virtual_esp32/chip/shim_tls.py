@@ -98,8 +98,10 @@ class SSLContext:
         self._own.verify_mode = mode
 
     def load_verify_locations(self, cadata):
-        self._own.load_verify_locations(cadata)
-        for der in _certificates(cadata):
+        found = list(_certificates(cadata))
+        for der in found or (cadata,):  # the unix port is built without PEM
+            self._own.load_verify_locations(der)
+        for der in found:
             self._dates.append(_validity(der))
 
     def load_cert_chain(self, cert, key):
@@ -129,9 +131,9 @@ class SSLContext:
         now = shim_time.time()
         for start, end in self._dates:
             if now < start:
-                return "The certificate validity starts in the future"
+                return "\nThe certificate validity starts in the future\n"
             if now > end:
-                return "The certificate validity has expired"
+                return "\nThe certificate validity has expired\n"
         return None
 
 
