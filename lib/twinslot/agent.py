@@ -23,8 +23,16 @@ import sys
 import time
 
 from . import __version__, config, guard, health, http, jws, payload, release
-from .clock import Clock
-from .errors import BusyError, HealthError, HttpError, KnownBadError, OtaError, RefusedError
+from .clock import BUILD_FLOOR, Clock
+from .errors import (
+    BusyError,
+    HealthError,
+    HttpError,
+    KnownBadError,
+    OtaError,
+    RefusedError,
+    TlsError,
+)
 from .journal import Journal
 from .link import Tls
 from .slot import FirmwareSlot
@@ -36,7 +44,8 @@ _RETRY_AFTER_MAX_S = 6 * 3600
 _BOOT_SPREAD_S = 300  # boards that get power together poll within this, not at once
 _TRIES = 3  # downloads of one release, then it rests: flash wears and data costs
 _REST_S = 6 * 3600
-_POSTPONE_MAX_S = 86400  # an application that is never ready gets its update all the same
+_DAY_S = 86400
+_POSTPONE_MAX_S = _DAY_S  # an application that is never ready gets its update all the same
 _HEAP_NEED = 24 * 1024  # bytes of GC heap: two blocks, the JWS, headers, and room to run
 _TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
 
@@ -71,7 +80,11 @@ class Agent:
             self._keys = jws.load_keys(json.loads(config.read(s["keys"])))
         except ValueError:
             raise config.ConfigError("key file %s is not JSON" % s["keys"])
-        self._clock = Clock(ntp=s["ntp"], last=self._journal.get("time", int) or 0)
+        self._clock = Clock(
+            ntp=s["ntp"],
+            last=self._journal.get("time", int) or 0,
+            floor=max(BUILD_FLOOR, self._journal.get("issued", int) or 0),
+        )
         self._client = http.Client(
             tls=self._tls(s),
             token=s["token"] or None,
@@ -79,6 +92,7 @@ class Agent:
             read_timeout_ms=s["timeout"] * 1000,
             connect_timeout_ms=s["timeout"] * 1000,
             allow_http=s["url"].startswith("http://"),
+            on_date=self._clock.observe,
         )
         if source is None:
             if s["source"] == "server":
@@ -192,12 +206,15 @@ class Agent:
         """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
         if self._verdict == "armed":
             self._machine.reset()
+        # After a trial or a rollback the news is told at once; boards that merely got power back
+        # spread their first poll.
         if self._verdict == "trial":
             await self._prove()
+        elif not self._journal.get("reports", list):
+            await asyncio.sleep_ms(self._first_delay_ms())
         for report in self._journal.get("reports", list):
             if report["status"] == "rolledback":
                 self._emit("rolledback", version=report["version"], **report["error"])
-        await asyncio.sleep_ms(self._first_delay_ms())
         while True:
             try:
                 await self.update_now()
@@ -287,6 +304,8 @@ class Agent:
             # What can't succeed later is no reason to poll at another pace.
             self._failures = self._failures + 1 if exc.retry else 0
             self._retry_after = getattr(exc, "retry_after", None)
+            if isinstance(exc, TlsError):
+                self._clock.doubt()  # perhaps the date is to blame: ask again
             self._emit("failed", **exc.report())
             raise
         finally:
@@ -366,9 +385,9 @@ class Agent:
 
     def _remember_time(self):
         """Keep a lower bound of the time for a boot without NTP; once a day, flash wears."""
-        now = self._clock.now()
-        if now and self._clock.trusted and now - (self._journal.get("time", int) or 0) > 86400:
-            self._journal.update(time=now)
+        lasting = self._clock.lasting()
+        if lasting and lasting - (self._journal.get("time", int) or 0) > _DAY_S:
+            self._journal.update(time=lasting)
 
     async def _fetch(self, url):
         """Fetch a release and return its verified manifest."""
@@ -442,6 +461,7 @@ class Agent:
         self._journal.update(
             confirmed=own,
             versions={own: self.version()},
+            issued=max(self._journal.get("issued", int) or 0, manifest.issued),
             trial={
                 "build": build,
                 "version": manifest.version,
