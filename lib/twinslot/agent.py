@@ -82,8 +82,8 @@ class Agent:
             raise config.ConfigError("key file %s is not JSON" % s["keys"])
         self._clock = Clock(
             ntp=s["ntp"],
-            last=self._journal.get("time", int) or 0,
-            floor=max(BUILD_FLOOR, self._journal.get("issued", int) or 0),
+            last=self._journal.get("time", int),
+            floor=max(BUILD_FLOOR, self._journal.get("issued", int)),
         )
         self._client = http.Client(
             tls=self._tls(s),
@@ -172,7 +172,7 @@ class Agent:
             "current_build": self._running["build"],
             "labels": s["labels"],
             "agent": __version__,
-            "micropython": ".".join(str(n) for n in sys.implementation[1][:3]),
+            "micropython": ".".join(str(n) for n in sys.implementation.version[:3]),
         }
 
     async def _report(self, report, status, error=None):
@@ -386,7 +386,7 @@ class Agent:
     def _remember_time(self):
         """Keep a lower bound of the time for a boot without NTP; once a day, flash wears."""
         lasting = self._clock.lasting()
-        if lasting and lasting - (self._journal.get("time", int) or 0) > _DAY_S:
+        if lasting and lasting - self._journal.get("time", int) > _DAY_S:
             self._journal.update(time=lasting)
 
     async def _fetch(self, url):
@@ -412,7 +412,7 @@ class Agent:
             self._slot.chip_id,
             self.version(),
             self._running["build"],
-            self._journal.get("floor", int) or 0,
+            self._journal.get("floor", int),
             self._clock.now() if self._clock.trusted else None,
             () if force else health.failed_builds(self._journal),
             self._slot.size,
@@ -461,7 +461,7 @@ class Agent:
         self._journal.update(
             confirmed=own,
             versions={own: self.version()},
-            issued=max(self._journal.get("issued", int) or 0, manifest.issued),
+            issued=max(self._journal.get("issued", int), manifest.issued),
             trial={
                 "build": build,
                 "version": manifest.version,

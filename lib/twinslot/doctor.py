@@ -46,7 +46,7 @@ def doctor(path="/ota.json"):
 
 
 def _platform(say):
-    version = sys.implementation[1]
+    version = sys.implementation.version
     text = ".".join(str(n) for n in version[:3])
     if version[:2] < _OLDEST:
         say("fail", "firmware", "MicroPython " + text, "flash MicroPython 1.24 or newer")
@@ -95,7 +95,7 @@ def _slots(say):
 def _room(say, slot):
     from esp32 import Partition
 
-    running = Partition(Partition.RUNNING)
+    running = Partition(Partition.RUNNING)  # pyright: ignore (stubs know labels only)
     own = running.info()[3]
     length = espimage.identify(lambda offset, buf: running.readblocks(0, buf, offset), own)[0]
     room = slot.size - length

@@ -70,7 +70,7 @@ def reconcile(slot, journal, reset_cause):
         if status["inactive_build"] == trial.get("build") and status["inactive_state"] == "new":
             return "armed"
         _not_running(journal, trial, status, reset_cause)
-    known = status["build"] == journal.get("confirmed", str)
+    known = status["build"] and status["build"] == journal.get("confirmed", str)
     if status["boot"] != status["running"]:
         # The bootloader fell back within one boot. At the next reset it would try again.
         if known or status["state"] == "valid":
@@ -135,7 +135,7 @@ def _confirmed(journal, trial):
         trial=None,
         confirmed=build,
         versions=versions,
-        floor=max(journal.get("floor", int) or 0, trial.get("security", 0)),
+        floor=max(journal.get("floor", int), trial.get("security", 0)),
         failed=[f for f in journal.get("failed", list) if f[0] != build],
         reports=journal.get("reports", list) + [report],
     )

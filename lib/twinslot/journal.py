@@ -75,13 +75,11 @@ class Journal:
             return {}
         return data if isinstance(data, dict) else {}
 
-    def get(self, key, kind=dict):
-        """Return the value of ``key``, or None (for a list or dict: an empty one) if there is
-        none of type ``kind``."""
-        value = self._data.get(key)
-        if type(value) is kind:
-            return value
-        return kind() if kind in (list, dict) else None
+    def get(self, key: str, kind: type = dict):
+        """Return the value of ``key``, or an empty one of type ``kind`` if there is none such."""
+        if key in self._data and type(self._data[key]) is kind:
+            return self._data[key]
+        return kind()
 
     def update(self, **changes):
         """Set keys (None deletes one) and write the journal, in one step, if anything changed.

@@ -129,7 +129,7 @@ def verify(token, keys):
     except ValueError as exc:
         raise SignatureError("JWS: %s" % exc)
     if not _pss_holds(modulus, signature, digest):
-        raise SignatureError("the signature does not belong to this document and key " + kid)
+        raise SignatureError("the signature does not belong to this document and key %s" % kid)
     return payload
 
 

@@ -62,15 +62,15 @@ class FirmwareSlot:
         if partition is None:
             from esp32 import Partition as partition
         self._partition = partition
-        self._running = partition(partition.RUNNING)
+        self._running = partition(partition.RUNNING)  # pyright: ignore (stubs know labels only)
         try:
             self._target = self._running.get_next_update()
         except OSError:
             raise PartitionError("this board has no OTA slots; its partition table has none")
         if self._target.info() == self._running.info():
             raise PartitionError("this board has one OTA slot; an update needs two")
-        self._image = None
         self._ready = False
+        self.abandon()
 
     @property
     def size(self):
@@ -105,11 +105,11 @@ class FirmwareSlot:
         """State of a slot's otadata entry: a name of ``_STATES``, "undefined" for any other
         value, "" where no entry names it. With two entries for it, the newer one."""
         index = part.info()[1] - _OTA_MIN
-        best = (-1, None)
+        newest, name = 0, ""
         for seq, state, slot in self._entries():
-            if slot == index and seq > best[0]:
-                best = (seq, state)
-        return "" if best[0] < 0 else _STATES.get(best[1], "undefined")
+            if slot == index and seq > newest:
+                newest, name = seq, _STATES.get(state, "undefined")
+        return name
 
     def _build(self, part):
         try:
@@ -140,7 +140,7 @@ class FirmwareSlot:
             is SemVer: stock MicroPython leaves it empty).
         """
         try:
-            boot = self._partition(self._partition.BOOT).info()[4]
+            boot = self._partition(self._partition.BOOT).info()[4]  # pyright: ignore
         except OSError:
             boot = ""
         return {
@@ -227,7 +227,7 @@ class FirmwareSlot:
                 self._target.writeblocks(block, buf)
             return
         view = self._view
-        self._target.readblocks(block, view[:n])
+        self._target.readblocks(block, view[:n])  # pyright: ignore (any buffer will do)
         if view[:n] != buf:
             view[:n] = buf
             for i in range(n, BLOCK):
@@ -269,7 +269,7 @@ class FirmwareSlot:
         except OSError as exc:
             raise PartitionError("flash failed while verifying: %s" % exc)
         self._ready = True
-        self._block = self._view = self._header = None
+        self._free()
 
     def _read(self, offset, buf):
         self._target.readblocks(0, buf, offset)
@@ -289,8 +289,14 @@ class FirmwareSlot:
 
     def abandon(self):
         """Forget the update that was begun and give its buffers back."""
-        self._image = self._block = self._view = self._header = None
+        self._image = None
         self._ready = False
+        self._free()
+
+    def _free(self):
+        self._block = bytearray(0)
+        self._view = memoryview(self._block)
+        self._header = None
 
     # -- switching --------------------------------------------------------------------------
 

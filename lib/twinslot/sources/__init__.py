@@ -51,7 +51,7 @@ def parse_offer(obj, base, resolve):
     if rollout is not None:
         if not isinstance(rollout, dict):
             raise FormatError("member rollout of the offer", type(rollout).__name__, "an object")
-        percent, seed = rollout.get("percent"), rollout.get("seed")
+        percent, seed = rollout.get("percent", -1), rollout.get("seed")
         if type(percent) not in (int, float) or not 0 <= percent <= 100:
             raise FormatError("percent of the rollout", percent, "0 to 100")
         if not isinstance(seed, str):
