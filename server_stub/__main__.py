@@ -9,6 +9,7 @@ import datetime as dt
 import ipaddress
 import json
 import logging
+import os
 import signal
 import socket
 import sys
@@ -165,11 +166,21 @@ def _listen(host: str, port: int) -> socket.socket:
     Raises:
         StartError: nobody can listen there.
     """
+    listener = None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=1024)
+        family, kind, proto, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # asyncio turns Nagle's algorithm off (40 ms an answer) only where the protocol is named,
+        # which socket.create_server() doesn't do.
+        listener = socket.socket(family, kind, proto)
+        if os.name == "posix":
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(1024)
     except (OSError, OverflowError) as exc:
+        if listener:
+            listener.close()
         raise StartError(f"can't listen on {host} port {port}: {exc}") from exc
+    return listener
 
 
 def main(argv: list[str] | None = None, limits: Limits | None = None) -> int:
