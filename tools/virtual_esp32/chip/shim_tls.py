@@ -97,6 +97,14 @@ class SSLContext:
     def verify_mode(self, mode):
         self._own.verify_mode = mode
 
+    @property
+    def verify_callback(self):
+        return self._own.verify_callback
+
+    @verify_callback.setter
+    def verify_callback(self, callback):
+        self._own.verify_callback = callback
+
     def load_verify_locations(self, cadata):
         found = list(_certificates(cadata))
         for der in found or (cadata,):  # the unix port is built without PEM
