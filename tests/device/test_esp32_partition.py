@@ -5,6 +5,7 @@ The board here runs ota_0 (seeded entry 0: seq 1, VALID) and has a stock image i
 
 import errno
 
+import micropython
 from esp32 import Partition
 from harness import raises
 
@@ -112,6 +113,23 @@ def test_two_argument_write_takes_whole_sectors_only():
         -260,
         "ESP_ERR_INVALID_SIZE",
     )
+
+
+def test_blocks_are_read_and_written_with_the_heap_locked():
+    part = _passive()
+    buf = bytearray(4096)
+    micropython.heap_lock()
+    try:
+        part.writeblocks(10, buf)
+        part.readblocks(10, buf)
+        still_locked = False
+        try:
+            bytearray(100)
+        except MemoryError:
+            still_locked = True
+    finally:
+        micropython.heap_unlock()
+    assert still_locked
 
 
 def test_ioctl():

@@ -173,8 +173,10 @@ def test_reset_causes_and_what_the_rtc_keeps(tmp_path):
     assert result.console.splitlines() == [
         "1 b'' False",
         "2 b'1' True",
+        "MPY: soft reboot",
         "5 b'2' True",
         "4 b'3' True",
+        "MPY: soft reboot",
         "5 b'4' True",
     ]
     assert result.boots[2].seconds < 5  # deep sleep isn't slept
@@ -229,6 +231,30 @@ def test_an_uncaught_exception_leaves_the_board_at_its_prompt(tmp_path):
     assert boot.error == boot.console
     assert boot.error.splitlines()[-1] == "ValueError: broken"
     assert 'File "main.py", line 2, in f' in boot.error
+
+
+def test_threads_go_on_at_the_prompt_and_the_run_ends_with_the_last_one(tmp_path):
+    main = """
+import _thread, time
+def work(n):
+    time.sleep_ms(n)
+    print("done", n)
+for n in (150, 50):
+    _thread.start_new_thread(work, (n,))
+print("prompt")
+"""
+    result = new_board(tmp_path, main).run(timeout=10)
+    assert result.console == "prompt\ndone 50\ndone 150\n"
+    assert result.outcome == "idle" and result.boots[0].seconds < 2
+
+
+def test_a_one_shot_timer_at_the_prompt_ends_the_run(tmp_path):
+    main = """
+from machine import Timer
+Timer(-1).init(mode=Timer.ONE_SHOT, period=100, callback=lambda t: print("once"))
+"""
+    result = new_board(tmp_path, main).run(timeout=10)
+    assert (result.console, result.outcome) == ("once\n", "idle")
 
 
 def test_max_boots_ends_a_reset_loop(tmp_path):
@@ -616,6 +642,21 @@ def test_the_other_slot_runs_when_the_first_is_damaged(tmp_path):
     assert board.run().console == "ota_0 ota_1\n"
 
 
+def test_set_boot_of_the_active_slot_keeps_the_other_record_with_idf_6(tmp_path):
+    main = """
+from esp32 import Partition
+Partition("ota_1").set_boot()
+Partition("ota_1").set_boot()
+"""
+    states = {}
+    for idf6 in (False, True):
+        board = new_board(tmp_path, main, idf6=idf6)
+        board.run()
+        entries = show.describe(board.path.read_bytes())["otadata"]
+        states[idf6] = [(e["seq"], e["state"].lower()) for e in entries]
+    assert states == {False: [(2, "new"), (2, "new")], True: [(1, "valid"), (2, "new")]}
+
+
 # ---- the reference sequence of an upgrade
 
 UPGRADE = """
@@ -705,7 +746,8 @@ elif n == 3:
     machine.reset()
 """
     result = new_board(tmp_path, main).run(timeout=20)
-    assert result.console.splitlines() == ["0 ota_0", "1 ota_1", "2 ota_1", "3 ota_1", "4 ota_0"]
+    boots = [boot.console.splitlines()[0] for boot in result.boots]
+    assert boots == ["0 ota_0", "1 ota_1", "2 ota_1", "3 ota_1", "4 ota_0"]
 
 
 def test_deep_sleep_right_after_set_boot_wakes_the_old_image(tmp_path):

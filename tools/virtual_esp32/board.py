@@ -635,7 +635,7 @@ class _Run:
             self.heap_taken = event.get("fakes", self.heap_taken)
         elif name == "idle":
             boot.error = event["error"]
-            if self.stop_when_idle and not self.wdt_ms and not event.get("timers"):
+            if self.stop_when_idle and not self.wdt_ms and not event.get("busy"):
                 boot.outcome = "idle"
         elif name in _NEXT_CAUSE:
             boot.outcome = name

@@ -10,6 +10,7 @@ esp_partition/partition_target.c, app_update/esp_ota_ops.c.
 import errno
 
 import image
+import micropython
 import nvs as _nvs
 import otadata
 import soc
@@ -46,6 +47,20 @@ def _found(part):
     if part is None:
         raise OSError(errno.ENOENT)
     return part
+
+
+def _unlock_heap():
+    """Undo heap_lock() for a call that allocates nothing on a board; return its depth."""
+    micropython.heap_lock()
+    depth = micropython.heap_unlock()
+    for _ in range(depth):
+        micropython.heap_unlock()
+    return depth
+
+
+def _lock_heap(depth):
+    for _ in range(depth):
+        micropython.heap_lock()
 
 
 def _otadata():
@@ -127,12 +142,23 @@ class Partition:
         return p.type, p.subtype, p.offset, p.size, p.label, encrypted
 
     def readblocks(self, block, buf, offset=0):
-        at = (block * self._block + offset) & 0xFFFFFFFF
-        size = len(buf)
-        self._check(at, size)
-        soc.flash.read(self._start + at, buf)
+        locks = _unlock_heap()
+        try:
+            at = (block * self._block + offset) & 0xFFFFFFFF
+            size = len(buf)
+            self._check(at, size)
+            soc.flash.read(self._start + at, buf)
+        finally:
+            _lock_heap(locks)
 
     def writeblocks(self, block, buf, offset=None):
+        locks = _unlock_heap()
+        try:
+            self._write(block, buf, offset)
+        finally:
+            _lock_heap(locks)
+
+    def _write(self, block, buf, offset):
         at = block * self._block & 0xFFFFFFFF
         if isinstance(buf, str):
             buf = buf.encode()

@@ -41,6 +41,7 @@ def reset():
 
 
 def soft_reset():
+    print("MPY: soft reboot")
     soc.end("soft-reset")
 
 

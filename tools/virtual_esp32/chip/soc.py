@@ -22,6 +22,7 @@ config = {}
 flash = None
 partitions = []  # the table's, then the synthesised vfs
 running = None  # the table.Partition that this firmware was loaded from
+threads = []  # one item for each thread that user code started
 timers = []  # armed machine.Timer objects; sleeps are sliced while there are any
 
 RTC_MEMORY = 2048

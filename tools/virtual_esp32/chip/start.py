@@ -27,7 +27,7 @@ import shim_time
 import soc
 
 # What a board offers under these names; the rest of this folder disappears from sys.modules.
-_SHIMS = ("time", "tls", "os", "select", "sys")
+_SHIMS = ("time", "tls", "os", "select", "sys", "_thread")
 _FAKES = ("esp32", "machine", "network", "esp")
 
 _STUB_BOOT = """\
@@ -107,7 +107,7 @@ def _install_modules():
     modules = sys.modules
     loaded = {}
     for name in _SHIMS:
-        loaded[name] = __import__("shim_" + name)
+        loaded[name] = __import__("shim_" + name.strip("_"))
         loaded["u" + name] = loaded[name]
     for name in _FAKES:
         loaded[name] = __import__(name)
@@ -197,7 +197,7 @@ def _run(name, frozen, namespace):
         gc.collect()
         exec(code, namespace)
     except SystemExit:
-        soc.end("soft-reset")
+        sys.modules["machine"].soft_reset()
     except BaseException as e:
         text = _traceback(e)
         print(text, end="")
@@ -224,6 +224,10 @@ def _exists(path):
 def _idle(error):
     """Where a board shows its prompt: timers and threads go on, and so does the watchdog."""
     soc.event("heap", at="end", alloc=gc.mem_alloc(), free=gc.mem_free())
-    soc.event("idle", error=error, timers=len(soc.timers))
+    told = None
     while True:
+        busy = bool(soc.timers or soc.threads)
+        if busy != told:
+            soc.event("idle", error=error, busy=busy)
+            told = busy
         shim_time.sleep_ms(20)
