@@ -25,6 +25,7 @@ from time import ticks_add, ticks_diff, ticks_ms
 
 from micropython import const
 
+from .certs import Tls  # noqa: F401 (for users)
 from .errors import (
     BusyError,
     ConfigError,
@@ -34,7 +35,7 @@ from .errors import (
     TimeoutError_,
     UnreachableError,
 )
-from .link import HEAD_MAX, LINE_MAX, Link, Tls, longer, lookup  # noqa: F401 (Tls is for users)
+from .link import HEAD_MAX, LINE_MAX, Link, longer, lookup
 from .url import decimal, hexadecimal, host_of, parse, resolve, shown
 
 _EXTENSION_MAX = const(128)  # a chunk-size line

@@ -151,6 +151,13 @@ class Peer:
     def reset(self) -> None:
         reset(self.sock)
 
+    def goodbye(self, *parts: bytes | str) -> bool:
+        """Send the parts and end TLS in good order (close_notify)."""
+        self.send(*parts)
+        self.sock.settimeout(1)
+        self.sock.unwrap()
+        return False
+
     def stall(self) -> bool:
         """Send nothing more until the device gives up (or the server stops)."""
         self.sock.settimeout(0.05)
@@ -276,8 +283,8 @@ def _not_found(peer: Peer, request: Request) -> bool:
 class Relay:
     """A TCP relay in front of ``port`` that lets through so many bytes of the server's, then cuts.
 
-    ``cuts[n]`` is for the n-th connection: (bytes to let through, "fin" | "rst" | "stall").
-    Connections beyond the list pass untouched.
+    ``cuts[n]`` is for the n-th connection: (bytes to let through, "fin", "rst", "stall" or "flip":
+    damage the next byte and go on). Connections beyond the list pass untouched.
     """
 
     def __init__(self, port: int, cuts: list[tuple[int, str]]) -> None:
@@ -307,16 +314,22 @@ class Relay:
     def _relay(self, device: socket.socket, room: int, end: str) -> None:
         # One thread with select: a socket that another thread reads can't be reset by closing it.
         server = socket.create_connection(("127.0.0.1", self.target))
+        damage = False
         try:
             while room > 0 and not self.stopping:
                 for source in select.select([device, server], [], [], 0.05)[0]:
                     data = source.recv(min(room, 16384) if source is server else 16384)
                     if not data:
                         return
+                    if damage and source is server:
+                        data = bytes([data[0] ^ 1]) + data[1:]
+                        damage = False
                     (device if source is server else server).sendall(data)
                     if source is server:
                         room -= len(data)
                         self.passed(len(data))
+                        if room <= 0 and end == "flip":
+                            room, damage, end = 1 << 40, True, "fin"
             while end == "stall" and not self.stopping:
                 if select.select([device], [], [], 0.05)[0] and not device.recv(16384):
                     return

@@ -107,6 +107,11 @@ async def run_step(client, step):
                 outcome = await asyncio.wait_for_ms(fetch(client, step), step["cancel_ms"])
             except asyncio.TimeoutError:  # noqa: UP041 (MicroPython has no other)
                 outcome = {"cancelled": True}
+        elif "close_ms" in step:
+            task = asyncio.create_task(fetch(client, step))
+            await asyncio.sleep_ms(step["close_ms"])
+            await client.close()
+            outcome = await task
         elif "twice" in step:
             first = asyncio.create_task(fetch(client, step["twice"]))
             await asyncio.sleep_ms(100)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -674,6 +675,20 @@ case(
     refused("ends early", "network"),
     says(OK, "Content-Length: 5\r\n\r\nhell"),
     steps=[{"url": "<http>/F52_truncated_body_to_read", "limit": 100}],
+)
+case(
+    "F52_truncated_body_over_tls",
+    refused("ends early|closed", "network"),
+    says(OK, "Content-Length: 9000\r\n\r\n", BODY[:5000]),
+    url="<https>/F52_truncated_body_over_tls",
+    client={"tls": {"ca": "der:ca"}},
+)
+case(
+    "F52_truncated_body_over_tls_with_close_notify",
+    refused("ends early", "network"),
+    lambda peer, request: peer.goodbye(OK, "Content-Length: 9000\r\n\r\n", BODY[:5000]),
+    url="<https>/F52_truncated_body_over_tls_with_close_notify",
+    client={"tls": {"ca": "der:ca"}},
 )
 case(
     "F52_longer_body_than_announced",
@@ -1419,6 +1434,100 @@ def test_cancelling_closes_the_connection_and_the_client_works_on(servers, tmp_p
     assert bytes.fromhex(second["body"]) == b"fine"
     if phase != "handshake":
         assert gone, "the server still waits: the socket was left open"
+
+
+@pytest.mark.parametrize("where", ["http", "https"])
+@pytest.mark.parametrize("phase", ["head", "body"])
+def test_closing_the_client_under_a_request_is_a_network_error(servers, tmp_path, where, phase):
+    parts = (OK, "Content-Length: 5\r\n\r\nhe") if phase == "body" else ()
+    for server in servers.running.values():
+        server.scripts["/closed_under"] = stalls(*parts)
+    step = {"url": f"<{where}>/closed_under", "close_ms": 300, "block": 100}
+    plan = [{"id": "x", "client": {**SECURE, "allow_http": True}, "steps": [step]}]
+    (outcome,) = run_plan(servers.fill(plan), tmp_path)["x"]
+    judge(outcome, {"error": ("network", "closed by this side"), "below_ms": 3000})
+
+
+@pytest.mark.parametrize("end", ["fin", "rst", "flip", "stall"])
+def test_F51_F60_body_over_tls_cut_or_damaged_is_an_error_and_the_next_is_whole(
+    servers, tmp_path, end
+):
+    """Bytes of the encrypted stream, in the body's records: none is ever taken for the end."""
+    before = handshake_length(servers, tmp_path)
+    for server in servers.running.values():
+        server.scripts["/secret_body"] = good(BODY)
+    places = [before + 60 + 1500 * i for i in range(13)]
+    relay = fs.Relay(servers.running["https"].port, [(n, end) for n in places])
+    client = {**SECURE, "read_timeout_ms": 300 if end == "stall" else 15000}
+    step = {"url": f"https://localhost:{relay.port}/secret_body", "block": 4096}
+    plan = [{"id": "x", "client": client, "steps": [{**step, "times": len(places) + 1}]}]
+    outcomes = run_plan(servers.fill(plan), tmp_path)["x"]
+    relay.stop()
+    code = {"stall": "timeout", "flip": "tls"}.get(end, "network")
+    for outcome in outcomes[:-1]:
+        assert outcome.get("error") == code, outcome
+    assert bytes.fromhex(outcomes[-1]["body"]) == BODY
+
+
+def test_F56_damaged_answers_never_surprise(servers, tmp_path):
+    """800 answers with random damage: a body or one of our errors, nothing else, and soon."""
+    seed = 20261120
+    print("seed", seed)
+    rng = random.Random(seed)
+    chunks = b"5;x=y\r\nhello\r\n6\r\n world\r\n0\r\nX-Sum: 1\r\n\r\n"
+    heads = [
+        b'HTTP/1.1 200 OK\r\nETag: "v1"\r\nContent-Length: 11\r\n\r\nhello world',
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks,
+        b"HTTP/1.1 206 P\r\nContent-Range: bytes 5-15/99\r\nContent-Length: 11\r\n\r\nhello world",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 503 No\r\nRetry-After: 120\r\n"
+        b"Date: Sun, 06 Nov 1994 08:49:37 GMT\r\nContent-Length: 0\r\n\r\n",
+    ]
+    answers = []
+    for i in range(800):
+        answer = bytearray(heads[i % len(heads)])
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(len(answer))
+            how = rng.randrange(4)
+            if how == 0:
+                answer[at] = rng.randrange(256)
+            elif how == 1:
+                del answer[at : at + rng.randint(1, 8)]
+            elif how == 2:
+                answer[at:at] = answer[at : at + rng.randint(1, 40)]
+            else:
+                answer[at:at] = bytes(rng.randrange(256) for _ in range(rng.randint(1, 4)))
+            answer = answer or bytearray(b"x")
+        answers.append(bytes(answer))
+
+    def script(peer: fs.Peer, request: fs.Request) -> None:
+        peer.send(answers[int(request.path.rsplit("/", 1)[1])])
+
+    servers.running["http"].scripts["/damaged/*"] = script
+    cases = [
+        {
+            "id": str(i),
+            "client": PLAIN,
+            "steps": [
+                {
+                    "url": f"<http>/damaged/{i}",
+                    "block": 64,
+                    "args": {"start": 5 if i % 4 == 2 else 0},
+                }
+            ],
+        }
+        for i in range(len(answers))
+    ]
+    results = run_plan(servers.fill(cases), tmp_path, width=8)
+    taken = 0
+    for i, answer in enumerate(answers):
+        (outcome,) = results[str(i)]
+        if "error" in outcome:
+            assert outcome["error"] in ("http", "network"), (answer, outcome)
+        else:
+            taken += 1
+            assert len(bytes.fromhex(outcome["body"])) <= len(answer)
+        assert outcome["ms"] < 5000
+    assert 50 < taken < 600, "the damage should spoil many, not all"
 
 
 def test_dates_reach_the_clock_only_from_verified_servers(servers, tmp_path):
