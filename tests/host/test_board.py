@@ -760,3 +760,51 @@ if machine.reset_cause() == 1:
     machine.deepsleep(10)
 """
     assert new_board(tmp_path, main).run().console == "1 ota_0\n4 ota_0\n"
+
+
+# ---- an upgrade and the power
+
+CONVERGE = """
+# Decides from facts alone, as C.5 of the platform notes asks: which slot runs.
+import machine
+from esp32 import Partition
+
+running = Partition(Partition.RUNNING).info()[4]
+if running == "ota_0":
+    Partition("ota_1").set_boot()
+    machine.reset()
+if Partition(Partition.BOOT).info()[4] == running:
+    Partition.mark_app_valid_cancel_rollback()
+print("done on", running)
+"""
+
+
+@pytest.fixture(scope="module")
+def upgrade_trace(tmp_path_factory):
+    """A board about to upgrade, and the number of flash operations that takes."""
+    board = new_board(tmp_path_factory.mktemp("upgrade"), CONVERGE)
+    flash = board.path.read_bytes()
+    result = board.run(timeout=20)
+    assert result.console == "done on ota_1\n"
+    return flash, result.flash["ops"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape"),
+    [("before", None), ("after", None), ("torn", "prefix"), ("torn", "suffix"), ("torn", "bits")],
+)
+def test_power_cut_at_every_operation_of_an_upgrade(tmp_path, upgrade_trace, mode, shape):
+    """F5, F6, F7: in set_boot, in the bootloader's marking, in the confirmation. The board always
+    boots, and a program that tries again ends on the new slot, confirmed."""
+    flash, ops = upgrade_trace
+    assert ops == 8  # seed, set_boot, new -> pending, confirm: an erase and a write each
+    for op in range(1, ops + 1):
+        path = tmp_path / f"{op}.bin"
+        path.write_bytes(flash)
+        result = Board(path).run(max_boots=6, timeout=20, fault=Fault(op, mode, shape, op * 7 + 3))
+        assert [b.outcome for b in result.boots].count("power-cut") == 1
+        assert result.outcome == "idle", (op, outcomes(result))
+        assert result.console.splitlines()[-1] == "done on ota_1", (op, outcomes(result))
+        entries = show.describe(path.read_bytes())["otadata"]
+        states = [e["state"].lower() for e in entries if e["slot"] == "ota_1" and e["crc_ok"]]
+        assert states == ["valid"], (op, entries)
