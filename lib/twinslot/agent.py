@@ -23,6 +23,7 @@ import sys
 import time
 
 from . import __version__, config, guard, health, http, jws, payload, release
+from .certs import Tls
 from .clock import BUILD_FLOOR, Clock
 from .errors import (
     BusyError,
@@ -34,7 +35,6 @@ from .errors import (
     TlsError,
 )
 from .journal import Journal
-from .link import Tls
 from .slot import FirmwareSlot
 from .url import resolve
 
@@ -521,5 +521,6 @@ def _console(name, data):
     if name == "progress":
         if data["done"] * 10 // data["total"] == (data["done"] - 65536) * 10 // data["total"]:
             return
-    line = " ".join("%s=%s" % (key, str(value)[:160]) for key, value in data.items())
-    print("twinslot:", name, "".join(c if " " <= c <= "~" else "?" for c in line))
+    for key in sorted(data):  # dicts have no order here; a log that is read by eye should
+        name += " %s=%s" % (key, str(data[key])[:160])
+    print("twinslot:", "".join(c if " " <= c <= "~" else "?" for c in name))
