@@ -5,6 +5,12 @@ from _thread import *  # noqa: F403
 
 import soc
 
+# What is 4 KiB of stack on the ESP32, where lwIP resolves names in a task of its own, is not
+# enough for the C library of a 64-bit host: its getaddrinfo alone takes 16 KiB.
+_STACK = 256 * 1024
+_thread.stack_size(_STACK)
+_asked = 0
+
 # Not a number in a module: two threads may end at once, and pop() is one step.
 _LIVE = soc.threads
 
@@ -22,3 +28,10 @@ def start_new_thread(function, args, kwargs=None):
     except:
         _LIVE.pop()
         raise
+
+
+def stack_size(size=0):
+    """Remember the size; the threads get the host's. Returns the one before."""
+    global _asked
+    before, _asked = _asked, size
+    return before
