@@ -6,6 +6,7 @@ import time
 import pytest
 from boards import SIZE, firmware, flash_file, new_board, stock
 
+from twinslot_tools.virtual_esp32 import board as boards_module
 from twinslot_tools.virtual_esp32 import layout, show, vfs
 from twinslot_tools.virtual_esp32.board import Board, BoardError
 from twinslot_tools.virtual_esp32.chip.flash import Fault, flip_bits
@@ -533,6 +534,42 @@ except OSError:
     assert result.console == ""
 
 
+REWRITE = """
+import os
+{how}
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "allowed"),
+    [
+        (  # the pattern for state: the rename is one commit
+            "with open('state.tmp', 'w') as f: f.write('new' * 500)\n"
+            "os.rename('state.tmp', 'state')",
+            ("old" * 500, "new" * 500),
+        ),
+        ("with open('state', 'w') as f: f.write('new' * 500)", ("old" * 500, "new" * 500)),
+        # A new name is committed when the file is opened: it may be found empty.
+        ("with open('fresh', 'w') as f: f.write('new' * 500)", (None, "", "new" * 500)),
+    ],
+    ids=["rename", "overwrite", "new-file"],
+)
+def test_power_cut_at_every_operation_of_a_file_write(tmp_path, how, allowed):
+    name = "/fresh" if "fresh" in how else "/state"
+    board = new_board(tmp_path, REWRITE.format(how=how), files={"state": "old" * 500})
+    flash = board.path.read_bytes()
+    ops = board.run().flash["ops"]
+    seen = set()
+    for op in range(3, ops + 1):  # 1 and 2 are the bootloader's
+        for mode, shape in (("after", None), ("torn", "bits")):
+            board.path.write_bytes(flash)
+            fault = Fault(op, mode, shape, op)
+            assert board.run(max_boots=1, fault=fault).outcome == "power-cut"
+            data = vfs.read_files(board.path).get(name)
+            seen.add(data if data is None else data.decode())
+    assert seen == set(allowed)
+
+
 def test_counters_tell_erases_and_bytes(tmp_path):
     main = """
 from esp32 import Partition
@@ -605,6 +642,13 @@ def test_a_firmwares_tree_is_not_paid_from_the_programs_heap(tmp_path):
     board = new_board(tmp_path, slots={"ota_0": firmware(tmp_path / "tree", tree)}, heap="128K")
     vfs.write_files(board.path, {"/x": b""})
     assert 126 * 1024 < int(board.run().console) < 136 * 1024
+
+
+def test_heap_is_the_same_where_the_fakes_can_not_be_compiled(tmp_path, monkeypatch):
+    monkeypatch.setattr(boards_module, "chip_modules", lambda: boards_module.CHIP_FOLDER)
+    main = f"x = bytearray({112 * 1024})\nimport gc\ngc.collect()\nprint(gc.mem_free() + len(x))"
+    result = new_board(tmp_path, main, heap="128K").run()
+    assert 126 * 1024 < int(result.console) < 134 * 1024
 
 
 # ---- trouble

@@ -67,7 +67,9 @@ CAUSE_NAMES = {1: "power-on", 2: "hard", 3: "wdt", 4: "deep sleep", 5: "soft"}
 # Objects of the 64-bit unix port are about twice as large as the ESP32's: this stands for some
 # 128 KiB, what a board without PSRAM has left once Wi-Fi is up.
 DEFAULT_HEAP = 256 * 1024
-_FAKES_ROOM = 256 * 1024  # bytes for launcher and fakes while they load; plugged afterwards
+# Bytes for launcher and fakes while they load; what is left of it is plugged afterwards.
+_FAKES_ROOM = 256 * 1024
+_SOURCES_ROOM = 768 * 1024  # where they can't be compiled beforehand
 
 EPOCH_2000 = 946684800  # seconds from 1970 to 2000
 _RTC_FILE_SIZE = 8 + 2 + 2048  # see chip/soc.py
@@ -407,9 +409,11 @@ class _Process:
         }
         path = board._scratch / "config.json"
         path.write_text(json.dumps(config))
-        heapsize = board.heap + tree_size + _FAKES_ROOM
+        modules = chip_modules()
+        room = _SOURCES_ROOM if modules == CHIP_FOLDER else _FAKES_ROOM
+        heapsize = board.heap + tree_size + room
         code = (
-            f"r=[bytearray({board.heap})];import sys;sys.path.insert(0,{str(chip_modules())!r});"
+            f"r=[bytearray({board.heap})];import sys;sys.path.insert(0,{str(modules)!r});"
             f"import start;start.main({str(path)!r},r)"
         )
         self._popen = subprocess.Popen(
