@@ -89,8 +89,13 @@ def main() -> None:
 
 def _one_line(exc: Exception) -> str:
     if isinstance(exc, OSError) and exc.filename:
-        return f"{exc.filename}: {exc.strerror}"
-    return " ".join(str(exc).split())
+        return _plain(f"{exc.filename}: {exc.strerror}")
+    return _plain(" ".join(str(exc).split()))
+
+
+def _plain(text: str) -> str:
+    """Show what a terminal would obey (a file's content may hold anything) as text."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @app.callback(invoke_without_command=True)
@@ -261,7 +266,7 @@ def _show_found(file: Path, found: dict[str, Any]) -> None:
     table.add_column(overflow="fold")
     table.add_row("file", Text(str(file)))
     for name, value in _flat(found):
-        table.add_row(name, value)
+        table.add_row(Text(_plain(name)), value)
     out.print(table)
 
 
@@ -272,14 +277,14 @@ def _flat(found: Any, name: str = "") -> Iterator[tuple[str, Text]]:
             yield from _flat(value, f"{name}.{key}" if name else str(key))
     elif isinstance(found, list) and found:
         if all(isinstance(item, str) for item in found):
-            yield name, Text(", ".join(found))
+            yield name, Text(_plain(", ".join(found)))
             return
         for number, item in enumerate(found):
             yield from _flat(item, f"{name}.{number}")
     else:
         if found is None or isinstance(found, bool):
             found = {True: "yes", False: "no", None: "-"}[found]
-        yield name, Text(str(found))
+        yield name, Text(_plain(str(found)))
 
 
 @app.command()

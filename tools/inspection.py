@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from twinslot import espimage, jws, release
-from twinslot.errors import FormatError, OtaError, SignatureError
+from twinslot.errors import FormatError, ImageError, OtaError, SignatureError
+from twinslot.sources import parse_offer
 
 from . import images
 from .virtual_esp32.chip import image as chip_image
@@ -100,8 +101,12 @@ def _tree(data: bytes, info: chip_image.ImageInfo | None) -> dict[str, Any] | No
     if not place:
         return None
     romfs = data[place[0] : place[0] + place[1]]
-    _, _, payload, _ = _record(romfs, 3 - 1)
-    return {"offset": place[0], "bytes": place[1], "files": sorted(_files(payload, ""))}
+    try:
+        # The three bytes of magic are the record's kind, written as a number.
+        names = sorted(_files(_record(romfs, 0)[1], ""))
+    except (IndexError, RecursionError):
+        raise ImageError(f"the Python tree at {place[0]} is damaged") from None
+    return {"offset": place[0], "bytes": place[1], "files": names}
 
 
 def _uint(data: bytes, at: int) -> tuple[int, int]:
@@ -114,17 +119,17 @@ def _uint(data: bytes, at: int) -> tuple[int, int]:
             return value, at
 
 
-def _record(data: bytes, at: int) -> tuple[int, int, bytes, int]:
-    """``(kind, start, payload, end)`` of the record at ``at``."""
+def _record(data: bytes, at: int) -> tuple[int, bytes, int]:
+    """``(kind, payload, end)`` of the record at ``at``."""
     kind, at = _uint(data, at)
     length, at = _uint(data, at)
-    return kind, at, data[at : at + length], at + length
+    return kind, data[at : at + length], at + length
 
 
 def _files(payload: bytes, folder: str) -> Iterator[str]:
     at = 0
     while at < len(payload):
-        kind, _, inner, at = _record(payload, at)
+        kind, inner, at = _record(payload, at)
         if kind in (4, 5):
             length, start = _uint(inner, 0)
             name = folder + inner[start : start + length].decode("utf-8", "replace")
@@ -144,7 +149,7 @@ def _release(token: bytes, keys: dict[str, bytes] | None) -> dict[str, Any]:
         found["header"] = json.loads(jws.b64url_decode(header))
         raw = jws.b64url_decode(payload)
         found["manifest"] = json.loads(raw)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         return {**found, "signature": "bad", "why": f"not a JWS around JSON: {exc}"}
     found["signature"] = _signature(token, keys)
     try:
@@ -169,13 +174,22 @@ def _signature(token: bytes, keys: dict[str, bytes] | None) -> str:
 def _json(path: Path, text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise FormatError(f"{path}: not JSON: {exc}") from exc
     if "release" in content:
-        return {"kind": "pointer", "ok": True, "offer": content}
+        return _pointer(content)
     if content.get("kty") or "keys" in content:
         return _keys(content)
     raise FormatError(f"{path}: JSON, but neither a pointer nor a key set")
+
+
+def _pointer(content: dict[str, Any]) -> dict[str, Any]:
+    found = {"kind": "pointer", "ok": True, "offer": content}
+    try:
+        parse_offer(content, "", lambda _base, url: url)
+    except OtaError as exc:
+        found |= {"ok": False, "why": str(exc)}
+    return found
 
 
 def _keys(content: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from servers import HARDWARE, PRODUCT, Running, firmware, public_keys, serving, signing_key
 
 import twinslot
+from twinslot.errors import OtaError
+from twinslot_tools import inspection
 from twinslot_tools.virtual_esp32.firmware import make_firmware
 
 TWINSLOT = [sys.executable, "-m", "twinslot_tools.cli"]
@@ -255,8 +259,10 @@ def test_inspect_a_pointer_a_table_and_keys(publish, key, tmp_path):
 
 def test_inspect_for_people_shows_files_as_data(tmp_path):
     path = tmp_path / "stable.json"
-    path.write_text('{"release": "[bold]r/1.jws[/bold]"}')
-    assert "[bold]r/1.jws[/bold]" in run("inspect", path).stdout
+    path.write_text('{"release": "[bold]r/1.jws[/bold]", "\\u001b[31m": "\\u001b[2J\\u202e"}')
+    text = run("inspect", path).stdout
+    assert "[bold]r/1.jws[/bold]" in text
+    assert "\\x1b[2J\\u202e" in text and "\x1b" not in text
 
 
 @pytest.mark.parametrize(
@@ -268,12 +274,54 @@ def test_inspect_names_what_it_does_not_know(tmp_path, content):
     assert str(path) in refusal("inspect", path)
 
 
-@pytest.mark.parametrize("content", [b"\xe9", b"eyJh.x.y", b"\xaa\x50", b'{"keys":[]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xe9",
+        b"eyJh.x.y",
+        b"\xaa\x50",
+        b'{"keys":[]}',
+        b'{"release":5}',
+        b'{"release":"r/1.jws","rollout":{"percent":101,"seed":""}}',
+    ],
+)
 def test_inspect_describes_what_is_broken(tmp_path, content):
     path = tmp_path / "thing"
     path.write_bytes(content)
     found = inspect(path, code=1)
     assert found["ok"] is False and found["why"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["image", "table", "pointer", "keys", "noise"]))
+def test_inspect_survives_any_damage(data, kind, tmp_path_factory):
+    whole = {
+        "image": firmware(),
+        "table": bytes.fromhex("aa50010200900000004000006e767300") + bytes(16) + b"\xff" * 0xBE0,
+        "pointer": b'{"release": "r/1.0.0.jws", "rollout": {"percent": 5, "seed": "x"}}',
+        "keys": json.dumps({"keys": [signing_key().as_dict(private=False)]}).encode(),
+        "noise": data.draw(st.binary(max_size=600)),
+    }[kind]
+    content = bytearray(whole[: data.draw(st.integers(0, len(whole)))])
+    for _ in range(data.draw(st.integers(0, 4))):
+        if content:
+            where = data.draw(st.integers(0, min(len(content), 400) - 1))
+            content[where] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged"
+    path.write_bytes(content)
+    try:
+        found = inspection.inspect(path, {})
+    except OtaError:
+        return
+    assert type(found["ok"]) is bool
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("content", [b'{"a":' * 100_000, b'{"release":' * 100_000])
+def test_inspect_survives_endless_nesting(tmp_path, content):
+    path = tmp_path / "deep"
+    path.write_bytes(content)
+    assert "not JSON" in refusal("inspect", path)
 
 
 def test_inspect_a_flash_file_tells_who_boots(tmp_path, image):
