@@ -90,6 +90,8 @@ class Lab:
         settings: members of ``ota.json`` that differ from the lab's.
         keys_known: the server verifies releases with the public key; False for a server in an
             attacker's hands.
+        image_size: bytes of each firmware.
+        application: first lines of the application of the firmware flashed by cable.
         board_options: arguments of ``Board``.
     """
 
@@ -100,6 +102,7 @@ class Lab:
         settings: dict[str, Any] | None = None,
         keys_known: bool = True,
         image_size: int = 400_000,
+        application: str = "",
         **board_options: Any,
     ):
         self.folder = folder
@@ -114,6 +117,7 @@ class Lab:
         self._settings = settings or {}
         self._keys_known = keys_known
         self._image_size = image_size
+        self._application = application
         self._board_options = board_options
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -196,7 +200,7 @@ class Lab:
         """Flash a board, as over USB: ``version`` in its first slot, keys and ota.json on its
         volume."""
         partitions = layout.load_layout("4MiB")
-        image = self.firmware(version).read_bytes()
+        image = self.firmware(version, self._application).read_bytes()
         self.flash.write_bytes(build.make_flash("esp32", 4 << 20, partitions, {"ota_0": image}))
         settings = {
             "product": PRODUCT,
