@@ -1,24 +1,21 @@
-"""Run the server as a program of its own: ``twinslot serve`` is ``python -m twinslot_server``.
+"""``twinslot serve``: become ``python -m twinslot_server``, a program of its own.
 
 Tools and server never import each other: one holds private keys, the other faces the network.
 """
 
-import signal
+import os
 import subprocess
 import sys
 
 
 def serve(arguments: list[str]) -> int:
-    """Run the server until it ends; SIGTERM and SIGINT are passed on, its exit code returned."""
-    process = subprocess.Popen([sys.executable, "-m", "twinslot_server", *arguments])
+    """Become the server, so that signals reach it and nothing is left behind when it is killed.
 
-    def pass_on(number: int, _frame: object) -> None:
-        process.send_signal(number)
-
-    # A terminal sends Ctrl-C to both; the server treats the second one as the first.
-    previous = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    Returns:
+        its exit code, where a process can't be replaced (Windows); else this doesn't return.
+    """
+    command = [sys.executable, "-m", "twinslot_server", *arguments]
+    if os.name == "posix":
+        sys.stdout.flush()
+        os.execv(sys.executable, command)
+    return subprocess.call(command)
