@@ -34,7 +34,7 @@ from twinslot.errors import (
 from . import images, keys
 from .files import CHUNK, Progress, quiet, whole_file, write_whole
 
-TYPE = "twinslot-release+jws"
+TYPE = release.TYPE
 POLL_MAX_S = 7 * 86400  # the device's own bound
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED_PRODUCTS = ("api",)  # the server's own paths start with it

@@ -19,6 +19,7 @@
         ImageError               image                   not an ESP image for this chip
         ReleaseError             release                 not a release manifest
       SignatureError             signature     OTA_006
+        KeyringError             keyring                 yes: a later keyring may help
       ChecksumError              checksum      OTA_007   yes: the bytes may come right next time
       PartitionError             partition     OTA_008
       UnreachableError           unreachable   OTA_009   yes
@@ -149,6 +150,11 @@ class ReleaseError(FormatError):
 class SignatureError(OtaError):
     code = "signature"
     number = "OTA_006"
+
+
+class KeyringError(SignatureError):
+    code = "keyring"
+    retry = True
 
 
 class ChecksumError(OtaError):

@@ -1,26 +1,35 @@
 """Verify a compact JWS (RFC 7515) with PS256 (RFC 7518 section 3.5). Pure: bytes in, verdict out.
 
-    keys = jws.load_keys(json.load(open("keys.json")))
+    keys = jws.load_keys(strict.loads(text))
     payload = jws.verify(token, keys)
 
 One algorithm, no choice: RSA-PSS with SHA-256, MGF1-SHA-256 and a salt of 32 bytes, e = 65537,
 moduli of 2048 to 4096 bits. The header may name ``alg``, ``kid`` and ``typ``, nothing else: no
-``crit``, no embedded key, no ``none``. Base64url must be canonical, so that one document has one
-spelling. Nothing of the payload is read before the signature holds.
+``crit``, no embedded key, no ``none``. Base64url must be canonical and JSON strict, so that one
+document has one spelling and one meaning. Nothing of the payload is read before the signature
+holds.
+
+A key made for samples and demonstrations carries ``"demo": true``, and is refused unless asked
+for; so are those whose private half stands in an RFC.
 
 Source: RFC 8017 sections 8.1.2, 9.1.2 and B.2.1; RFC 7638 for key names.
 """
 
 import binascii
 import hashlib
-import json
 
+from . import strict
 from .errors import ConfigError, SignatureError
 
 TOKEN_LIMIT = 12288  # characters of a whole JWS: a manifest of 8 KiB and a 4096-bit signature
 _HEADER_LIMIT = 512
 _HASH_LEN = 32
 _SALT_LEN = 32
+_PUBLISHED = (  # the RSA keys of RFC 7515 A.2, RFC 7517 A.1 and RFC 7520 3.4
+    "IsUn6_e04MaShXFIISMp4kG62LWzMIPy_MvSA5pJgX8",
+    "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs",
+    "9jg46WB3rR_AHD-EBXdN7cBkH1WOu0tA3M9fm21mqTI",
+)
 
 
 def b64url_decode(text):
@@ -48,7 +57,7 @@ def thumbprint(n, e):
     return b64url_encode(hashlib.sha256(canonical.encode()).digest()).decode()
 
 
-def _load_key(jwk):
+def _load_key(jwk, demo):
     if not isinstance(jwk, dict) or jwk.get("kty") != "RSA":
         raise ConfigError("key type", jwk.get("kty") if isinstance(jwk, dict) else jwk, "RSA")
     for member in ("d", "p", "q", "dp", "dq", "qi", "oth"):
@@ -68,29 +77,41 @@ def _load_key(jwk):
     kid = thumbprint(n, e)
     if jwk.get("kid", kid) != kid:
         raise ConfigError("kid", jwk["kid"], "the RFC 7638 thumbprint " + kid)
+    if kid in _PUBLISHED or (jwk.get("demo", False) is not False and not demo):
+        raise ConfigError("key %s is a sample, for demonstrations only" % kid)
     return kid, raw
 
 
-def load_keys(jwk_set):
+def load_keys(jwk_set, demo=False):
     """Turn a JWK set (dict, ``{"keys": [...]}``) into ``{kid: modulus bytes}``.
+
+    Args:
+        demo: take keys that are marked as samples.
 
     Raises:
         ConfigError: no key, a key that is not RSA of 2048 to 4096 bits with e = 65537, a private
-            key, or a ``kid`` that is not the key's thumbprint.
+            key, a ``kid`` that is not the key's thumbprint, a key twice, or a sample.
     """
     keys = jwk_set.get("keys") if isinstance(jwk_set, dict) else None
     if not isinstance(keys, list) or not keys:
         raise ConfigError("key set", type(keys).__name__, 'a JWK set: {"keys": [...]}')
-    return dict(_load_key(jwk) for jwk in keys)
+    found = {}
+    for jwk in keys:
+        kid, modulus = _load_key(jwk, demo)
+        if kid in found:
+            # One key that counts as two has broken other systems (python-tuf, go-tuf).
+            raise ConfigError("key %s twice" % kid)
+        found[kid] = modulus
+    return found
 
 
 def _header(text):
     if len(text) > _HEADER_LIMIT:
         raise SignatureError("JWS header", "%d characters" % len(text), "at most 512")
     try:
-        header = json.loads(b64url_decode(text))
-    except (ValueError, RuntimeError):  # RuntimeError: nested too deep for the parser
-        raise SignatureError("JWS header is not base64url of JSON")
+        header = strict.loads(b64url_decode(text))
+    except ValueError as exc:
+        raise SignatureError("JWS header: %s" % exc)
     if not isinstance(header, dict):
         raise SignatureError("JWS header", type(header).__name__, "an object")
     for name in header:
@@ -101,12 +122,14 @@ def _header(text):
     return header
 
 
-def verify(token, keys):
+def verify(token, keys, typ=None):
     """Return the payload of a compact JWS whose signature holds under one of ``keys``.
 
     Args:
         token: the compact serialization, bytes.
         keys: ``{kid: modulus bytes}`` from :func:`load_keys`.
+        typ: what the header's ``typ`` must be, so that no document passes for one of another
+            kind (RFC 8725 section 3.11); None: anything.
 
     Raises:
         SignatureError: anything but a canonical PS256 JWS by one of these keys.
@@ -118,7 +141,10 @@ def verify(token, keys):
     parts = bytes(token).split(b".")
     if len(parts) != 3:
         raise SignatureError("JWS", "%d parts" % len(parts), "header.payload.signature")
-    kid = _header(parts[0]).get("kid")
+    header = _header(parts[0])
+    if typ is not None and header.get("typ") != typ:
+        raise SignatureError("JWS type", str(header.get("typ"))[:48], typ)
+    kid = header.get("kid")
     modulus = keys.get(kid) if isinstance(kid, str) else None
     if modulus is None:
         raise SignatureError("signing key", str(kid)[:48], "one of %d trusted" % len(keys))

@@ -1,6 +1,6 @@
 """The release manifest: parse it, apply the policy, choose a payload. Pure: no I/O.
 
-    manifest = release.parse(jws.verify(token, keys))
+    manifest = release.parse(jws.verify(token, keys, release.TYPE))
     release.judge(manifest, board)               # raises the refusal
     for payload in release.payloads(manifest.firmware, running_build): ...
 
@@ -9,10 +9,9 @@ has one type and one range, so that a slip of the signer stops here and not in a
 Unknown members are ignored: a later tool may say more, never something that must be obeyed.
 """
 
-import json
 from collections import namedtuple
 
-from . import semver
+from . import semver, strict
 from .errors import (
     ExpiredError,
     HardwareError,
@@ -25,6 +24,7 @@ from .errors import (
 )
 
 SCHEMA = 1
+TYPE = "twinslot-release+jws"  # of the JWS around it
 MANIFEST_LIMIT = 8192  # bytes of JSON
 SIZE_LIMIT = 16 << 20  # bytes of an image: esp_image_format.c verifies no larger one
 _INT_LIMIT = (1 << 30) - 1  # small integers of a 32-bit MicroPython
@@ -184,9 +184,9 @@ def parse(payload):
     if len(payload) > MANIFEST_LIMIT:
         raise ReleaseError("manifest", "%d bytes" % len(payload), "at most %d" % MANIFEST_LIMIT)
     try:
-        obj = json.loads(payload)
-    except (ValueError, RuntimeError, OverflowError):  # RuntimeError: nested too deep
-        raise ReleaseError("the manifest is not JSON")
+        obj = strict.loads(payload)
+    except ValueError as exc:
+        raise ReleaseError("manifest: %s" % exc)
     if type(obj) is not dict:
         raise ReleaseError("manifest", type(obj).__name__, "an object")
     schema = _integer(obj, "schema", 0, _INT_LIMIT)

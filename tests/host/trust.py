@@ -1,0 +1,79 @@
+"""Keys, signatures and an NVS for tests of what a board trusts."""
+
+import functools
+import json
+from typing import Any
+
+from joserfc import jws as jose
+from joserfc.jwk import RSAKey
+
+PRODUCT = "sensor-node"
+DATE = "2027-11-20T09:00:00Z"
+
+
+@functools.cache
+def key(name: str, bits: int = 2048) -> RSAKey:
+    """A private key; another name is another key."""
+    members = RSAKey.generate_key(bits).as_dict(private=True)
+    made = RSAKey.import_key(members)
+    return RSAKey.import_key({**members, "kid": made.thumbprint()})
+
+
+def kid(name: str) -> str:
+    return key(name).kid or ""
+
+
+def jwk(name: str, **members: Any) -> dict[str, Any]:
+    """The public half of a key, with further members."""
+    return {**key(name).as_dict(private=False), **members}
+
+
+def sign(payload: bytes | dict[str, Any], signer: str = "release", **header: Any) -> bytes:
+    """A compact JWS by an independent library; a header of None leaves the member out."""
+    if isinstance(payload, dict):
+        payload = json.dumps(payload, separators=(",", ":")).encode()
+    members = {"alg": "PS256", "kid": kid(signer), **header}
+    members = {name: value for name, value in members.items() if value is not None}
+    return jose.serialize_compact(members, payload, key(signer), algorithms=["PS256"]).encode()
+
+
+def keyring(version: Any, /, *names: str, signer: str = "root", **members: Any) -> bytes:
+    """A signed keyring with these keys; ``members`` replace what it says, None leaves one out."""
+    obj = {
+        "schema": 1,
+        "product": PRODUCT,
+        "version": version,
+        "expires": DATE,
+        "keys": [jwk(name) for name in names],
+        **members,
+    }
+    obj = {name: value for name, value in obj.items() if value is not None}
+    return sign(obj, signer, typ="twinslot-keyring+jws")
+
+
+class Nvs:
+    """``esp32.NVS`` as the journal uses it; ``fail`` makes writing raise."""
+
+    def __init__(self) -> None:
+        self.blobs: dict[str, bytes] = {}
+        self.fail = False
+
+    def get_blob(self, name: str, buffer: bytearray) -> int:
+        if name not in self.blobs:
+            raise OSError(-0x1102)
+        blob = self.blobs[name]
+        buffer[: len(blob)] = blob
+        return len(blob)
+
+    def set_blob(self, name: str, value: bytes) -> None:
+        if self.fail:
+            raise OSError(-0x1105)
+        self.blobs[name] = bytes(value)
+
+    def erase_key(self, name: str) -> None:
+        if name not in self.blobs:
+            raise OSError(-0x1102)
+        del self.blobs[name]
+
+    def commit(self) -> None:
+        pass
