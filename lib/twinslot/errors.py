@@ -33,6 +33,8 @@
 Messages carry what was seen and what was expected, never a key or a token.
 """
 
+_REPORT_LEN = 160  # characters of a message; four reports and four failures fit in the journal
+
 
 class OtaError(Exception):
     """Base of every error that leaves the package.
@@ -56,8 +58,12 @@ class OtaError(Exception):
         self.message = message
 
     def report(self):
-        """Return ``{"code", "number", "message"}`` for reports and HTTP answers."""
-        return {"code": self.code, "number": self.number, "message": self.message}
+        """Return ``{"code", "number", "message"}`` for reports, HTTP answers and the journal.
+
+        A message may quote a server or an application: here it is cut and made printable.
+        """
+        text = "".join(c if " " <= c <= "~" else "?" for c in self.message[:_REPORT_LEN])
+        return {"code": self.code, "number": self.number, "message": text}
 
 
 class BusyError(OtaError):

@@ -85,8 +85,8 @@ class Journal:
         """Set keys (None deletes one) and write the journal, in one step, if anything changed.
 
         Raises:
-            SpaceError: NVS is full or the journal would exceed ``LIMIT``; the journal in flash
-                and in memory is as before.
+            SpaceError: NVS is full or the journal would exceed ``LIMIT``, even with only the
+                newest report and failure in it; the journal in flash and in memory is as before.
         """
         data = dict(self._data)
         for key, value in changes.items():
@@ -99,8 +99,15 @@ class Journal:
         if data == self._data:
             return
         body = json.dumps(data).encode()
-        if len(body) + 5 > LIMIT:
-            raise SpaceError("journal", "%d bytes" % (len(body) + 5), "at most %d" % LIMIT)
+        while len(body) + 5 > LIMIT:
+            # Old news goes first: what is on trial must find its place.
+            for key in ("reports", "failed"):
+                if len(data.get(key, ())) > 1:
+                    data[key] = data[key][1:]
+                    break
+            else:
+                raise SpaceError("journal", "%d bytes" % (len(body) + 5), "at most %d" % LIMIT)
+            body = json.dumps(data).encode()
         blob = struct.pack("<BI", _FORMAT, binascii.crc32(body) & 0xFFFFFFFF) + body
         try:
             self._nvs.set_blob(_KEY, blob)
