@@ -38,6 +38,7 @@ from .errors import (
 
 BLOCK = 4096
 _HEADER_LEN = 32
+_FACTORY = 0x00
 _OTA_MIN = 0x10
 _STATES = {0: "new", 1: "pending", 2: "valid", 3: "invalid", 4: "aborted"}
 
@@ -67,7 +68,7 @@ class FirmwareSlot:
             self._target = self._running.get_next_update()
         except OSError:
             raise PartitionError("this board has no OTA slots; its partition table has none")
-        if self._target.info() == self._running.info():
+        if self._target.get_next_update().info() == self._target.info():
             raise PartitionError("this board has one OTA slot; an update needs two")
         self._ready = False
         self.abandon()
@@ -166,6 +167,7 @@ class FirmwareSlot:
         Raises:
             BusyError: the running image is on trial, and the inactive slot its only way back.
             SpaceError: the image is larger than the slot.
+            PartitionError: flash can't be read.
         """
         if self._state(self._running) == "pending":
             raise BusyError("the running image is on trial; the other slot is its way back")
@@ -177,9 +179,12 @@ class FirmwareSlot:
         self._header = None
         self._block = bytearray(BLOCK)
         self._view = memoryview(self._block)
-        if image.build and self._build(self._target) == image.build:
-            if await self._digest() == image.sha256:
-                self._pos = image.size
+        try:
+            if image.build and self._build(self._target) == image.build:
+                if await self._digest() == image.sha256:
+                    self._pos = image.size
+        except OSError as exc:
+            raise PartitionError("flash can't be read: %s" % exc)
         return self._pos
 
     def write(self, buf):
@@ -348,27 +353,49 @@ class FirmwareSlot:
         """
         if not self.is_settled():
             raise PartitionError("otadata names a slot that does not run; it stays unconfirmed")
-        if self._state(self._running) in ("valid", ""):
+        state = self._state(self._running)
+        if state in ("valid", ""):
             return
         try:
+            if state in ("aborted", "invalid"):
+                # Given up, and it runs all the same, as nothing else boots. An entry in such a
+                # state counts for nothing and can't be marked: it takes a new one.
+                self._running.set_boot()
             self._partition.mark_app_valid_cancel_rollback()
         except OSError as exc:
             raise PartitionError("confirm failed: %s" % exc)
 
     def reject(self):
-        """Prepare the way back: after this, machine.reset() boots the other slot.
+        """Prepare the way back: after this, machine.reset() boots another image.
 
         On trial the bootloader's own rollback does it. Where that is not armed (a torn otadata
-        write can do that) the other slot is activated, and its agent confirms it again.
+        write can do that), or would not find the way, the other slot is activated; its agent
+        confirms it again.
 
         Raises:
-            RollbackError: the other slot holds nothing that boots; the running one stays.
+            RollbackError: nothing else here boots; the running image stays.
         """
-        if self._state(self._running) in ("pending", "new") and self.is_settled():
-            if not self._build(self._target):
-                raise RollbackError("no image to roll back to in " + self._target.info()[4])
+        back, valid = self._way_back()
+        if self._state(self._running) == "pending" and self.is_settled() and valid:
+            if not self._build(back):
+                raise RollbackError("no image to roll back to in " + back.info()[4])
             return
         try:
-            self._target.set_boot()
+            back.set_boot()
         except OSError as exc:
             raise RollbackError("no image to roll back to: %s" % exc)
+
+    def _way_back(self):
+        """Return ``(partition, valid)``: what to return to, and whether the bootloader goes there
+        by itself once it has given up the running image."""
+        own = self._running.info()
+        apps = self._partition.find(self._partition.TYPE_APP)
+        for _, state, index in self._entries():
+            for part in apps:
+                if part.info()[1] == _OTA_MIN + index and part.info() != own:
+                    if _STATES.get(state) not in ("invalid", "aborted"):
+                        return part, True
+        for part in apps:
+            if part.info()[1] == _FACTORY and part.info() != own:
+                return part, True
+        return self._target, False
