@@ -15,7 +15,7 @@ Source: design section 5; ESP-IDF esp_ota_ops.c; rules C.4, C.5, C.6, C.14 of th
 import asyncio
 import time
 
-from .errors import HealthError, OtaError
+from .errors import HealthError, OtaError, RollbackError, SpaceError
 
 TRIES = 3  # failures of a build that may not be its own fault before it counts as bad
 _PWRON = 1  # machine.PWRON_RESET: also brown-out
@@ -27,9 +27,10 @@ def failed_builds(journal):
     return [f[0] for f in journal.get("failed", list) if f[3] >= TRIES]
 
 
-def _fail(journal, trial, reason, tries):
+def _fail(journal, trial, reason, tries, status="rolledback", **changes):
     """Record that a build failed here, and the report that says so."""
     build, version = trial.get("build", ""), trial.get("version", "")
+    error = HealthError(reason).report()
     kept = []
     for f in journal.get("failed", list):
         if f[0] == build:
@@ -40,18 +41,19 @@ def _fail(journal, trial, reason, tries):
         "attempt": trial.get("attempt", "none"),
         "version": version,
         "build": build,
-        "status": "rolledback",
-        "error": HealthError(reason).report(),
+        "status": status,
+        "error": error,
     }
     journal.update(
         trial=None,
-        failed=kept + [[build, version, reason, tries]],
+        failed=kept + [[build, version, error["message"], tries]],
         reports=journal.get("reports", list) + [report],
+        **changes,
     )
 
 
 def reconcile(slot, journal, reset_cause):
-    """Find out what this boot is, and put the journal in order.
+    """Find out what this boot is, and put otadata and the journal in order.
 
     Args:
         reset_cause: ``machine.reset_cause()`` of this boot; after a rollback that is what ended
@@ -63,57 +65,68 @@ def reconcile(slot, journal, reset_cause):
         of these.
     """
     status = slot.status()
+    build = status["build"]
+    unsettled = status["boot"] != status["running"]
+    if unsettled and status["inactive_state"] == "new":
+        return "armed"  # a wake from deep sleep: the bootloader has not looked at otadata
     trial = journal.get("trial")
-    if trial and trial.get("build") == status["build"]:
-        return _on_trial(slot, journal, trial, status, reset_cause)
+    if trial and trial.get("build") == build:
+        return _on_trial(slot, journal, trial, reset_cause)
     if trial:
-        if status["inactive_build"] == trial.get("build") and status["inactive_state"] == "new":
-            return "armed"
-        _not_running(journal, trial, status, reset_cause)
-    known = status["build"] and status["build"] == journal.get("confirmed", str)
-    if status["boot"] != status["running"]:
-        # The bootloader fell back within one boot. At the next reset it would try again.
-        if known or status["state"] == "valid":
-            slot.settle()
-    elif status["state"] == "pending":
-        if not known:
-            return "trial"  # activated by somebody else: held to the same health checks
-        slot.confirm()  # the old image, activated again by reject()
-    return "idle"
+        _not_running(journal, trial, unsettled, reset_cause)
+    if unsettled:
+        # What otadata names did not boot, and would be tried first at every reset.
+        slot.settle()
+    if build and build == journal.get("confirmed", str):
+        if status["state"] == "pending":
+            slot.confirm()  # the old image, activated again by reject()
+        return "idle"
+    for failed, version, _, _ in journal.get("failed", list):
+        if failed == build:
+            # Given up here before, and back: the power failed on the way to the other slot, or
+            # otadata was lost. The bootloader may not watch it.
+            return _on_trial(slot, journal, {"build": build, "version": version}, reset_cause)
+    # Pending: activated by somebody else, and held to the same health checks.
+    return "trial" if status["state"] == "pending" else "idle"
 
 
-def _on_trial(slot, journal, trial, status, reset_cause):
-    if status["state"] == "valid" and trial.get("confirming"):
-        _confirmed(journal, trial)  # the power failed between flash and journal
+def _on_trial(slot, journal, trial, reset_cause):
+    if trial.get("confirming"):
+        slot.settle()  # proven; the power failed before all of it was written down
+        _confirmed(journal, trial)
         return "idle"
     boots = trial.get("boots", 0) + (reset_cause != _DEEPSLEEP)
     if boots > 1:
         # A second boot of an image on trial: the bootloader's rollback was not armed.
-        return _give_up(slot, journal, trial, "reset before it was confirmed")
-    journal.update(trial=dict(trial, boots=boots))
+        try:
+            give_up(slot, journal, *_end_of_trial(reset_cause))
+        except RollbackError:
+            return "idle"
+        return "rejected"
+    try:
+        journal.update(trial=dict(trial, boots=boots))
+    except SpaceError as exc:
+        print("twinslot: boot not counted:", exc)  # the watchdog and the checks matter more
     return "trial"
 
 
-def _give_up(slot, journal, trial, reason):
-    try:
-        reject(slot, journal, reason)
-    except OtaError as exc:
-        # Nothing to go back to: what runs is better than nothing.
-        _fail(journal, trial, "%s; %s" % (reason, exc), 0)
-        return "idle"
-    return "rejected"
+def _end_of_trial(reset_cause):
+    """Reason and weight of a trial that a reset ended."""
+    if reset_cause == _PWRON:
+        return "power failed during the trial", 1
+    return "reset before it was confirmed (cause %d)" % reset_cause, TRIES
 
 
-def _not_running(journal, trial, status, reset_cause):
-    if status["inactive_state"] == "" or status["inactive_build"] != trial.get("build"):
-        # Power failed before otadata named it, or while the bootloader rewrote its entry.
-        _fail(journal, trial, "the trial was lost before it began", 1)
-    elif status["boot"] != status["running"]:
+def _not_running(journal, trial, unsettled, reset_cause):
+    if trial.get("confirming"):
+        _fail(journal, trial, "power failed while it was confirmed", 1)
+    elif unsettled:
         _fail(journal, trial, "the bootloader refused the image", TRIES)
-    elif reset_cause == _PWRON:
-        _fail(journal, trial, "power failed during the trial", 1)
+    elif not trial.get("boots"):
+        # The power failed in set_boot or in the bootloader; or the image died at its very start.
+        _fail(journal, trial, "the trial ended before the boot guard ran", 1)
     else:
-        _fail(journal, trial, "reset before it was confirmed (cause %d)" % reset_cause, TRIES)
+        _fail(journal, trial, *_end_of_trial(reset_cause))
 
 
 def _confirmed(journal, trial):
@@ -146,10 +159,11 @@ def confirm(slot, journal):
 
     Raises:
         PartitionError: otadata names a slot that does not run; nothing was changed.
+        SpaceError: the journal can't be written.
     """
     trial = journal.get("trial")
     build = slot.status()["build"]
-    if trial.get("build") == build:
+    if trial.get("build") == build and slot.is_settled():
         # First the intent: a torn otadata entry can read as valid without anybody's word.
         journal.update(trial=dict(trial, confirming=True))
     slot.confirm()
@@ -159,19 +173,44 @@ def confirm(slot, journal):
         journal.update(confirmed=build)
 
 
+def _subject(slot, journal):
+    """The trial record of the running image, or one made up for it."""
+    trial = journal.get("trial")
+    status = slot.status()
+    if trial.get("build") == status["build"]:
+        return trial
+    version = journal.get("versions").get(status["build"]) or status["version"]
+    return {"build": status["build"], "version": version}
+
+
 def reject(slot, journal, reason, tries=TRIES):
     """Prepare the way back from the running image and remember that it failed; reset next.
 
     Raises:
         RollbackError: the other slot holds nothing that boots; nothing was changed.
     """
-    status = slot.status()
     slot.reject()
-    trial = journal.get("trial")
-    if trial.get("build") != status["build"]:
-        version = journal.get("versions").get(status["build"]) or status["version"]
-        trial = {"build": status["build"], "version": version}
-    _fail(journal, trial, reason, tries)
+    try:
+        _fail(journal, _subject(slot, journal), reason, tries)
+    except SpaceError as exc:
+        print("twinslot: failure not recorded:", exc)  # the way back matters more
+
+
+def give_up(slot, journal, reason, tries):
+    """Reject an image on trial. Where there is no way back it stays for good: it is better than
+    nothing, and while it is on trial the board could not be updated.
+
+    Raises:
+        RollbackError: it stays.
+    """
+    try:
+        reject(slot, journal, reason, tries)
+    except RollbackError as exc:
+        trial = _subject(slot, journal)
+        reason = "%s; %s" % (reason, exc.message)
+        _fail(journal, trial, reason, tries, "failed", confirmed=trial["build"])
+        slot.settle()
+        raise
 
 
 class Trial:
@@ -179,11 +218,11 @@ class Trial:
 
     Args:
         checks: list of ``(name, function)``; sync or async, true when all is well. A false
-            answer, an exception or ten seconds of silence is a failure; it is asked again every
+            answer, an exception or ten seconds of silence is a failure; all are asked again every
             second until the deadline.
         stable: seconds the application must have run.
         deadline: seconds after which a check that still fails ends the trial.
-        feed: called once a second with nothing, to keep the software watchdog quiet.
+        feed: called with nothing, from the event loop, to keep the software watchdog quiet.
     """
 
     def __init__(self, slot, journal, checks, stable, deadline, feed):
@@ -202,21 +241,30 @@ class Trial:
             RollbackError: it failed and there is no way back; the running image stays.
         """
         start = time.ticks_ms()
-        complaint = "not stable yet"
-        while True:
-            self._feed()
-            seconds = time.ticks_diff(time.ticks_ms(), start) // 1000
-            if seconds >= self._stable:
+        feeder = asyncio.create_task(self._keep_feeding())
+        try:
+            await asyncio.sleep(self._stable)
+            while True:
                 complaint = await self._complaint()
                 if complaint is None:
-                    return confirm(self._slot, self._journal)
-                if seconds >= self._deadline:
+                    try:
+                        return confirm(self._slot, self._journal)
+                    except OtaError as exc:
+                        complaint = "can't be confirmed: " + exc.message
+                if time.ticks_diff(time.ticks_ms(), start) >= self._deadline * 1000:
                     break
-            await asyncio.sleep_ms(200)
+                await asyncio.sleep(1)
+        finally:
+            feeder.cancel()
         # An unreachable server need not be the image's fault: it may be offered again.
         tries = 1 if complaint.startswith("check 'source'") else TRIES
-        reject(self._slot, self._journal, complaint, tries)
+        give_up(self._slot, self._journal, complaint, tries)
         raise HealthError(complaint)
+
+    async def _keep_feeding(self):
+        while True:
+            self._feed()
+            await asyncio.sleep_ms(500)
 
     async def _complaint(self):
         """Name the first check that fails, None if all pass."""
