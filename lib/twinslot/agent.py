@@ -22,7 +22,7 @@ import random
 import sys
 import time
 
-from . import __version__, config, guard, health, http, jws, payload, release
+from . import __version__, config, guard, health, http, jws, payload, release, semver
 from .certs import Tls
 from .clock import BUILD_FLOOR, Clock
 from .errors import (
@@ -128,7 +128,7 @@ class Agent:
 
     def check(self, name, function):
         """Add a health check: sync or async, true when all is well. Asked on trial only."""
-        self._checks.append((name, function))
+        self._checks.insert(-1, (name, function))  # the source, over the network, comes last
 
     def on_event(self, listener):
         """Add ``listener(name, data)``; ``data`` is a dict. It must not block."""
@@ -193,10 +193,13 @@ class Agent:
             try:
                 await self._source.report(self._client, self.facts(), report)
             except HttpError as exc:
+                print("twinslot: report refused:", exc)
                 # 4xx: the server will never take it (429 and 408: not now).
                 if not 400 <= exc.status < 500 or exc.status in (408, 429):
-                    raise
-                print("twinslot: report refused:", exc)
+                    return
+            except OtaError as exc:
+                print("twinslot: report not delivered:", exc)
+                return  # an update that could mend this must not wait for it
             left = [r for r in self._journal.get("reports", list) if r != report]
             self._journal.update(reports=left)
 
@@ -204,13 +207,9 @@ class Agent:
 
     async def run(self):
         """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
-        if self._verdict == "armed":
-            self._machine.reset()
         # After a trial or a rollback the news is told at once; boards that merely got power back
         # spread their first poll.
-        if self._verdict == "trial":
-            await self._prove()
-        elif not self._journal.get("reports", list):
+        if self._verdict == "idle" and not self._journal.get("reports", list):
             await asyncio.sleep_ms(self._first_delay_ms())
         for report in self._journal.get("reports", list):
             if report["status"] == "rolledback":
@@ -242,6 +241,14 @@ class Agent:
         if self._retry_after:
             wait_ms += min(self._retry_after, _RETRY_AFTER_MAX_S) * 1000
         return wait_ms
+
+    async def _finish_boot(self):
+        """What this boot owes before anything new: the reset into an armed slot, or the proof of
+        a trial."""
+        if self._verdict == "armed":
+            self._machine.reset()
+        if self._verdict == "trial":
+            await self._prove()
 
     async def _prove(self):
         s = self._settings
@@ -282,6 +289,7 @@ class Agent:
 
     async def update_now(self, force=False):
         """Poll once, and install what is offered: then the board resets and this never returns.
+        On a trial boot, prove the trial first.
 
         Args:
             force: look again at a release that failed here before.
@@ -297,6 +305,7 @@ class Agent:
         self._busy = True
         self._retry_after = None
         try:
+            await self._finish_boot()
             await self._update(force)
             self._failures = 0
             return False
@@ -314,8 +323,6 @@ class Agent:
             gc.collect()
 
     async def _update(self, force):
-        if self._verdict == "trial":
-            raise BusyError("the running image is on trial")
         self._emit("checking")
         self._preflight()
         await self._clock.ensure()
@@ -362,13 +369,14 @@ class Agent:
         return False
 
     def _is_running(self, manifest, url):
-        """The offered image already runs; it may go by a newer version."""
+        """The offered image already runs; it may go by a newer version (never by an older one,
+        which would let an old release in)."""
         self._done = url
-        if self.version() != manifest.version:
+        if semver.compare(manifest.version, self.version()) > 0:
             versions = dict(self._journal.get("versions"))
             versions[self._running["build"]] = manifest.version
             self._journal.update(versions=versions)
-        self._emit("idle", version=manifest.version)
+        self._emit("idle", version=self.version())
 
     def _preflight(self):
         """Raise BusyError unless both heaps can carry an update."""
@@ -420,22 +428,24 @@ class Agent:
 
     async def _permit(self, step, manifest):
         """Ask the application; return when it agrees or its time to postpone is over."""
-        waited = 0
+        left = _POSTPONE_MAX_S
         while self._ask is not None:
-            answer = self._ask(step, manifest)
-            if hasattr(answer, "send"):
-                try:
+            try:
+                answer = self._ask(step, manifest)
+                if hasattr(answer, "send"):
                     answer = await asyncio.wait_for(answer, 60)
-                except asyncio.TimeoutError:
-                    answer = 60
+            except Exception as exc:  # also asyncio.TimeoutError: the same as "not now"
+                print("twinslot: on_install:", type(exc).__name__, exc)
+                answer = 60
             if answer is False:
                 raise RefusedError("the application refuses release " + manifest.version)
-            if answer is True or waited >= _POSTPONE_MAX_S:
+            if answer is True or left <= 0:
                 return
             seconds = answer if type(answer) in (int, float) and answer > 0 else 60
+            seconds = min(seconds, left)
+            left -= seconds
             self._emit("postponed", step=step, seconds=seconds)
             await asyncio.sleep(seconds)
-            waited += seconds
 
     async def _install(self, report, manifest, url):
         image = manifest.firmware
