@@ -27,6 +27,7 @@ from twinslot.errors import OtaError
 # Commands of other modules, imported only when asked for: ``twinslot --help`` stays quick.
 _ELSEWHERE = {
     "board": ("board_cli", "app", "Make, run and look into virtual boards and flash dumps."),
+    "flash": ("flash_cli", "flash", "Put MicroPython, Twinslot and your files onto a board."),
     "demo": ("demo", "demo", "Watch a virtual board update itself and survive a bad release."),
 }
 
