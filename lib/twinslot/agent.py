@@ -30,6 +30,7 @@ from .errors import (
     HealthError,
     HttpError,
     KnownBadError,
+    NetworkError,
     OtaError,
     RefusedError,
     TlsError,
@@ -306,7 +307,7 @@ class Agent:
         self._retry_after = None
         try:
             await self._finish_boot()
-            await self._update(force)
+            await _without_memory_error(self._update(force))
             self._failures = 0
             return False
         except OtaError as exc:
@@ -349,7 +350,7 @@ class Agent:
             report["build"] = manifest.firmware.build
             release.judge(manifest, self._board(force))
             await self._permit("download", manifest)
-            await self._install(report, manifest, url)
+            await _without_memory_error(self._install(report, manifest, url))
         except OtaError as exc:
             # Said once: what the board can't take now it will not take at the next poll either.
             if not exc.retry:
@@ -456,7 +457,10 @@ class Agent:
         start = time.ticks_ms()
         self._tried = (url, self._tried[1] + 1 if url == self._tried[0] else 1, start)
         report["bytes"] = await self._stage(image, url)
-        await self._slot.finish()
+        try:
+            await self._slot.finish()
+        finally:
+            self._journal.save_checkpoint()  # done with, or not to be built upon
         ms = time.ticks_diff(time.ticks_ms(), start)
         self._emit("staged", version=manifest.version, bytes=report["bytes"], ms=ms)
         await self._report(report, "staged")
@@ -491,39 +495,82 @@ class Agent:
 
     async def _stage(self, image, url):
         """Bring the image into the slot by the smallest payload that works; return the bytes
-        fetched."""
+        fetched. Goes on where an earlier download was cut, also before a reboot."""
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
         at = url.rfind("/r/")
         base = url[: at + 1] if at > 0 else url
+        gc.collect()  # the blocks that follow are the largest of the update
+        kept = self._journal.checkpoint()
         chosen = release.payloads(image, self._running["build"], payload.ENCODINGS)
+        if kept.get("build") == image.build:
+            chosen.sort(key=lambda p: p.url != kept.get("url"))  # that one first, the rest by size
+        else:
+            kept = {}
         error = RefusedError("release has no payload this device can apply")
         for candidate in chosen:
-            offset = await self._slot.begin(image)
-            if offset == image.size:
-                return 0
+            resume = kept if kept.get("url") == candidate.url else None
             try:
-                response = await self._client.get(resolve(base, candidate.url), redirects=1)
-                try:
-                    if response.status != 200:
-                        raise HttpError("payload", response.status, "200", status=response.status)
-                    if response.length not in (None, candidate.size):
-                        raise HttpError("payload length", response.length, candidate.size)
-                    writer = payload.Writer(self._slot, image.size)
-                    await payload.identity(response, writer, self._progress(image.size))
-                    return writer.offset
-                finally:
-                    await response.close()
+                return await self._download(image, candidate, base, resume)
+            except NetworkError:
+                raise  # another payload would come over the same network
             except OtaError as exc:
                 error = exc
+                self._journal.save_checkpoint()
                 gc.collect()
         raise error
 
-    def _progress(self, size):
-        def progress(offset):
-            if offset & 0xFFFF == 0 or offset == size:
-                self._emit("progress", done=offset, total=size)
+    async def _download(self, image, candidate, base, resume):
+        slot = self._slot
+        offset = await slot.begin(image, resume)
+        if offset == image.size:
+            return 0
+        state = (resume["at"], resume["position"]) if offset else None
+        url = resolve(base, candidate.url)
+        etag = resume.get("etag") if state else None
+        start = state[0] if state else None
+        response = await self._client.get(url, start=start, if_range=etag, redirects=1)
+        try:
+            if state and response.status == 200:  # no Range there, or another file by now
+                state, offset = None, await slot.begin(image)
+            elif response.status != (206 if state else 200):
+                raise HttpError("payload", response.status, "200", status=response.status)
+            start = state[0] if state else 0
+            if response.length not in (None, candidate.size - start):
+                raise HttpError("payload length", response.length, candidate.size - start)
+            writer = payload.Writer(slot, image.size, offset)
+            stage = payload.open_stage(candidate, response, slot.base(), state)
+            await payload.pump(stage, writer, self._boundary(image, candidate, response.etag))
+        finally:
+            await response.close()
+        return candidate.size - start
 
-        return progress
+    def _boundary(self, image, candidate, etag):
+        """Return what is done at every 64 KiB: tell the listeners, keep a checkpoint."""
+
+        def boundary(offset, state):
+            self._emit("progress", done=offset, total=image.size)
+            if state is None:
+                return
+            kept = self._slot.checkpoint()
+            kept["build"] = image.build
+            kept["url"] = candidate.url
+            kept["at"], kept["position"] = state
+            kept["etag"] = etag
+            try:
+                self._journal.save_checkpoint(kept)
+            except OtaError as exc:
+                print("twinslot: no checkpoint:", exc)  # the download itself goes on
+
+        return boundary
+
+
+async def _without_memory_error(coroutine):
+    """Await it; running out of memory on the way is an OtaError like all others."""
+    try:
+        return await coroutine
+    except MemoryError as exc:
+        gc.collect()
+        raise BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
 
 
 def _console(name, data):

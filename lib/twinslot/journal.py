@@ -28,6 +28,7 @@ from .errors import SpaceError
 LIMIT = 2048  # bytes of the whole blob; the smallest NVS we ship holds about 12 KB
 _FORMAT = 1
 _KEY = "journal"
+_CHECKPOINT = "checkpoint"
 _KEEP = 4  # entries of each list: the newest
 
 _shared = None
@@ -42,7 +43,7 @@ class Journal:
 
     def __init__(self, nvs):
         self._nvs = nvs
-        self._data = self._load()
+        self._data = self._load(_KEY)
 
     @classmethod
     def shared(cls):
@@ -58,10 +59,10 @@ class Journal:
             _shared = cls(NVS("twinslot"))
         return _shared
 
-    def _load(self):
+    def _load(self, key):
         buf = bytearray(LIMIT)
         try:
-            n = self._nvs.get_blob(_KEY, buf)
+            n = self._nvs.get_blob(key, buf)
         except OSError:  # absent, of another type, or larger than we ever write
             return {}
         if n < 6 or buf[0] != _FORMAT:
@@ -108,10 +109,29 @@ class Journal:
             else:
                 raise SpaceError("journal", "%d bytes" % (len(body) + 5), "at most %d" % LIMIT)
             body = json.dumps(data).encode()
+        self._store(_KEY, body)
+        self._data = data
+
+    def _store(self, key, body):
         blob = struct.pack("<BI", _FORMAT, binascii.crc32(body) & 0xFFFFFFFF) + body
         try:
-            self._nvs.set_blob(_KEY, blob)
+            self._nvs.set_blob(key, blob)
             self._nvs.commit()
         except OSError as exc:
             raise SpaceError("the journal can't be written: %s" % exc)
-        self._data = data
+
+    def checkpoint(self):
+        """Return the checkpoint of a download that was cut (a dict), {} if there is none."""
+        return self._load(_CHECKPOINT)
+
+    def save_checkpoint(self, checkpoint=None):
+        """Keep a checkpoint, in a blob of its own: it is written every 64 KiB and is worth
+        nothing when the journal itself is not. None removes it. Raises SpaceError."""
+        if checkpoint is not None:
+            self._store(_CHECKPOINT, json.dumps(checkpoint).encode())
+            return
+        try:
+            self._nvs.erase_key(_CHECKPOINT)
+            self._nvs.commit()
+        except OSError:
+            pass  # there was none

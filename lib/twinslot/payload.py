@@ -312,7 +312,7 @@ class _Patch:
         n = await self._read_into(view)
         if self._part == _DIFF:
             self._base(self._position, self._buf if n == _SLICE else self._buf[:n])
-            self._add(view, self._buf, n)
+            self._add(view, self._buf, n)  # pyright: ignore (viper)
             self._position += n
         self._left -= n
         return n

@@ -155,14 +155,24 @@ class FirmwareSlot:
             "version": self._version(),
         }
 
+    def base(self):
+        """Return ``(read, size)`` of the running slot, the base of a patch: ``read(offset, buf)``
+        and its bytes."""
+        running = self._running
+        return (lambda offset, buf: running.readblocks(0, buf, offset)), running.info()[3]
+
     # -- writing ----------------------------------------------------------------------------
 
-    async def begin(self, image):
+    async def begin(self, image, checkpoint=None):
         """Prepare the inactive slot for ``image`` (a ``release.Image``). Erases nothing yet.
+
+        Args:
+            checkpoint: what ``checkpoint()`` gave for this very image, also before a reboot. It
+                counts only if flash still holds what it says.
 
         Returns:
             The offset in the image from which bytes are wanted: ``image.size`` when the slot
-            already holds all of it (a power cut after ``finish``), else 0.
+            already holds all of it (a power cut after ``finish``), that of the checkpoint, or 0.
 
         Raises:
             BusyError: the running image is on trial, and the inactive slot its only way back.
@@ -176,6 +186,7 @@ class FirmwareSlot:
         self._image = image
         self._ready = False
         self._pos = 0
+        self._crc = 0
         self._header = None
         self._block = bytearray(BLOCK)
         self._view = memoryview(self._block)
@@ -183,9 +194,40 @@ class FirmwareSlot:
             if image.build and self._build(self._target) == image.build:
                 if await self._digest() == image.sha256:
                     self._pos = image.size
+            elif checkpoint:
+                await self._resume(checkpoint)
         except OSError as exc:
             raise PartitionError("flash can't be read: %s" % exc)
         return self._pos
+
+    async def _resume(self, checkpoint):
+        """Go on at ``checkpoint`` if the slot holds all that lies before it."""
+        offset, header = checkpoint.get("offset"), checkpoint.get("header")
+        try:
+            header = binascii.unhexlify(header)
+        except (ValueError, TypeError):
+            return
+        if type(offset) is not int or not 0 < offset < self._image.size or offset % BLOCK:
+            return
+        if len(header) != _HEADER_LEN:
+            return
+        self._header = header
+        crc = 0
+        for at in range(0, offset, BLOCK):
+            self._read_block(at)
+            crc = binascii.crc32(self._block, crc)
+            await asyncio.sleep_ms(0)
+        if crc == checkpoint.get("crc"):
+            self._pos = offset
+            self._crc = crc
+        else:
+            self._header = None
+
+    def checkpoint(self):
+        """Return ``{"offset", "crc", "header"}``: where writing stands, at a whole block, with
+        the CRC-32 of the image so far and the held-back header in hex."""
+        header = binascii.hexlify(self._header or b"").decode()
+        return {"offset": self._pos, "crc": self._crc, "header": header}
 
     def write(self, buf):
         """Write the next bytes of the image: one block of 4096, or the last, shorter one.
@@ -207,6 +249,7 @@ class FirmwareSlot:
                 self._rest(self._pos // BLOCK, buf)
         except OSError as exc:
             raise PartitionError("flash write at %d failed: %s" % (self._pos, exc))
+        self._crc = binascii.crc32(buf, self._crc)
         self._pos += n
 
     def _first(self, buf):
@@ -239,15 +282,19 @@ class FirmwareSlot:
                 view[i] = 0xFF
             self._target.writeblocks(block, self._block)
 
+    def _read_block(self, offset):
+        """Read a block of the slot into the buffer, the held-back header put in its place."""
+        self._target.readblocks(offset // BLOCK, self._block)
+        if offset == 0 and self._header:
+            self._view[:_HEADER_LEN] = self._header
+
     async def _digest(self):
-        """SHA-256 of the image in hex as flash holds it, the held-back header put in its place."""
+        """SHA-256 of the image in hex, as flash holds it."""
         digest = hashlib.sha256()
         size = self._image.size
         for offset in range(0, size, BLOCK):
             n = min(BLOCK, size - offset)
-            self._target.readblocks(offset // BLOCK, self._block)
-            if offset == 0 and self._header:
-                self._view[:_HEADER_LEN] = self._header
+            self._read_block(offset)
             digest.update(self._block if n == BLOCK else self._view[:n])
             await asyncio.sleep_ms(0)
         return "".join("%02x" % b for b in digest.digest())
