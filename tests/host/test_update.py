@@ -170,14 +170,14 @@ class Answering(threading.Thread):
 
 
 def test_F14_a_server_that_is_down_for_a_while_does_not_roll_a_good_image_back(make_lab):
-    lab = make_lab()
+    lab = make_lab(settings={"deadline": 30})
     lab.power_on()
     install(lab, "1.1.0")
     lab.stop_server()
     busy = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
     stand_in = Answering(lab, lambda connection, head, body: connection.sendall(busy))
     stand_in.start()
-    lab.wait(lambda e: e.name == "confirmed")
+    lab.wait(lambda e: e.name == "confirmed", timeout=60)
     stand_in.close()
 
 
