@@ -7,7 +7,7 @@
 Each poll goes one way: offer, signature, policy, download, verify, activate, reset. After the
 reset the trial decides. Every step is an event, ``listener(name, data)``:
 
-    checking staging progress staged trial confirmed rolledback failed idle
+    checking keyring staging progress staged trial confirmed rolledback failed idle
 
 Whatever goes wrong in a poll ends as one ``failed`` event with an ``OtaError``; the running slot
 is untouched and the next poll comes after a back-off.
@@ -16,14 +16,12 @@ is untouched and the next poll comes after a back-off.
 import asyncio
 import gc
 import hashlib
-import json
 import os
 import random
 import sys
 import time
 
-from . import __version__, config, guard, health, http, jws, payload, release, semver
-from .certs import Tls
+from . import __version__, config, guard, health, payload, release, semver
 from .clock import BUILD_FLOOR, Clock
 from .errors import (
     BusyError,
@@ -37,6 +35,7 @@ from .errors import (
 )
 from .journal import Journal
 from .slot import FirmwareSlot
+from .trust import Trust
 from .url import resolve
 
 _BACKOFF_S = 60
@@ -77,24 +76,13 @@ class Agent:
         self._slot = FirmwareSlot()
         self._journal = Journal.shared()
         self._running = self._slot.status()  # what runs can't change before the next reset
-        try:
-            self._keys = jws.load_keys(json.loads(config.read(s["keys"])))
-        except ValueError:
-            raise config.ConfigError("key file %s is not JSON" % s["keys"])
         self._clock = Clock(
             ntp=s["ntp"],
             last=self._journal.get("time", int),
             floor=max(BUILD_FLOOR, self._journal.get("issued", int)),
         )
-        self._client = http.Client(
-            tls=self._tls(s),
-            token=s["token"] or None,
-            origin=s["url"],
-            read_timeout_ms=s["timeout"] * 1000,
-            connect_timeout_ms=s["timeout"] * 1000,
-            allow_http=s["url"].startswith("http://"),
-            on_date=self._clock.observe,
-        )
+        self._trust = Trust(s, self._journal, self._clock)
+        self._client = self._trust.client
         if source is None:
             if s["source"] == "server":
                 from .sources.server import Server as Source
@@ -111,14 +99,6 @@ class Agent:
         self._failures = 0
         self._poll_s = s["poll"]
         self._retry_after = None
-
-    @staticmethod
-    def _tls(s):
-        if s["url"].startswith("http://"):
-            return None
-        return Tls(
-            ca=config.read(s["ca"]) if s["ca"] else None, fingerprint=s["fingerprint"] or None
-        )
 
     @classmethod
     def from_config(cls, path="/ota.json"):
@@ -182,17 +162,22 @@ class Agent:
         report["status"] = status
         report["error"] = error.report() if error else None
         try:
-            await self._source.report(self._client, self.facts(), report)
+            await self._send(report)
         except OtaError as exc:
             print("twinslot: report not delivered:", exc)
             if error:
                 self._journal.update(reports=self._journal.get("reports", list) + [report])
 
+    async def _send(self, report):
+        if self._client is not self._trust.client:
+            raise TlsError("reports go over a verified connection only")
+        await self._source.report(self._client, self.facts(), report)
+
     async def _deliver(self):
         """Hand over the reports that had to wait for a connection or a reboot."""
         for report in self._journal.get("reports", list):
             try:
-                await self._source.report(self._client, self.facts(), report)
+                await self._send(report)
             except HttpError as exc:
                 print("twinslot: report refused:", exc)
                 # 4xx: the server will never take it (429 and 408: not now).
@@ -284,6 +269,9 @@ class Agent:
         except HttpError as exc:
             if not exc.status:
                 raise
+        except TlsError as exc:
+            if not exc.dates:  # a calendar is no fault of the image
+                raise
         return True
 
     # -- one update ---------------------------------------------------------------------------
@@ -327,9 +315,10 @@ class Agent:
         self._emit("checking")
         self._preflight()
         await self._clock.ensure()
-        offer = await self._source.poll(self._client, self.facts())
+        offer = await self._poll()
         await self._deliver()
         self._remember_time()
+        await self._renew_keys(offer.keyring)
         if offer.poll:
             self._poll_s = offer.poll
         url = offer.release
@@ -342,8 +331,9 @@ class Agent:
             return
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
         try:
-            manifest = await self._fetch(url)
-            if manifest.firmware.build == self._running["build"]:
+            manifest = await self._trust.release(self._client, url)
+            same = manifest.firmware.build == self._running["build"]
+            if same and manifest.product == self._settings["product"]:
                 self._is_running(manifest, url)
                 return
             report["version"] = manifest.version
@@ -398,20 +388,31 @@ class Agent:
         if lasting and lasting - self._journal.get("time", int) > _DAY_S:
             self._journal.update(time=lasting)
 
-    async def _fetch(self, url):
-        """Fetch a release and return its verified manifest."""
-        response = await self._client.get(url)
+    async def _poll(self):
+        """Ask the source; where only dates have stood in the way for long, ask the tree."""
+        self._client = self._trust.client
         try:
-            if response.status != 200:
-                raise HttpError("release " + url, response.status, "200", status=response.status)
-            token = await response.read(jws.TOKEN_LIMIT)
-        finally:
-            await response.close()
-        manifest = release.parse(jws.verify(token, self._keys))
-        del token
-        gc.collect()
-        self._clock.at_least(manifest.issued)
-        return manifest
+            offer = await self._source.poll(self._client, self.facts())
+            self._trust.verified()
+        except TlsError as exc:
+            self._client = self._trust.regardless(exc)
+            self._clock.doubt()
+            self._emit("failed", **exc.report())
+            from .sources.static import Static
+
+            offer = await Static(self._settings).poll(self._client, self.facts())
+        return offer
+
+    async def _renew_keys(self, version):
+        """Take a newer keyring. That it fails is no reason to leave a release alone."""
+        try:
+            taken = await self._trust.renew(self._client, version)
+        except OtaError as exc:
+            self._emit("failed", **exc.report())
+            return
+        if taken:
+            self._done = None  # what an unknown key has signed may hold now
+            self._emit("keyring", version=taken)
 
     def _board(self, force):
         s = self._settings

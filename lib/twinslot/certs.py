@@ -23,6 +23,10 @@ _SSL_CONN_EOF = const(-0x7280)
 _SSL_BAD_CERTIFICATE = const(-0x7A00)
 _X509_FATAL_ERROR = const(-0x3000)
 
+# mbedtls/include/mbedtls/x509.h, X509_CRT_ERROR_INFO_LIST: one line for each thing that is wrong
+_EXPIRED = "The certificate validity has expired"
+_FUTURE = "The certificate validity starts in the future"
+
 
 def _der_of(data, what, label):
     """Return the DER blocks named ``label`` in ``data``: PEM text, or DER already."""
@@ -146,7 +150,8 @@ def tls_error(e, host, tls):
     """Return the TlsError for an exception of the handshake, with what to do about it."""
     if tls._seen:
         return TlsError("certificate fingerprint", hexlify(tls._seen).decode(), "the pinned one")
-    text = str(e.args[-1] if e.args else e).replace("\n", " ").strip()
+    lines = str(e.args[-1] if e.args else e).strip().split("\n")
+    text = " ".join(lines)
     if isinstance(e, OSError):
         code = e.args[0]
         if code in (ENOMEM, _SSL_ALLOC_FAILED, _X509_ALLOC_FAILED, _PK_ALLOC_FAILED):
@@ -156,16 +161,19 @@ def tls_error(e, host, tls):
         if code == _SSL_BAD_CERTIFICATE:
             return TlsError("the server's certificate is not fit for a server (key usage)")
         if code == _SSL_FATAL_ALERT:
-            return TlsError("the server refused the TLS handshake (alert)")
+            why = "does it ask for a client certificate, or for another TLS version?"
+            return TlsError("the server refused the TLS handshake (alert): " + why)
         return TlsError("TLS handshake failed (%s)" % text)
     if "not correctly signed" in text:
         why = "not signed by the pinned CA: is it the right server, the right ca?"
     elif "does not match" in text:
         why = "for another name than %s: use the name in the certificate" % host
-    elif "in the future" in text:
+    elif _FUTURE in text:
         why = "not valid yet: is the clock set?"
-    elif "has expired" in text:
+    elif _EXPIRED in text:
         why = "expired: renew it, or correct the clock"
     else:
         why = "refused"
-    return TlsError("the server's certificate is %s (%s)" % (why, text))
+    error = TlsError("the server's certificate is %s (%s)" % (why, text))
+    error.dates = all(line.strip() in (_FUTURE, _EXPIRED) for line in lines)
+    return error

@@ -6,7 +6,7 @@
 
 Required: ``product``, ``url``, ``keys`` (a JWK set), and for https one of ``ca`` (PEM or DER
 file) and ``fingerprint`` (SHA-256 of the server's certificate in hex). The rest has defaults,
-below. Times are in seconds.
+below. Times are in seconds. ``http://`` needs ``allow_http``, and never carries a ``token``.
 """
 
 import json
@@ -22,6 +22,10 @@ DEFAULTS = {
     "token": "",
     "ca": "",
     "fingerprint": "",
+    "client_cert": "",  # files, for a server that asks for a certificate of the board
+    "client_key": "",
+    "allow_http": False,  # an http:// url; then nobody can be kept from reading, or withholding
+    "demo": False,  # take sample keys
     "labels": [],
     "poll": 21600,
     "timeout": 30,  # of one network wait
@@ -65,7 +69,23 @@ def check(config):
             raise ConfigError("configuration member hardware", "nothing", "the board's name")
     if not full["url"].endswith("/"):
         full["url"] += "/"
+    _check_transport(full)
     return full
+
+
+def _check_transport(full):
+    scheme = full["url"].split(":")[0]
+    if scheme == "http":
+        if not full["allow_http"]:
+            raise ConfigError("url", "http://", "https://, or allow_http set to true")
+        if full["token"]:
+            raise ConfigError("a token never goes over http: use an https:// url")
+    elif scheme != "https":
+        raise ConfigError("url", full["url"][:64], "https://...")
+    elif not full["ca"] and not full["fingerprint"]:
+        raise ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
+    if bool(full["client_cert"]) != bool(full["client_key"]):
+        raise ConfigError("client_cert and client_key go together")
 
 
 def load(path):

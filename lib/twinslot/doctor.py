@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from . import config, espimage, jws
+from . import config, espimage
 from .errors import OtaError
 from .journal import Journal
 from .slot import FirmwareSlot
@@ -166,20 +166,29 @@ def _files(say):
 def _configuration(say, path):
     try:
         settings = config.load(path)
-        import json
-
-        keys = jws.load_keys(json.loads(config.read(settings["keys"])))
-        if settings["ca"]:
-            config.read(settings["ca"])
+        for name in ("ca", "client_cert", "client_key"):
+            if settings[name]:
+                config.read(settings[name])
     except OtaError as exc:
         say("fail", "config", str(exc), "correct " + path)
         return
-    except ValueError:
-        say("fail", "config", "the key file is not JSON", "make it with: twinslot keygen")
-        return
     say("ok", "config", "%s, channel %s" % (settings["product"], settings["channel"]))
-    say("ok", "keys", "%d trusted" % len(keys))
+    _keys(say, settings)
     if settings["url"].startswith("http://"):
         say("warn", "transport", "http: anybody on the way sees the update", "use https")
-    elif not (settings["ca"] or settings["fingerprint"]):
-        say("fail", "transport", "no certificate to trust", "set ca or fingerprint in " + path)
+
+
+def _keys(say, settings):
+    try:
+        from .journal import Journal
+        from .keyring import Keyring
+
+        ring = Keyring(settings["keys"], Journal.shared(), settings["product"], settings["demo"])
+        keys = ring.keys()
+    except OtaError as exc:
+        say("fail", "keys", str(exc), "make them with: twinslot keygen, twinslot keyring")
+        return
+    what = "keyring %d" % ring.version if ring.version else "the key file"
+    say("ok", "keys", "%d trusted, by %s" % (len(keys), what))
+    if settings["demo"]:
+        say("warn", "keys", "sample keys are taken", "a demo board only; remove demo")

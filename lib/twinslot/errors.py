@@ -122,7 +122,10 @@ class TimeoutError_(NetworkError):
 
 
 class TlsError(NetworkError):
+    """No verified connection. ``dates``: the certificates' dates are all that is wrong."""
+
     code = "tls"
+    dates = False
 
 
 class HttpError(NetworkError):

@@ -16,20 +16,23 @@ from ..errors import FormatError
 DOCUMENT_LIMIT = 2048  # bytes of a pointer or an answer
 _POLL_MIN = 1
 _POLL_MAX = 7 * 86400
+_KEYRING_MAX = (1 << 30) - 1
 
-Offer = namedtuple("Offer", ("release", "poll", "percent", "seed"))
+Offer = namedtuple("Offer", ("release", "poll", "percent", "seed", "keyring"))
 
 
 def parse_offer(obj, base, resolve):
     """Check an offer of the channel pointer's shape and return an :class:`Offer`.
 
     Args:
-        obj: ``{"release": URL, "poll": seconds, "rollout": {"percent", "seed"}}``, each optional.
+        obj: ``{"release": URL, "poll": seconds, "rollout": {"percent", "seed"},
+            "keyring": version}``, each optional.
         base: URL of the document it came from.
         resolve: ``url.resolve``.
 
     Returns:
-        Offer: ``release`` an absolute URL or None, ``poll`` in seconds (1 s to 7 days) or None.
+        Offer: ``release`` an absolute URL or None, ``poll`` in seconds (1 s to 7 days) or None,
+        ``keyring`` the version of the product's keyring, 0 if there is none.
 
     Raises:
         FormatError: a member of the wrong type, or a URL that leads elsewhere.
@@ -56,4 +59,7 @@ def parse_offer(obj, base, resolve):
             raise FormatError("percent of the rollout", percent, "0 to 100")
         if not isinstance(seed, str):
             raise FormatError("seed of the rollout", type(seed).__name__, "text")
-    return Offer(release, poll, percent, seed)
+    keyring = obj.get("keyring", 0)
+    if type(keyring) is not int or not 0 <= keyring <= _KEYRING_MAX:
+        raise FormatError("member keyring of the offer", str(keyring)[:32], "its version")
+    return Offer(release, poll, percent, seed, keyring)

@@ -1,0 +1,147 @@
+"""From an offer to a release whose signature holds: the connection, the keyring, the release.
+
+    trust = Trust(settings, journal, clock)
+    version = await trust.renew(trust.client, offer.keyring)      # None: nothing newer
+    manifest = await trust.release(trust.client, offer.release)
+
+Every connection is verified. One exception, so that a certificate that ran out, or a clock that
+is wrong, does not lock a board out for ever: when only the *dates* of certificates have stood in
+the way of three polls in a row, the signed files of the tree are fetched over a connection that
+proves nothing (`regardless`). Nothing is lost by it that the signatures don't protect: it carries
+no token and no report, and sets no clock. Each poll still tries the verified one first.
+"""
+
+import gc
+
+from . import config, http, jws
+from . import release as releases
+from .certs import Tls, tls_error
+from .errors import HttpError
+from .keyring import Keyring
+
+_PATIENCE = 3  # polls that fail on dates alone before they are looked over
+
+
+class _Anybody:
+    """Takes the place of ``Tls``: a connection to whoever answers."""
+
+    pinned = True
+    _seen = None
+
+    def wrap(self, sock, host):
+        import tls
+
+        context = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
+        context.verify_mode = tls.CERT_NONE  # pyright: ignore
+        try:
+            return context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
+        except (OSError, ValueError) as e:
+            raise tls_error(e, host, self)
+
+
+class Trust:
+    """Connections and keys of one board.
+
+    Args:
+        settings: as in ``config``.
+        journal: a ``Journal``; keeps the keyring's version and counts failures on dates.
+        clock: a ``Clock``.
+
+    Raises:
+        ConfigError: the settings, or a file they name, can't be used.
+    """
+
+    def __init__(self, settings, journal, clock):
+        self._settings = s = settings
+        self._journal = journal
+        self._clock = clock
+        self._keyring = Keyring(s["keys"], journal, s["product"], s["demo"])
+        self._tree = s["url"] + s["product"]
+        self._regardless = None
+        tls = None
+        if s["url"].startswith("https:"):
+            tls = Tls(
+                ca=config.read(s["ca"]) if s["ca"] else None,
+                fingerprint=s["fingerprint"] or None,
+                client_cert=config.read(s["client_cert"]) if s["client_cert"] else None,
+                client_key=config.read(s["client_key"]) if s["client_key"] else None,
+            )
+        self.client = self._open(tls, s["token"] or None, clock.observe)
+
+    def _open(self, tls, token=None, on_date=None):
+        s = self._settings
+        return http.Client(
+            tls=tls,
+            token=token,
+            origin=s["url"],
+            read_timeout_ms=s["timeout"] * 1000,
+            connect_timeout_ms=s["timeout"] * 1000,
+            allow_http=s["allow_http"],
+            on_date=on_date,
+        )
+
+    def regardless(self, error):
+        """Return the client for the signed files after a TlsError, or raise that error again."""
+        if not error.dates:
+            raise error
+        count = self._journal.get("dates", int) + 1
+        if count <= _PATIENCE:
+            self._journal.update(dates=count)
+        if count < _PATIENCE:
+            raise error
+        if self._regardless is None:
+            self._regardless = self._open(_Anybody())
+        return self._regardless
+
+    def verified(self):
+        """A poll over the verified connection has worked: its dates are in order (again)."""
+        if self._journal.get("dates", int):
+            self._journal.update(dates=None)
+
+    async def renew(self, client, version):
+        """Take the keyring over the air, where one is said to be newer.
+
+        Args:
+            client: to fetch it with.
+            version: of the keyring on the server, 0 for none.
+
+        Returns:
+            the version taken, or None.
+
+        Raises:
+            NetworkError: it can't be fetched; asked for again at the next poll.
+            KeyringError, SpaceError: it can't be taken; not asked for again unless it changes.
+        """
+        if not self._keyring.wants(version):
+            return None
+        token = await self._fetch(client, self._tree + "/keyring.jws")
+        self._keyring.refuse(version)  # once is enough, unless it holds
+        self._keyring.take(token)
+        return self._keyring.version
+
+    async def release(self, client, url):
+        """Fetch a release and return its manifest, a verified ``release.Release``.
+
+        Raises:
+            NetworkError: it can't be fetched.
+            SignatureError: not by a key that signs releases; KeyringError: there is none now.
+            ReleaseError: it is no release.
+        """
+        token = await self._fetch(client, url)
+        now = self._clock.now() if self._clock.trusted else None
+        payload = jws.verify(token, self._keyring.keys(now), releases.TYPE)
+        del token
+        manifest = releases.parse(payload)
+        del payload
+        gc.collect()
+        self._clock.at_least(manifest.issued)
+        return manifest
+
+    async def _fetch(self, client, url):
+        response = await client.get(url)
+        try:
+            if response.status != 200:
+                raise HttpError(url, response.status, "200", status=response.status)
+            return await response.read(jws.TOKEN_LIMIT)
+        finally:
+            await response.close()
