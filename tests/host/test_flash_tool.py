@@ -1,6 +1,8 @@
 """`twinslot flash`: from a firmware file of micropython.org to a board that updates itself."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -9,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from fakechip import FakeChip
 from stockfirmware import application, combined
 
-from twinslot_tools import flash, keys, stock
+from twinslot_tools import cli, flash, keys, stock
 from twinslot_tools.lab import Lab
 from twinslot_tools.virtual_esp32 import layout, show, vfs
 from twinslot_tools.virtual_esp32.board import Board, find_micropython
@@ -27,9 +30,30 @@ SETTINGS = {
 }
 
 
+class Done:
+    """What a run of the command line left."""
+
+    def __init__(self, code, stdout, stderr):
+        self.code, self.stdout, self.stderr = code, stdout, stderr
+
+
 def twinslot(*args, code=0):
-    done = subprocess.run([TWINSLOT, *map(str, args)], capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
+    """Run the command line in this process: a new one takes a third of a second each time."""
+    out, err = io.StringIO(), io.StringIO()
+    seen = 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["twinslot", *map(str, args)])
+        patch.setattr(sys, "stdin", io.StringIO())
+        try:
+            cli.main()
+        except SystemExit as exc:
+            seen = exc.code or 0
+    done = Done(seen, out.getvalue(), err.getvalue())
+    assert done.code == code, done.stderr
     return done
 
 
@@ -65,7 +89,8 @@ def plan(desk, **kw):
 
 def test_to_file_makes_a_flash_that_the_board_tools_and_esptool_agree_on(desk):
     out = desk / "flash.bin"
-    twinslot(*arguments(desk, "--to-file", out))
+    command = [TWINSLOT, *arguments(desk, "--to-file", out)]
+    subprocess.run(command, check=True, capture_output=True)
     shown = json.loads(twinslot("board", "show", out, "--json").stdout)
     assert shown["chip"] == "esp32"
     assert shown["flash_size"] == shown["header_flash_size"] == 4 << 20
@@ -486,7 +511,9 @@ def test_a_used_board_runs_what_was_flashed(desk):
     board = FakeBoard(4 << 20, before)
     flash.install(made, board)
     (desk / "flash.bin").write_bytes(board.data)
-    result = Board(desk / "flash.bin").run(max_boots=1, timeout=20)
+    result = Board(desk / "flash.bin").run(
+        max_boots=1, timeout=20, until=lambda event: "ota.json" in event.get("line", "")
+    )
     assert result.boots[0].partition == "ota_0" and result.boots[0].error is None
     assert "['boot.py', 'lib', 'main.py', 'ota', 'ota.json']" in result.console
     assert vfs.read_files(desk / "flash.bin") == made.files
@@ -511,6 +538,98 @@ def test_what_a_board_holds_is_named_before_it_is_erased(desk):
     fat = bytearray(stock_board)
     fat[0x200000:0x202000] = bytes(510) + b"\x55\xaa" + bytes(0x1E00)
     assert lost(bytes(fat)) == ["vfs: a FAT filesystem of 2,048 KiB"]
+
+
+# ---- onto a board, through esptool
+
+
+@pytest.fixture
+def chip():
+    """Return a maker of chips in download mode on a TCP port, as esptool meets them."""
+    made = []
+
+    def make(flash=None, size=4 << 20, **kw):
+        data = bytearray(flash) if flash is not None else bytearray(b"\xff") * size
+        made.append(FakeChip(data, **kw))
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_a_bare_board_is_flashed_over_its_port(desk, chip):
+    board = chip()
+    done = twinslot(*arguments(desk, "--port", board.url, "--json"))
+    found = json.loads(done.stdout)
+    assert (found["port"], found["chip"], found["erases"]) == (board.url, "esp32", [])
+    made = plan(desk)
+    assert show.describe(bytes(board.flash)) == show.describe(made.flash)
+    (desk / "flash.bin").write_bytes(board.flash)
+    assert vfs.read_files(desk / "flash.bin") == made.files
+
+
+def test_the_table_follows_the_flash_that_was_found(desk, chip):
+    board = chip(size=8 << 20)
+    found = json.loads(twinslot(*arguments(desk, "--port", board.url, "--json")).stdout)
+    assert (found["flash_size"], found["table"]) == (8 << 20, "8MiB")
+    assert show.describe(bytes(board.flash))["header_flash_size"] == 8 << 20
+
+
+def test_a_board_that_holds_files_is_only_erased_with_consent(desk, chip):
+    board = chip(plan(desk).flash)
+    before = bytes(board.flash)
+    done = twinslot(*arguments(desk, "--port", board.url), code=1)
+    assert "holds vfs: a littlefs filesystem of 448 KiB" in done.stderr
+    assert "--yes" in done.stderr
+    assert board.flash == before and not board.ops
+    twinslot(*arguments(desk, "--port", board.url, "--yes"))
+    assert board.ops
+
+
+def test_dry_run_on_a_port_changes_nothing(desk, chip):
+    board = chip(plan(desk).flash)
+    done = twinslot(*arguments(desk, "--port", board.url, "--dry-run"))
+    assert "ota_1" in done.stdout and "nothing was written" in done.stderr
+    assert not board.ops
+
+
+def test_a_board_with_another_chip_is_left_as_it_is(desk, chip):
+    (desk / "stock.bin").write_bytes(combined(application("esp32c3"), "esp32c3"))
+    board = chip()
+    done = twinslot(*arguments(desk, "--port", board.url), code=1)
+    assert "the board has an esp32, stock.bin is for an esp32c3" in done.stderr
+    assert not board.ops
+
+
+def test_a_worn_flash_is_noticed(desk, chip):
+    board = chip(fail_at=0x10200)
+    done = twinslot(*arguments(desk, "--port", board.url), code=1)
+    assert "MD5" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_chip_that_encrypts_its_flash_is_refused(desk, chip):
+    board = chip(efuses={0: 1 << 20})
+    done = twinslot(*arguments(desk, "--port", board.url), code=1)
+    assert "encrypts its flash" in done.stderr
+    assert not board.ops
+
+
+@pytest.mark.parametrize(
+    ("port", "said"),
+    [("socket://127.0.0.1:1", "by hand"), ("/dev/ttyNowhere", "is the board connected?")],
+)
+def test_a_port_with_nobody_there_is_said_with_what_to_do(desk, port, said):
+    done = twinslot(*arguments(desk, "--port", port), code=1)
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and port in lines[0] and said in lines[0]
+
+
+def test_a_wrong_file_is_refused_before_the_board_is_reset(desk):
+    (desk / "stock.bin").write_bytes(application())
+    done = twinslot(*arguments(desk, "--port", "socket://127.0.0.1:1"), code=1)
+    assert "application for esp32 alone" in done.stderr
 
 
 # ---- alive
