@@ -17,7 +17,7 @@ from pathlib import Path
 
 import uvicorn
 
-from twinslot import jws
+from twinslot import keyring
 from twinslot.errors import OtaError
 
 from . import tls, tokens
@@ -59,7 +59,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="address to bind (%(default)s)")
     parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes any free one")
     parser.add_argument("--data", type=Path, help="private folder (default: SITE-server)")
-    parser.add_argument("--keys", type=Path, help="public JWK set: offer only what they signed")
+    parser.add_argument("--keys", type=Path, help="key file of the boards: offer what they take")
     parser.add_argument(
         "--name", action="append", default=[], help="host name or address boards use (repeatable)"
     )
@@ -89,10 +89,10 @@ def start(arguments: argparse.Namespace, limits: Limits) -> None:
     operator_token = tokens.load(data / tokens.OPERATOR_FILE, tokens.OPERATOR_ENV)
     if device_token.digest == operator_token.digest:
         raise StartError("device and operator token are the same: boards would be operators")
-    keys = jws.load_keys(_read_json(arguments.keys)) if arguments.keys else None
+    roots, keys = keyring.load(arguments.keys.read_bytes()) if arguments.keys else (None, None)
     store = Store(data / DATABASE, limits)
     parts = Parts(
-        Site(site_folder, keys), store, device_token, operator_token, limits, arguments.poll
+        Site(site_folder, keys, roots), store, device_token, operator_token, limits, arguments.poll
     )
     try:
         _log_start(certificate, parts, keys)
@@ -109,13 +109,6 @@ def _names(arguments: argparse.Namespace) -> list[str]:
     except ValueError:
         return [*arguments.name, arguments.host]
     return list(arguments.name)
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as exc:
-        raise StartError(f"{path}: not a JWK set: {exc}") from exc
 
 
 def _log_start(certificate: tls.Certificate, parts: Parts, keys: dict | None) -> None:

@@ -85,6 +85,8 @@ def _add_device_routes(app: FastAPI, parts: Parts) -> None:
 def _check_update(parts: Parts, request: CheckUpdate) -> dict:
     parts.store.seen(request.device_id, request.model_dump(exclude={"device_id"}))
     answer: dict[str, Any] = {"update_available": False, "poll": parts.poll_s}
+    if keyring := parts.site.keyring(request.product):
+        answer["keyring"] = keyring
     try:
         channel = parts.site.channel(request.product, request.channel)
     except ChannelError as exc:

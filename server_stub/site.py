@@ -1,8 +1,9 @@
 """Read the published tree: which files may be served, and what a channel offers now.
 
-A name outside the three patterns below is not served, whatever lies in the folder:
+A name outside the four patterns below is not served, whatever lies in the folder:
 
     {product}/{channel}.json         pointer, mutable
+    {product}/keyring.jws            keyring, mutable
     {product}/r/{version}.jws        release, immutable
     {product}/blobs/ab/{sha256}.bin  payload, immutable
 
@@ -15,12 +16,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from twinslot import jws
+from twinslot import jws, keyring
 from twinslot.errors import OtaError, ReleaseError
-from twinslot.release import Release, parse
+from twinslot.release import TYPE, Release, parse
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _POINTER = re.compile(rf"{_NAME}/{_NAME}\.json")
+_KEYRING = re.compile(rf"{_NAME}/keyring\.jws")
 _RELEASE = re.compile(rf"{_NAME}/r/[A-Za-z0-9][A-Za-z0-9.+-]{{0,63}}\.jws")
 _BLOB = re.compile(rf"{_NAME}/blobs/([0-9a-f]{{2}})/(\1[0-9a-f]{{62}})\.(?:bin|gz)")
 _RELEASE_NAME = re.compile(r"r/[A-Za-z0-9][A-Za-z0-9.+-]{0,63}\.jws")
@@ -66,18 +68,22 @@ class Site:
         root: the folder ``twinslot publish`` wrote.
         keys: ``{kid: modulus}`` of :func:`twinslot.jws.load_keys`; None offers releases without
             verifying them, which is safe for the boards (they verify) and blind for the operator.
+        roots: keys that sign keyrings; where a product has one, it takes the place of ``keys``.
     """
 
-    def __init__(self, root: Path, keys: dict | None = None):
+    def __init__(self, root: Path, keys: dict | None = None, roots: dict | None = None):
         self.root = root.resolve(strict=True)
         self._keys = keys
-        self._releases: dict[str, tuple[tuple[int, int], Release]] = {}
+        self._roots = roots
+        self._releases: dict[str, tuple[tuple, Release]] = {}
 
     def find(self, name: str) -> File | None:
         """Return the file that URL path ``name`` (no leading slash) means, or None."""
         if blob := _BLOB.fullmatch(name):
             path = self._inside(name)
             return path and File(path, "application/octet-stream", True, f'"{blob[2]}"', None)
+        if _KEYRING.fullmatch(name):
+            return self._small(name, "application/jose", immutable=False)
         if _RELEASE.fullmatch(name):
             return self._small(name, "application/jose", immutable=True)
         if _POINTER.fullmatch(name):
@@ -115,7 +121,7 @@ class Site:
         if file is None or file.content is None:
             raise ChannelError("no_channel", f"{name} is not published")
         pointer = _pointer(name, file.content)
-        release = self._release(f"{product}/{pointer['release']}")
+        release = self._release(f"{product}/{pointer['release']}", self._trusted(product))
         if release.product != product:
             raise ChannelError("bad_release", f"{name} names a release of {release.product}")
         self._check_payloads(product, release)
@@ -126,12 +132,35 @@ class Site:
             pointer.get("rollout"),
         )
 
-    def _release(self, name: str) -> Release:
+    def keyring(self, product: str) -> int:
+        """Return the version of a product's keyring, 0 where there is none.
+
+        Told to every board that asks, whatever the channel offers; the boards verify it.
+        """
+        file = self.find(f"{product}/keyring.jws")
+        try:
+            content = file.content if file else None
+            version = json.loads(jws.b64url_decode((content or b"").split(b".")[1]))["version"]
+        except (ValueError, IndexError, KeyError, TypeError, RecursionError):
+            return 0
+        return version if type(version) is int and 0 < version < 1 << 30 else 0
+
+    def _trusted(self, product: str) -> dict | None:
+        """The keys that may sign releases of a product; None: not verified here."""
+        file = self.find(f"{product}/keyring.jws") if self._roots else None
+        if file is None or file.content is None or self._roots is None:
+            return self._keys
+        try:
+            return keyring.parse(file.content, self._roots, product)[2]
+        except OtaError as exc:
+            raise ChannelError("bad_keyring", f"{product}/keyring.jws: {exc}") from exc
+
+    def _release(self, name: str, trusted: dict | None) -> Release:
         path = self._inside(name)
         if path is None:
             raise ChannelError("bad_release", f"{name} is missing")
         stat = path.stat()
-        stamp = (stat.st_mtime_ns, stat.st_size)
+        stamp = (stat.st_mtime_ns, stat.st_size, trusted and frozenset(trusted))
         known = self._releases.get(name)
         if known and known[0] == stamp:
             return known[1]
@@ -139,19 +168,11 @@ class Site:
         try:
             if token is None:
                 raise ReleaseError("release file", f"{stat.st_size} bytes", "a JWS")
-            release = parse(self._payload(token))
+            release = parse(_payload(token, trusted))
         except OtaError as exc:
             raise ChannelError("bad_release", f"{name}: {exc}") from exc
         self._releases[name] = (stamp, release)
         return release
-
-    def _payload(self, token: bytes) -> bytes:
-        if self._keys is not None:
-            return jws.verify(token, self._keys)
-        try:
-            return jws.b64url_decode(token.split(b".")[1])
-        except (IndexError, ValueError) as exc:
-            raise ReleaseError("release file", str(exc), "a compact JWS") from exc
 
     def _check_payloads(self, product: str, release: Release) -> None:
         for payload in release.firmware.payloads:
@@ -164,6 +185,15 @@ class Site:
                     "bad_release",
                     f"{release.version}: {payload.url} is {seen}, expected {payload.size} bytes",
                 )
+
+
+def _payload(token: bytes, trusted: dict | None) -> bytes:
+    if trusted is not None:
+        return jws.verify(token, trusted, TYPE)
+    try:
+        return jws.b64url_decode(token.split(b".")[1])
+    except (IndexError, ValueError) as exc:
+        raise ReleaseError("release file", str(exc), "a compact JWS") from exc
 
 
 def read_bounded(path: Path) -> bytes | None:
