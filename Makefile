@@ -47,6 +47,8 @@ $(READY): pyproject.toml
 	         "run  apt install python3-venv" >&2; exit 1; }; }
 	@echo "installing into $(VENV)" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]' 2>/dev/null || \
+	    echo "no detools (it needs a C compiler): tests that compare with it are skipped" >&2
 	@touch $@
 
 $(STUBS): $(READY)
