@@ -22,6 +22,10 @@ _PWRON = 1  # machine.PWRON_RESET: also brown-out
 _DEEPSLEEP = 4
 
 
+def _failed(journal):
+    return [f[0] for f in journal.get("failed", list)]
+
+
 def failed_builds(journal):
     """Builds that this board does not install again unless told to."""
     return [f[0] for f in journal.get("failed", list) if f[3] >= TRIES]
@@ -77,17 +81,18 @@ def reconcile(slot, journal, reset_cause):
     if unsettled:
         # What otadata names did not boot, and would be tried first at every reset.
         slot.settle()
-    if build and build == journal.get("confirmed", str):
+    confirmed = journal.get("confirmed", str)
+    if build and build == confirmed:
         if status["state"] == "pending":
             slot.confirm()  # the old image, activated again by reject()
         return "idle"
-    for failed, version, _, _ in journal.get("failed", list):
-        if failed == build:
-            # Given up here before, and back: the power failed on the way to the other slot, or
-            # otadata was lost. The bootloader may not watch it.
-            return _on_trial(slot, journal, {"build": build, "version": version}, reset_cause)
-    # Pending: activated by somebody else, and held to the same health checks.
-    return "trial" if status["state"] == "pending" else "idle"
+    if status["state"] == "pending":
+        return "trial"  # activated by somebody else, and held to the same health checks
+    if (confirmed and status["inactive_build"] == confirmed) or build in _failed(journal):
+        # It never passed here, and nobody watches it: the power failed on the way back from it,
+        # or otadata was lost and this slot is what boots without.
+        return _on_trial(slot, journal, _subject(slot, journal), reset_cause)
+    return "idle"
 
 
 def _on_trial(slot, journal, trial, reset_cause):
