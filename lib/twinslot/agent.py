@@ -360,13 +360,15 @@ class Agent:
         return False
 
     def _is_running(self, manifest, url):
-        """The offered image already runs; it may go by a newer version (never by an older one,
-        which would let an old release in)."""
+        """The offered image already runs, confirmed. It may go by a newer version (never by an
+        older one, which would let an old release in), or its security version was not known:
+        it came over the cable, or by a way on which the trial record was lost."""
         self._done = url
+        versions = dict(self._journal.get("versions"))
         if semver.compare(manifest.version, self.version()) > 0:
-            versions = dict(self._journal.get("versions"))
             versions[self._running["build"]] = manifest.version
-            self._journal.update(versions=versions)
+        floor = max(self._journal.get("floor", int), manifest.security_version)
+        self._journal.update(versions=versions, floor=floor)
         self._emit("idle", version=self.version())
 
     def _preflight(self):
