@@ -8,13 +8,14 @@ READY := $(VENV)/.ready
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo test lint size packages setup clean
+.PHONY: help demo test lint size compat packages setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
 	@echo "make test    lint, sizes, device tests on MicroPython, host tests"
 	@echo "make lint    ruff and pyright"
 	@echo "make size    bytes of each module of lib/twinslot on the device"
+	@echo "make compat  the device package against MicroPython 1.24 to 1.29 (needs PyPI)"
 	@echo "make packages  write package*.json, when a module came or went"
 	@echo "make clean   remove .venv and build"
 
@@ -31,6 +32,9 @@ lint: $(READY) $(STUBS)
 
 size: $(READY)
 	@$(BIN)/python tools/size.py
+
+compat: $(READY)
+	@$(BIN)/python -m twinslot_tools.compat
 
 packages: $(READY)
 	@$(BIN)/python -m twinslot_tools.mip
