@@ -152,9 +152,12 @@ class Lab:
             keys.generate(path)
         return keys.load_private(path)
 
-    def firmware(self, version: str, fault: str = "", size: int | None = None) -> Path:
+    def firmware(
+        self, version: str, fault: str = "", size: int | None = None, main: bool = True
+    ) -> Path:
         """A virtual firmware image: this package, ``boot.py`` and ``main.py`` as its frozen
-        modules. ``fault`` is put in as the application's first lines."""
+        modules (without ``main``, only the package). ``fault`` is put in as the application's
+        first lines."""
         tree = self.folder / f"tree-{version}"
         shutil.rmtree(tree, ignore_errors=True)
         shutil.copytree(
@@ -162,12 +165,13 @@ class Lab:
             tree / "twinslot",
             ignore=shutil.ignore_patterns("__pycache__"),
         )
-        shutil.copy(_ROOT / "boot.py", tree)
-        main = (_ROOT / "main.py").read_text()
-        anchor = "async def application():\n    global beats\n"
-        if anchor not in main:
-            raise RuntimeError("main.py has another application than the lab knows")
-        (tree / "main.py").write_text(main.replace(anchor, anchor + fault))
+        if main:
+            shutil.copy(_ROOT / "boot.py", tree)
+            text = (_ROOT / "main.py").read_text()
+            anchor = "async def application():\n    global beats\n"
+            if anchor not in text:
+                raise RuntimeError("main.py has another application than the lab knows")
+            (tree / "main.py").write_text(text.replace(anchor, anchor + fault))
         image = self.folder / f"firmware-{version}.bin"
         image.write_bytes(
             firmware.make_firmware(
@@ -196,11 +200,11 @@ class Lab:
         payload = published.manifest["images"][0]["payloads"][0]
         return self.site / PRODUCT / payload["url"]
 
-    def make_board(self, version: str = "1.0.0") -> None:
+    def make_board(self, version: str = "1.0.0", frozen_main: bool = True) -> None:
         """Flash a board, as over USB: ``version`` in its first slot, keys and ota.json on its
         volume."""
         partitions = layout.load_layout("4MiB")
-        image = self.firmware(version, self._application).read_bytes()
+        image = self.firmware(version, self._application, main=frozen_main).read_bytes()
         self.flash.write_bytes(build.make_flash("esp32", 4 << 20, partitions, {"ota_0": image}))
         settings = {
             "product": PRODUCT,

@@ -11,6 +11,7 @@ _HOME = {
     "OtaError": "errors",
     "confirm": "console",
     "doctor": "doctor",
+    "log": "console",
     "rollback": "console",
     "status": "console",
 }

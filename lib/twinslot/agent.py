@@ -21,14 +21,13 @@ import random
 import sys
 import time
 
-from . import __version__, config, guard, health, payload, release, semver
+from . import __version__, config, guard, health, release, semver
 from .clock import BUILD_FLOOR, Clock
 from .errors import (
     BusyError,
     HealthError,
     HttpError,
     KnownBadError,
-    NetworkError,
     OtaError,
     RefusedError,
     TlsError,
@@ -36,7 +35,6 @@ from .errors import (
 from .journal import Journal
 from .slot import FirmwareSlot
 from .trust import Trust
-from .url import resolve
 
 _BACKOFF_S = 60
 _BACKOFF_MAX_S = 3600
@@ -93,6 +91,7 @@ class Agent:
         self._listeners = [_console]
         self._checks = [("source", self._reachable)]
         self._ask = None
+        self._path = None  # of the configuration, until it has worked
         self._busy = False
         self._done = None  # release URL that needs no second look
         self._tried = (None, 0, 0)  # release URL, downloads that failed, ticks_ms of the last
@@ -103,7 +102,9 @@ class Agent:
     @classmethod
     def from_config(cls, path="/ota.json"):
         """Make an agent from a configuration file. Raises ConfigError."""
-        return cls(config.load(path))
+        agent = cls(config.load(path))
+        agent._path = path
+        return agent
 
     # -- what the application says ------------------------------------------------------------
 
@@ -193,6 +194,11 @@ class Agent:
 
     async def run(self):
         """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
+        self._watch = asyncio.create_task(self._supervise())
+        if self._settings["wifi"]:
+            from . import wifi
+
+            self._network = asyncio.create_task(wifi.keep(self._settings["wifi"], self.device_id))
         # After a trial or a rollback the news is told at once; boards that merely got power back
         # spread their first poll.
         if self._verdict == "idle" and not self._journal.get("reports", list):
@@ -210,6 +216,17 @@ class Agent:
                 sys.print_exception(exc)
                 self._failures += 1
             await asyncio.sleep_ms(self._delay_ms())
+
+    async def _supervise(self):
+        """Tell the guard that the event loop turns and, once, that this was a good start."""
+        seconds = 0
+        while True:
+            if self._verdict != "trial":  # a trial feeds by itself
+                guard.feed(self._settings["hang"])
+            if seconds == self._settings["stable"]:
+                guard.started()
+            seconds += 1
+            await asyncio.sleep(1)
 
     def _first_delay_ms(self):
         """A constant place of this board within the interval spreads the fleet for good."""
@@ -318,6 +335,9 @@ class Agent:
         offer = await self._poll()
         await self._deliver()
         self._remember_time()
+        if self._path:
+            config.keep(self._path)
+            self._path = None
         await self._renew_keys(offer.keyring)
         if offer.poll:
             self._poll_s = offer.poll
@@ -346,6 +366,7 @@ class Agent:
             if not exc.retry:
                 self._done = url
             if not isinstance(exc, KnownBadError):  # that was told when it was rolled back
+                self._journal.add_to_log(report["version"], "failed", exc.message)
                 await self._report(report, "failed", exc)
             raise
 
@@ -459,11 +480,15 @@ class Agent:
         await self._report(report, "staging")
         start = time.ticks_ms()
         self._tried = (url, self._tried[1] + 1 if url == self._tried[0] else 1, start)
-        report["bytes"] = await self._stage(image, url)
+        from .download import Download
+
+        # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
+        at = url.rfind("/r/")
+        download = Download(self._slot, self._journal, self._client, self._emit)
         try:
-            await self._slot.finish()
+            await download.run(image, url[: at + 1] if at > 0 else url, self._running["build"])
         finally:
-            self._journal.save_checkpoint()  # done with, or not to be built upon
+            report["bytes"] = download.fetched
         ms = time.ticks_diff(time.ticks_ms(), start)
         self._emit("staged", version=manifest.version, bytes=report["bytes"], ms=ms)
         await self._report(report, "staged")
@@ -495,76 +520,6 @@ class Agent:
             raise
         print("twinslot: reset into", self._running["inactive"])
         self._machine.reset()
-
-    async def _stage(self, image, url):
-        """Bring the image into the slot by the smallest payload that works; return the bytes
-        fetched. Goes on where an earlier download was cut, also before a reboot."""
-        # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
-        at = url.rfind("/r/")
-        base = url[: at + 1] if at > 0 else url
-        gc.collect()  # the blocks that follow are the largest of the update
-        kept = self._journal.checkpoint()
-        chosen = release.payloads(image, self._running["build"], payload.ENCODINGS)
-        if kept.get("build") == image.build:
-            chosen.sort(key=lambda p: p.url != kept.get("url"))  # that one first, the rest by size
-        else:
-            kept = {}
-        error = RefusedError("release has no payload this device can apply")
-        for candidate in chosen:
-            resume = kept if kept.get("url") == candidate.url else None
-            try:
-                return await self._download(image, candidate, base, resume)
-            except NetworkError:
-                raise  # another payload would come over the same network
-            except OtaError as exc:
-                error = exc
-                self._journal.save_checkpoint()
-                gc.collect()
-        raise error
-
-    async def _download(self, image, candidate, base, resume):
-        slot = self._slot
-        offset = await slot.begin(image, resume)
-        if offset == image.size:
-            return 0
-        state = (resume["at"], resume["position"]) if offset else None
-        url = resolve(base, candidate.url)
-        etag = resume.get("etag") if state else None
-        start = state[0] if state else None
-        response = await self._client.get(url, start=start, if_range=etag, redirects=1)
-        try:
-            if state and response.status == 200:  # no Range there, or another file by now
-                state, offset = None, await slot.begin(image)
-            elif response.status != (206 if state else 200):
-                raise HttpError("payload", response.status, "200", status=response.status)
-            start = state[0] if state else 0
-            if response.length not in (None, candidate.size - start):
-                raise HttpError("payload length", response.length, candidate.size - start)
-            writer = payload.Writer(slot, image.size, offset)
-            stage = payload.open_stage(candidate, response, slot.base(), state)
-            await payload.pump(stage, writer, self._boundary(image, candidate, response.etag))
-        finally:
-            await response.close()
-        return candidate.size - start
-
-    def _boundary(self, image, candidate, etag):
-        """Return what is done at every 64 KiB: tell the listeners, keep a checkpoint."""
-
-        def boundary(offset, state):
-            self._emit("progress", done=offset, total=image.size)
-            if state is None:
-                return
-            kept = self._slot.checkpoint()
-            kept["build"] = image.build
-            kept["url"] = candidate.url
-            kept["at"], kept["position"] = state
-            kept["etag"] = etag
-            try:
-                self._journal.save_checkpoint(kept)
-            except OtaError as exc:
-                print("twinslot: no checkpoint:", exc)  # the download itself goes on
-
-        return boundary
 
 
 async def _without_memory_error(coroutine):

@@ -27,14 +27,16 @@ DEFAULTS = {
     "allow_http": False,  # an http:// url; then nobody can be kept from reading, or withholding
     "demo": False,  # take sample keys
     "labels": [],
+    "wifi": {},  # ssid, password, ap_password, ap_after: see wifi; empty: the application's matter
     "poll": 21600,
     "timeout": 30,  # of one network wait
     "ntp": "pool.ntp.org",  # host or host:port, "" for none
     "stable": 30,  # the trial: seconds the application must run
     "deadline": 300,  # the trial: after this a failing check ends it
-    "hang": 120,  # the trial: longest time the event loop may stand still
+    "hang": 120,  # longest time the event loop may stand still before a reset, 0 for ever
     "wdt": 0,  # hardware watchdog, 0 for none
 }
+_GOOD = ".good"  # behind the name of a configuration: the last one that worked
 _REQUIRED = ("product", "url", "keys")
 
 
@@ -67,10 +69,30 @@ def check(config):
         full["hardware"] = getattr(sys.implementation, "_build", "")
         if not full["hardware"]:
             raise ConfigError("configuration member hardware", "nothing", "the board's name")
+    _check_wifi(full["wifi"])
     if not full["url"].endswith("/"):
         full["url"] += "/"
     _check_transport(full)
     return full
+
+
+def _check_wifi(wifi):
+    for name, value in wifi.items():
+        kind = {"ssid": str, "password": str, "ap_password": str, "ap_after": int}.get(name)
+        if kind is None:
+            raise ConfigError(
+                "member of wifi", name, "one of ssid, password, ap_password, ap_after"
+            )
+        if type(value) is not kind:
+            raise ConfigError("member of wifi: " + name, type(value).__name__, kind.__name__)
+    if wifi and not wifi.get("ssid"):
+        raise ConfigError("member of wifi: ssid", "nothing", "the network's name")
+    if wifi.get("ap_password") and len(wifi["ap_password"]) < 8:
+        raise ConfigError(
+            "member of wifi: ap_password",
+            "%d characters" % len(wifi["ap_password"]),
+            "8 or more, as WPA2 wants",
+        )
 
 
 def _check_transport(full):
@@ -89,11 +111,23 @@ def _check_transport(full):
 
 
 def load(path):
-    """Read and check a configuration file.
+    """Read and check a configuration file; where it is damaged, the last one that worked.
 
     Raises:
-        ConfigError: absent, not JSON, or not a configuration.
+        ConfigError: absent, not JSON, or not a configuration, and no copy of a good one.
     """
+    try:
+        return _load(path)
+    except ConfigError as exc:
+        try:
+            good = _load(path + _GOOD)
+        except ConfigError:
+            raise exc
+        print("twinslot: %s; using the last one that worked" % exc)
+        return good
+
+
+def _load(path):
     try:
         with open(path) as f:
             return check(json.load(f))
@@ -101,6 +135,29 @@ def load(path):
         raise ConfigError("configuration %s can't be read: %s" % (path, exc))
     except ValueError:
         raise ConfigError("configuration %s is not JSON" % path)
+
+
+def keep(path):
+    """Keep a copy of a configuration that has just worked. Costs a write only when it changed;
+    never raises: a full filesystem is no reason not to update.
+
+    Source: littlefs replaces a file by rename in one commit.
+    """
+    import os
+
+    try:
+        text = read(path)
+        check(json.loads(text))  # a good copy may be what works
+        try:
+            if read(path + _GOOD) == text:
+                return
+        except ConfigError:
+            pass
+        with open(path + ".new", "wb") as f:
+            f.write(text)
+        os.rename(path + ".new", path + _GOOD)
+    except (OSError, ValueError, ConfigError) as exc:
+        print("twinslot: no copy of the configuration:", exc)
 
 
 def read(path):

@@ -1,4 +1,5 @@
-"""What a person types at the prompt: ``twinslot.status()``, ``confirm()``, ``rollback()``."""
+"""What a person types at the prompt: ``twinslot.status()``, ``log()``, ``confirm()``,
+``rollback()``."""
 
 from . import health
 from .errors import RollbackError
@@ -32,6 +33,14 @@ def status():
     facts["trial"] = trial
     facts["failed"] = journal.get("failed", list)
     return facts
+
+
+def log():
+    """Print and return the newest attempts to update: ``[time or 0, version, status, reason]``."""
+    entries = Journal.shared().log()
+    for when, version, how, reason in entries:
+        print("%10d  %-12s %-10s %s" % (when, version, how, reason))
+    return entries
 
 
 def confirm():

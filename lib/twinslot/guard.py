@@ -3,12 +3,15 @@
     import twinslot.guard
     twinslot.guard.start()
 
-It finds out from flash and journal what this boot is (``health.reconcile``). On a trial boot it
-starts the software watchdog: a ``machine.Timer`` that resets the board unless somebody calls
-``feed`` in time, which the agent does from the event loop. A program that crashes, hangs or never
-starts its agent so ends in a reset, and the bootloader returns to the old slot. A loop that hangs
-inside C code does not run timers; for that there is the hardware watchdog (``wdt`` in seconds),
-which the same timer feeds, and which can't be stopped until the next reset.
+It finds out from flash and journal what this boot is (``health.reconcile``), and sees to it that
+the agent is reached, whatever the application does. A ``machine.Timer`` resets the board unless
+somebody calls ``feed`` in time, which the agent does from the event loop. On a trial boot such a
+reset returns to the old slot. On any other, starts that fail are counted, and after the fifth in a
+row the agent runs alone, without ``main.py``, for an hour: a release that mends the application
+can arrive. (At the prompt, ``twinslot.guard.stop()`` ends the watch.)
+
+A loop that hangs inside C code does not run timers; for that there is the hardware watchdog
+(``wdt`` in seconds), which the same timer feeds, and which can't be stopped until the next reset.
 
 ``start`` never raises: whatever is wrong with the journal or the slots, the application boots.
 """
@@ -18,9 +21,11 @@ import sys
 
 import machine
 
-_BOOT_S = 120  # until the agent's event loop runs; importing and joining a network takes long
-
+_STARTS = 5  # that fail in a row, then the agent runs alone
+_ALONE_S = 3600  # then the application gets another chance
 _GC_THRESHOLD = 8192  # bytes
+_PWRON = 1  # machine.PWRON_RESET
+_DEEPSLEEP = 4
 
 _verdict = None
 _timer = None
@@ -28,12 +33,14 @@ _wdt = None
 _left = 0
 
 
-def start(wdt=0):
-    """Reconcile, and on trial arm the way back. Later calls in the same boot do nothing but
-    start a hardware watchdog that is not running yet.
+def start(wdt=0, config="/ota.json", patience=120):
+    """Reconcile, and arm the way back. Later calls in the same boot do nothing but start a
+    hardware watchdog that is not running yet.
 
     Args:
         wdt: seconds of the hardware watchdog, 0 for none. It stays on after the trial.
+        config: what the agent is made from when it must run alone.
+        patience: seconds from here until the agent's event loop runs.
 
     Returns:
         ``"idle"``, ``"trial"`` or ``"armed"``, as ``health.reconcile``.
@@ -47,7 +54,7 @@ def start(wdt=0):
     try:
         if _verdict is None:
             _verdict = "idle"
-            _verdict = _reconcile()
+            _boot(machine.reset_cause(), config, patience)
         if wdt and not _wdt:
             _arm_wdt(wdt)
     except Exception as exc:
@@ -58,21 +65,49 @@ def start(wdt=0):
     return _verdict
 
 
-def _reconcile():
-    global _left
+def _boot(cause, config, patience):
+    global _verdict
     from . import health
     from .journal import Journal
     from .slot import FirmwareSlot
 
+    feed(patience)
     journal = Journal.shared()
-    verdict = health.reconcile(FirmwareSlot(), journal, machine.reset_cause())
-    if verdict == "rejected":
+    _verdict = health.reconcile(FirmwareSlot(), journal, cause)
+    if _verdict == "rejected":
         machine.reset()
-    if verdict == "trial":
+    if _verdict == "trial":
         print("twinslot: guard: this boot is a trial")
-        _left = journal.get("trial").get("hang", _BOOT_S)
-        _run_timer()
-    return verdict
+        feed(journal.get("trial").get("hang") or patience)
+    elif cause not in (_PWRON, _DEEPSLEEP):
+        # Counted only where something went wrong: power-on and wake-up cost no flash write.
+        starts = journal.starts() + 1
+        journal.set_starts(starts)
+        if starts > _STARTS and _verdict == "idle":
+            _run_alone(journal, config)
+
+
+def _run_alone(journal, config):
+    """Safe mode: the agent without the application, then a reset into another try."""
+    import asyncio
+
+    from .agent import Agent
+
+    print("twinslot: guard: %d starts failed; the agent runs alone" % _STARTS)
+    journal.set_starts(0)
+    agent = Agent.from_config(config)  # where this fails too, main.py is all there is left
+    try:
+        asyncio.run(asyncio.wait_for(agent.run(), _ALONE_S))
+    except Exception as exc:
+        sys.print_exception(exc)
+    machine.reset()
+
+
+def started():
+    """The application runs: its starts count no longer as failed."""
+    from .journal import Journal
+
+    Journal.shared().set_starts(0)
 
 
 def _arm_wdt(seconds):
@@ -108,16 +143,18 @@ def _tick(_):
 
 
 def feed(seconds):
-    """Give the application ``seconds`` more before the software watchdog resets the board."""
+    """Give the event loop ``seconds`` more before the software watchdog resets the board; 0 ends
+    the watch."""
     global _left
-    if _left:
-        _left = seconds
+    _left = seconds
+    if seconds and _timer is None:
+        _run_timer()
 
 
 def stop():
-    """End the software watchdog: the trial is over. A hardware watchdog goes on being fed."""
-    global _left, _timer
-    _left = 0
+    """End the software watchdog. A hardware watchdog goes on being fed."""
+    global _timer
+    feed(0)
     if _timer and not _wdt:
         _timer.deinit()
         _timer = None

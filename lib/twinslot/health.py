@@ -54,6 +54,7 @@ def _fail(journal, trial, reason, tries, status="rolledback", **changes):
         reports=journal.get("reports", list) + [report],
         **changes,
     )
+    journal.add_to_log(version, status, error["message"])
 
 
 def reconcile(slot, journal, reset_cause):
@@ -157,6 +158,7 @@ def _confirmed(journal, trial):
         failed=[f for f in journal.get("failed", list) if f[0] != build],
         reports=journal.get("reports", list) + [report],
     )
+    journal.add_to_log(version, "confirmed")
 
 
 def confirm(slot, journal):

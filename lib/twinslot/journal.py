@@ -22,6 +22,7 @@ Source: ESP-IDF nvs_flash, "Internals"; MicroPython ports/esp32/esp32_nvs.c.
 import binascii
 import json
 import struct
+import time
 
 from .errors import SpaceError
 
@@ -29,6 +30,9 @@ LIMIT = 2048  # bytes of the whole blob; the smallest NVS we ship holds about 12
 _FORMAT = 1
 _KEY = "journal"
 _CHECKPOINT = "checkpoint"
+_STARTS = "starts"
+_LOG = "log"
+_LOG_KEEP = 16
 _KEEP = 4  # entries of each list: the newest
 
 _shared = None
@@ -135,3 +139,36 @@ class Journal:
             self._nvs.commit()
         except OSError:
             pass  # there was none
+
+    def starts(self):
+        """Return how many starts in a row have failed, as far as counted."""
+        try:
+            return self._nvs.get_i32(_STARTS)
+        except OSError:
+            return 0
+
+    def set_starts(self, n):
+        """Count starts. Costs a flash write only when the number changes; never raises."""
+        try:
+            if n != self.starts():
+                self._nvs.set_i32(_STARTS, n)
+                self._nvs.commit()
+        except OSError:
+            pass  # NVS is full: a board that can't count still starts
+
+    def log(self):
+        """Return the newest attempts, oldest first: ``[time or 0, version, status, reason]``."""
+        entries = self._load(_LOG).get("log")
+        return entries if isinstance(entries, list) else []
+
+    def add_to_log(self, version, status, reason=""):
+        """Note how an attempt ended. Never raises: a log is not worth an update."""
+        now = 0
+        if time.gmtime()[0] > 2024:
+            now = int(time.time()) + (946684800 if time.gmtime(0)[0] == 2000 else 0)
+        entries = self.log()[1 - _LOG_KEEP :]
+        entries.append([now, version, status, reason[:80]])
+        try:
+            self._store(_LOG, json.dumps({"log": entries}).encode())
+        except SpaceError as exc:
+            print("twinslot: not logged:", exc)
