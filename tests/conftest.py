@@ -27,7 +27,7 @@ from twinslot_tools.virtual_esp32.board import Board, parse_size
 from twinslot_tools.virtual_esp32.firmware import make_firmware
 
 ROOT = Path(__file__).parent.parent
-HARNESS = Path(__file__).parent / "device" / "harness.py"
+DEVICE = Path(__file__).parent / "device"
 LIB = ROOT / "lib" / "twinslot"
 MARK = "@@test "
 
@@ -186,7 +186,8 @@ def _base_flash(chip, size, table):
     slots = {p.label: image for p in parts if p.type == 0}
     path = _scratch() / f"{chip}-{size}-{Path(table).name}.bin"
     path.write_bytes(build.make_flash(chip, size, parts, slots))
-    vfs.write_files(path, {"/lib/harness.py": HARNESS.read_bytes(), **_library()})
+    helpers = set(DEVICE.glob("*.py")) - set(DEVICE.glob("test_*.py"))
+    vfs.write_files(path, {f"/lib/{h.name}": h.read_bytes() for h in helpers} | _library())
     return path
 
 
