@@ -25,8 +25,8 @@ import sys
 
 sys.path.insert(0, sys.argv[1])
 
-from twinslot import payload, release  # noqa: E402
-from twinslot.errors import OtaError  # noqa: E402
+from twinslot import payload, release
+from twinslot.errors import OtaError
 
 
 class Body:
@@ -35,11 +35,14 @@ class Body:
     def __init__(self, file, step):
         self._file = file
         self._step = step
+        self.received = 0
 
     async def readinto(self, buf):
         if self._step and len(buf) > self._step:
             buf = memoryview(buf)[: self._step]
-        return self._file.readinto(buf)
+        n = self._file.readinto(buf)
+        self.received += n
+        return n
 
 
 class Sink:
@@ -82,7 +85,7 @@ async def apply(job):
         writer = payload.Writer(sink, job["size"], offset)
         state = (at, position) if job.get("resume") else None
         body = Body(file, job.get("step"))
-        stage = payload.open_stage(chosen, body, reader(job.get("base")), state)
+        stage = payload.open_stage(chosen, body, reader(job.get("base")), job["size"], state)
         await payload.pump(
             stage, writer, lambda done, state: boundaries.append((done,) + (state or ()))
         )

@@ -238,7 +238,8 @@ def _chunks(base: bytes, image: bytes) -> Iterator[Chunk]:
 def _split(chunks: Iterator[Chunk]) -> Iterator[bytes]:
     """Write chunks down in pieces that each complete 64 KiB of the image."""
     piece, room = bytearray(), BOUNDARY
-    for diff, extra, adjustment in chunks:
+    for chunk in chunks:
+        diff, extra, adjustment = chunk
         while len(diff) + len(extra) >= room:
             head = diff[:room]
             tail = extra[: room - len(head)]

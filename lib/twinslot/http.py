@@ -97,6 +97,7 @@ class Response:
     start, total: of a 206, the offset of the body's first byte and the size of the whole (or
         None). start is 0 for every other status: a 200 to a Range request begins at 0.
     location: text of the field, or None.
+    received: bytes of the body given so far.
     """
 
     def __init__(self, link, client, status, minor, found, start, if_range):
@@ -108,7 +109,7 @@ class Response:
         self._link = link
         self._chunked = False
         self._in_chunk = False
-        self._got = 0
+        self.received = 0
         self._waited_ms = 0
         self._arrived = 0
         self._keep = minor == 1 and b"close" not in found.get(b"connection", b"").lower()
@@ -240,7 +241,7 @@ class Response:
                     pause = longer(pause)
                 elif not got:
                     raise NetworkError(
-                        "the body ends early", self._got, self.length or "more in its chunk"
+                        "the body ends early", self.received, self.length or "more in its chunk"
                     )
             self._waited_ms += ticks_diff(ticks_ms(), since)
             self._arrived += got
@@ -249,7 +250,7 @@ class Response:
         except BaseException:
             link.close()
             raise
-        self._got += got
+        self.received += got
         self._left -= got
         if not self._left and not self._chunked:
             self._end()

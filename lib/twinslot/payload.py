@@ -1,6 +1,6 @@
 """Turn a payload's bytes back into the image: inflate, patch, one flash block at a time.
 
-    stage = payload.open_stage(chosen, response, base, state)
+    stage = payload.open_stage(chosen, response, base, size, state)
     await payload.pump(stage, writer, boundary)
 
 A stage has ``await readinto(view)``, which puts image bytes straight into the free part of the
@@ -14,8 +14,12 @@ Inflating never waits: the ring between the network and ``deflate.DeflateIO`` is
 than a slice of output can need, then the slice is inflated in C. DeflateIO reads its source byte
 by byte, and an empty source spoils it for good.
 
+What comes over the network proves nothing until the image's hash holds, so each stage is bounded
+against any input: output by the image's size, input and work per output, time between two looks
+at other tasks.
+
 Memory, once per update: a block of 4 KiB; gzip adds 5 KiB and the window (4 KiB for window 12)
-anew for each member; a patch adds 1 KiB.
+anew for each member; a patch adds 1 KiB. ``heap`` tells it before anything is opened.
 
 Source: RFC 1952; detools' sequential patches (create.py, apply.py); MicroPython
 extmod/moddeflate.c, py/objringio.c.
@@ -23,17 +27,38 @@ extmod/moddeflate.c, py/objringio.c.
 
 import asyncio
 
-from .errors import FormatError
+from .errors import FormatError, OtaError
 from .slot import BLOCK
 
-ENCODINGS = ("identity", "gzip")
 BOUNDARY = 65536  # of the image; payload builders end gzip members and patch chunks there
 
 _SLICE = 1024  # bytes inflated at a time, and read from the network at a time
 # More than a slice can take from an honest encoder: stored blocks are 5 bytes longer than their
 # content, a dynamic block's code tables are below 400 bytes.
 _AHEAD = 3 * _SLICE
-_IDLE_STEPS = 64  # parts without output that a patch, or members that a gzip may have in a row
+_IDLE_STEPS = 16  # parts without output that a patch, or members that a gzip may have in a row
+_READS = 8  # of a stage, then other tasks run: tiny pieces make much work of few bytes
+
+
+def encodings():
+    """Encodings that this port can undo: names as in a release."""
+    try:
+        import deflate  # noqa: F401
+        from micropython import RingIO  # noqa: F401
+    except ImportError:
+        return ("identity",)
+    return ("identity", "gzip")
+
+
+def heap(payload):
+    """Bytes of heap that ``pump`` needs for a payload, its block included."""
+    need = BLOCK
+    if payload.encoding == "gzip":
+        # Ring and buffer; a new window while the old one is not collected yet; objects.
+        need += _AHEAD + 2 * _SLICE + (2 << payload.window) + 1024
+    if payload.patch:
+        need += _SLICE + 512
+    return need
 
 
 class Writer:
@@ -85,24 +110,35 @@ async def pump(stage, writer, boundary):
         FormatError: the payload ends before the image does, or is malformed.
         NetworkError: from the response; ImageError, PartitionError: from the slot.
     """
+    reads = 0
     while writer.left():
         n = await stage.readinto(writer.space())
         if n == 0:
             raise FormatError("payload", "%d bytes missing" % writer.left(), "the whole image")
+        reads += 1
         if writer.advance(n):
-            if writer.offset % BOUNDARY == 0 or not writer.left():
-                boundary(writer.offset, await stage.boundary() if writer.left() else None)
-            # The write held the application up; let it run before the next one does.
+            if writer.offset % BOUNDARY == 0 and writer.left():
+                boundary(writer.offset, await stage.boundary())
+            reads = _READS  # the write held the application up
+        if reads >= _READS:
+            reads = 0
             await asyncio.sleep_ms(0)
+    boundary(writer.offset, None)
+    try:
+        # The rest of an honest payload is a few bytes; with them read the connection lives on.
+        await stage.boundary()
+    except OtaError:
+        pass  # the image is complete, and its hash is the judge
 
 
-def open_stage(payload, response, base, state=None):
+def open_stage(payload, response, base, size, state=None):
     """Return the stages that turn a response's body into image bytes.
 
     Args:
         payload: the chosen ``release.Payload``.
-        response: the body, from ``state[0]`` on.
+        response: the body, from ``state[0]`` on; ``received`` counts the bytes it has given.
         base: ``(read, size)`` of the running image, for a patch; ``read(offset, buf)``.
+        size: of the image.
         state: where to go on; None at the beginning.
 
     Raises:
@@ -118,7 +154,7 @@ def open_stage(payload, response, base, state=None):
         return stage
     if payload.patch != "detools":
         raise FormatError("payload patch", payload.patch, "detools")
-    return _Patch(stage, base, position, state is None)
+    return _Patch(stage, base, size, None if state is None else position)
 
 
 class _Plain:
@@ -127,14 +163,10 @@ class _Plain:
     def __init__(self, response, offset):
         self._response = response
         self._offset = offset
-
-    async def readinto(self, view):
-        n = await self._response.readinto(view)
-        self._offset += n
-        return n
+        self.readinto = response.readinto  # not through a method: it would allocate per read
 
     async def boundary(self):
-        return self._offset, 0
+        return self._offset + self._response.received, 0
 
 
 class _Inflate:
@@ -147,7 +179,7 @@ class _Inflate:
         self._window = window
         self._ring = RingIO(_AHEAD + _SLICE + 1)
         self._buf = memoryview(bytearray(_SLICE))
-        self._fed = offset
+        self._offset = offset
         self._ended = False
         self._member = None
         self._spare = memoryview(bytearray(1))
@@ -161,7 +193,6 @@ class _Inflate:
                 self._ended = True
             else:
                 ring.write(buf if n == _SLICE else buf[:n])
-                self._fed += n
 
     async def readinto(self, view):
         if self._kept:
@@ -169,7 +200,8 @@ class _Inflate:
             view[0] = self._spare[0]
             return 1
         for _ in range(_IDLE_STEPS):
-            await self._fill()
+            if not self._ended and self._ring.any() < _AHEAD:
+                await self._fill()
             if self._member is None:
                 if not self._ring.any():
                     return 0
@@ -202,7 +234,7 @@ class _Inflate:
                 self._kept = 1
                 return None
             self._member = None
-        return self._fed - self._ring.any(), 0
+        return self._offset + self._response.received - self._ring.any(), 0
 
 
 def plain_add(out, base, n):
@@ -230,16 +262,17 @@ class _Patch:
     extra size, extra bytes (copied), adjustment of the position in the base.
     """
 
-    def __init__(self, stage, base, position, at_header):
+    def __init__(self, stage, base, size, position):
         self._add = _adder()
         self._stage = stage
         self._base, self._base_size = base
         self._buf = memoryview(bytearray(_SLICE))
         self._byte = memoryview(bytearray(1))
-        self._position = position
+        self._size = size
+        self._position = position or 0
         self._part = _DIFF_SIZE
         self._left = 0
-        self._at_header = at_header
+        self._at_header = position is None
 
     async def _varint(self):
         """Read a signed varint: 6 bits and a sign first, then 7 bits each, least first."""
@@ -260,7 +293,7 @@ class _Patch:
                 raise FormatError("patch: a number above 30 bits")
         return -value if negative else value
 
-    async def _size(self):
+    async def _length(self):
         n = await self._varint()
         if n < 0:
             raise FormatError("patch: a size", n, "0 or more")
@@ -270,7 +303,9 @@ class _Patch:
         await self._read_into(self._byte)
         if self._byte[0]:
             raise FormatError("patch type", self._byte[0], "0: sequential, not compressed")
-        await self._size()  # of the image: the writer knows it, from a signed place
+        size = await self._length()
+        if size != self._size:
+            raise FormatError("patch: size of its image", size, self._size)
         if await self._varint():
             raise FormatError("patch: a data format is not supported")
         self._at_header = False
@@ -284,12 +319,12 @@ class _Patch:
     async def _step(self):
         """Go on to the next part; it may be empty."""
         if self._part == _DIFF_SIZE:
-            self._left = await self._size()
+            self._left = await self._length()
             if self._position + self._left > self._base_size:
                 raise FormatError("patch: reads beyond the base image")
             self._part = _DIFF
         elif self._part == _DIFF:
-            self._left = await self._size()
+            self._left = await self._length()
             self._part = _EXTRA
         else:
             self._position += await self._varint()

@@ -73,6 +73,7 @@ def make_firmware(
     seed: int = 0,
     secure_version: int = 0,
     mpy: bool = True,
+    filler: bytes | None = None,
 ) -> bytes:
     """Return an application image for that chip.
 
@@ -85,6 +86,9 @@ def make_firmware(
         seed: of that noise; another seed is another build.
         secure_version: of the app descriptor.
         mpy: compile the tree's .py files, as freezing does; False keeps them as text.
+        filler: what to grow it with instead of noise, for an image that compresses as a genuine
+            one does; cut to ``size``, which must be given.
+
     Raises:
         FirmwareError: unknown chip, a text that doesn't fit, a file that doesn't compile.
     """
@@ -98,7 +102,9 @@ def make_firmware(
     small = _image(chip, desc, romfs, b"", identity)
     if size is None or size <= len(small):
         return small
-    filler = hashlib.shake_256(b"filler" + struct.pack("<q", seed)).digest(size - len(small))
+    if filler is None:
+        filler = hashlib.shake_256(b"filler" + struct.pack("<q", seed)).digest(size - len(small))
+    filler = filler[: size - len(small)]
     return _image(chip, desc, romfs, filler, identity)
 
 

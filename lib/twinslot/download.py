@@ -1,0 +1,142 @@
+"""One image into the slot: choose a payload, fetch it, go on where a download was cut.
+
+    fetched = await Download(slot, journal, client, emit).run(image, base, build)
+
+The smallest payload that this board can undo, with the heap it has, comes first, unless another
+one was cut in the middle: that is finished. A payload that fails gives way to the next one: what
+counts is the image's hash, read back from flash. Only what the network itself gets wrong is not
+tried in another form. Loaded when there is something to fetch.
+
+At every 64 KiB of the image a checkpoint goes to the journal. What a reset, a power cut or a lost
+connection costs is at most that much, and what was already under way.
+"""
+
+import gc
+
+from . import payload, release
+from .errors import BusyError, HttpError, NetworkError, OtaError, RefusedError
+from .url import resolve
+
+_SLOT_HEAP = 2 * 4096  # bytes that the slot takes in begin()
+_SPARE_HEAP = 6 * 1024  # for what else happens meanwhile: reads, events, the application
+
+
+class Download:
+    """See the module.
+
+    Args:
+        slot: a ``FirmwareSlot``.
+        journal: a ``Journal``, for checkpoints.
+        client: an ``http.Client``.
+        emit: ``emit("progress", done, total)``, called at every 64 KiB.
+    """
+
+    def __init__(self, slot, journal, client, emit):
+        self._slot = slot
+        self._journal = journal
+        self._client = client
+        self._emit = emit
+        self.fetched = 0  # bytes of payloads that came over the network
+
+    async def run(self, image, base, build):
+        """Bring an image into the slot and verify it there.
+
+        Args:
+            image: a ``release.Image``.
+            base: URL that payload URLs are relative to.
+            build: of the running image, the base of patches.
+
+        Raises:
+            NetworkError: what came so far is kept; a later run goes on from there.
+            OtaError: of the last payload, when none would do.
+        """
+        kept = self._journal.checkpoint()
+        if kept.get("build") != image.build:
+            kept = {}
+        error = RefusedError("release has no payload this device can apply")
+        for chosen in self._choose(image, build, kept):
+            try:
+                await self._fetch(image, chosen, base, kept)
+                await self._slot.finish()
+                self._journal.save_checkpoint()  # done with
+                return
+            except (OtaError, MemoryError) as exc:
+                if isinstance(exc, NetworkError) and not _is_missing(exc):
+                    raise  # another payload would come over the same network
+                error = exc
+            print("twinslot: payload %s:" % (chosen.patch or chosen.encoding), error)
+            # What was built on has failed, or was not there.
+            self._journal.save_checkpoint()
+            kept = {}
+            self._slot.abandon()
+            gc.collect()
+        if isinstance(error, MemoryError):
+            error = BusyError("out of memory: %s; %d bytes free" % (error, gc.mem_free()))
+        raise error
+
+    def _choose(self, image, build, kept):
+        """Payloads to try, in order."""
+        gc.collect()
+        room = gc.mem_free() - _SLOT_HEAP - _SPARE_HEAP
+        chosen = []
+        for candidate in release.payloads(image, build, payload.encodings()):
+            if candidate.encoding == "identity" or payload.heap(candidate) <= room:
+                chosen.append(candidate)
+        chosen.sort(key=lambda p: p.url != kept.get("url"))
+        return chosen
+
+    async def _fetch(self, image, chosen, base, kept):
+        """Fetch one payload; all of the image is in the slot then."""
+        resume = kept if kept.get("url") == chosen.url else None
+        offset = await self._slot.begin(image, resume)
+        if offset == image.size:
+            return
+        state = (resume["at"], resume["position"]) if offset else None
+        response = await self._client.get(
+            resolve(base, chosen.url),
+            start=state[0] if state else None,
+            if_range=resume.get("etag") if state else None,
+            redirects=1,
+        )
+        try:
+            if state and response.status == 200:  # no Range there, or another file by now
+                state, offset = None, await self._slot.begin(image)
+            elif response.status != (206 if state else 200):
+                raise HttpError("payload", response.status, "200", status=response.status)
+            left = chosen.size - (state[0] if state else 0)
+            if response.length not in (None, left):
+                raise HttpError("payload length", response.length, left, status=response.status)
+            writer = payload.Writer(self._slot, image.size, offset)
+            stage = payload.open_stage(chosen, response, self._slot.base(), image.size, state)
+            await payload.pump(stage, writer, self._boundary(image, chosen, response.etag))
+        finally:
+            self.fetched += response.received
+            await response.close()
+
+    def _boundary(self, image, chosen, etag):
+        """Return what is done at every 64 KiB: tell the listeners, keep a checkpoint."""
+
+        def boundary(offset, state):
+            self._emit("progress", done=offset, total=image.size)
+            if state is None:
+                return
+            kept = self._slot.checkpoint()
+            kept["build"] = image.build
+            kept["url"] = chosen.url
+            kept["at"], kept["position"] = state
+            kept["etag"] = etag
+            try:
+                self._journal.save_checkpoint(kept)
+            except OtaError as exc:
+                print("twinslot: no checkpoint:", exc)  # the download itself goes on
+
+        return boundary
+
+
+def _is_missing(error):
+    """True for an answer that speaks of this one file: not there, moved away, of another size."""
+    if not isinstance(error, HttpError):
+        return False
+    if error.status in (408, 429):
+        return False
+    return error.status in (200, 206) or 300 <= error.status < 500
