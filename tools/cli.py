@@ -4,11 +4,9 @@ Data goes to stdout, talk to stderr. Exit code 0: done; 1: refused or failed, wi
 ``twinslot: what: why`` on stderr; 2: wrong usage.
 """
 
-import datetime as dt
 import importlib
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +26,9 @@ from twinslot.errors import OtaError
 _ELSEWHERE = {
     "board": ("board_cli", "app", "Make, run and look into virtual boards and flash dumps."),
     "flash": ("flash_cli", "flash", "Put MicroPython, Twinslot and your files onto a board."),
+    "keyring": ("trust_cli", "keyring_command", "Say who may sign releases, and who no longer."),
+    "sign": ("trust_cli", "sign", "Sign a document made elsewhere."),
+    "verify": ("trust_cli", "verify", "Judge a release or keyring as a board does."),
     "demo": ("demo", "demo", "Watch a virtual board update itself and survive a bad release."),
 }
 
@@ -112,17 +113,34 @@ def _options(
 def keygen(
     path: Annotated[Path, typer.Argument(metavar="NAME.key", help="The private key's file.")],
     bits: Annotated[int, typer.Option(help="2048, 3072 or 4096.")] = 3072,
+    root: Annotated[
+        bool, typer.Option("--root", help="A key that signs keyrings instead of releases.")
+    ] = False,
+    demo: Annotated[
+        bool, typer.Option("--demo", help="A sample: refused by all but demo boards.")
+    ] = False,
+    passphrase_fd: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Read the passphrase from descriptor N."),
+    ] = None,
+    no_passphrase: Annotated[
+        bool, typer.Option("--no-passphrase", help="Leave the private key unprotected.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Make a signing key, and beside it NAME.pub.json, which is what devices get.
 
-    Keep the private key off servers and out of repositories; without it no device can be
-    updated, and whoever has it can update all of them.
+    Asks for a passphrase that encrypts the private key. Keep that key off servers and out of
+    repositories; without it no device can be updated, and whoever has it can update all of them.
     """
-    from . import keys
+    from . import keys, passphrase
 
-    with _doing("searching for primes"):
-        kid = keys.generate(path, bits)
+    if no_passphrase and passphrase_fd is not None:
+        raise typer.BadParameter("one or the other", param_hint="--no-passphrase")
+    secret = None
+    if not no_passphrase and not demo:
+        secret = passphrase.source(passphrase_fd, path, twice=True)
+    kid = keys.generate(path, bits, passphrase=secret, root=root, demo=demo)
     public = keys.public_path(path)
     if as_json:
         _print_json({"key": str(path), "public": str(public), "kid": kid, "bits": bits})
@@ -130,22 +148,6 @@ def keygen(
         print(f"{path}   the private key: keep it safe, keep a copy")
         print(f"{public}   the public key: goes onto devices")
         print(f"key id {kid}")
-
-
-def _expires(text: str | None) -> dt.datetime | dt.timedelta | None:
-    """Read ``365d``, ``2027-11-20`` or ``2027-11-20T09:00:00Z``."""
-    if text is None:
-        return None
-    if days := re.fullmatch(r"([0-9]{1,5})d", text):
-        return dt.timedelta(days=int(days[1]))
-    try:
-        when = dt.datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r}: expected days as in 365d, or a date as in 2027-11-20",
-            param_hint="--expires",
-        ) from None
-    return when.replace(tzinfo=when.tzinfo or dt.UTC)
 
 
 @app.command()
@@ -158,8 +160,8 @@ def publish(
     hardware: Annotated[
         list[str], typer.Option("--hardware", "-H", help="Board that may run it (repeatable).")
     ],
-    key: Annotated[Path, typer.Option(help="Private key made by keygen.")],
     site: Annotated[Path, typer.Option("--to", metavar="SITE", help="Folder to publish into.")],
+    key: Annotated[Path | None, typer.Option(help="Private key made by keygen.")] = None,
     channel: Annotated[str, typer.Option(help="Who gets it.")] = "stable",
     security_version: Annotated[
         int | None, typer.Option(min=0, help="Anti-rollback floor (default: as before).")
@@ -173,6 +175,16 @@ def publish(
         float | None, typer.Option(help="Percent of devices (default: all).")
     ] = None,
     poll: Annotated[int | None, typer.Option(help="Seconds until devices ask again.")] = None,
+    sign_command: Annotated[
+        str | None,
+        typer.Option(metavar="CMD", help="Program that signs what it reads, instead of --key."),
+    ] = None,
+    public: Annotated[
+        Path | None, typer.Option(help="Public key of the --sign-command (NAME.pub.json).")
+    ] = None,
+    passphrase_fd: Annotated[
+        int | None, typer.Option(metavar="N", help="Read the passphrase from descriptor N.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Sign a release and put it into a folder that any web server can hand out.
@@ -180,8 +192,8 @@ def publish(
     Publish the same thing again with another --rollout to widen it, or with another --channel to
     promote it: the release itself never changes.
     """
-    from . import keys
     from . import publish as publishing
+    from . import trust_cli
 
     spec = publishing.Spec(
         product=product,
@@ -190,13 +202,14 @@ def publish(
         channel=channel,
         security_version=security_version,
         downgrade=downgrade,
-        expires=_expires(expires),
+        expires=trust_cli.when(expires),
         notes=notes,
         rollout=rollout,
         poll=poll,
     )
+    signer = trust_cli.signer(key, sign_command, public, passphrase_fd)
     with _bar(as_json) as progress:
-        done = publishing.publish(image, spec, keys.load_private(key), site, progress)
+        done = publishing.publish(image, spec, signer, site, progress)
     if as_json:
         _print_json(_published(done, spec, site))
     else:
@@ -341,12 +354,6 @@ def _bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
             progress.update(tasks[what], completed=done)
 
         yield show
-
-
-@contextmanager
-def _doing(what: str) -> Iterator[None]:
-    with talk.status(what):
-        yield
 
 
 def _print_json(value: dict[str, Any]) -> None:

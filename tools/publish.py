@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from joserfc import jws as jose
 from joserfc.jwk import RSAKey
 
 from twinslot import jws, release, semver
@@ -31,8 +30,9 @@ from twinslot.errors import (
     VersionError,
 )
 
-from . import images, keys
+from . import images, keyrings
 from .files import CHUNK, Progress, quiet, whole_file, write_whole
+from .signing import Signer, document, signer_of
 
 TYPE = release.TYPE
 POLL_MAX_S = 7 * 86400  # the device's own bound
@@ -70,14 +70,14 @@ class Published:
 
 
 def publish(
-    image: Path, spec: Spec, key: RSAKey, site: Path, progress: Progress = quiet
+    image: Path, spec: Spec, key: RSAKey | Signer, site: Path, progress: Progress = quiet
 ) -> Published:
     """Check, sign, write and verify a release, then point its channel at it.
 
     Args:
         image: an ESP application image.
         spec: what to say of it.
-        key: private signing key.
+        key: private signing key, or whoever signs.
         site: root of the tree; made where there is none.
 
     Raises:
@@ -85,6 +85,8 @@ def publish(
         OSError: a file can't be read or written.
     """
     _check(spec)
+    signer = signer_of(key)
+    ring = _keyring(site, spec.product, signer)
     firmware = images.load(image)
     product = site / spec.product
     channel = _Channel.read(product, spec.channel)
@@ -94,8 +96,8 @@ def publish(
     if existing is not None:
         manifest = _same_release(path, existing, manifest, spec)
     _check_order(spec, manifest, channel)
-    token = _sign(manifest, key) if existing is None else path.read_bytes()
-    trusted = jws.load_keys(json.loads(keys.public_set(key)))
+    token = _sign(manifest, signer) if existing is None else path.read_bytes()
+    trusted = signer.trusted
     verify(token, trusted)  # before anything is written
     for payload in manifest["images"][0]["payloads"]:
         _write_blob(firmware, product / payload["url"], progress)
@@ -108,13 +110,15 @@ def publish(
             path.unlink()
         raise
     offer = _offer(spec, channel)
+    if ring:
+        offer["keyring"] = ring
     write_whole(channel.path, json.dumps(offer).encode() + b"\n")
     return Published(
         release=path.relative_to(site).as_posix(),
         pointer=channel.path.relative_to(site).as_posix(),
         manifest=manifest,
         offer=offer,
-        kid=key.kid or "",
+        kid=signer.kid,
         new=existing is None,
     )
 
@@ -125,7 +129,7 @@ def verify(token: bytes, trusted: dict[str, bytes]) -> release.Release:
     Raises:
         OtaError: a device would refuse it.
     """
-    return release.parse(jws.verify(token, trusted))
+    return release.parse(jws.verify(token, trusted, TYPE))
 
 
 def verify_tree(
@@ -206,11 +210,23 @@ def payloads(firmware: images.Firmware) -> list[dict[str, Any]]:
     return [{"url": url, "encoding": "identity", "size": firmware.size}]
 
 
-def _sign(manifest: dict[str, Any], key: RSAKey) -> bytes:
+def _keyring(site: Path, product: str, signer: Signer) -> int:
+    """Version of the product's keyring, 0 for none. Refuse a key that it does not list."""
+    ring = keyrings.read(site, product)
+    if ring is None:
+        return 0
+    if signer.kid not in ring.kids:
+        raise ConfigError(
+            f"key {signer.kid} is not in keyring {ring.version} of {product}: boards would refuse"
+            " what it signs; use one that is, or add it with  twinslot keyring"
+        )
+    return ring.version
+
+
+def _sign(manifest: dict[str, Any], signer: Signer) -> bytes:
     payload = json.dumps(manifest, separators=(",", ":")).encode()
     release.parse(payload)  # its refusals are clearer than those of a token that grew too long
-    header = {"alg": "PS256", "kid": key.kid, "typ": TYPE}
-    return jose.serialize_compact(header, payload, key, algorithms=["PS256"]).encode()
+    return document(payload, signer, TYPE)
 
 
 # ---- what is published already

@@ -115,7 +115,7 @@ def test_wrong_usage_is_exit_code_2(arguments):
 
 
 def test_keygen_names_both_files_and_the_key(tmp_path):
-    done = run("keygen", "release.key", "--bits", "2048", cwd=tmp_path)
+    done = run("keygen", "release.key", "--bits", "2048", "--no-passphrase", cwd=tmp_path)
     assert "release.key" in done.stdout and "release.pub.json" in done.stdout
     found = json.loads(run("inspect", tmp_path / "release.pub.json", "--json").stdout)
     assert found["keys"][0]["kid"] in done.stdout
@@ -124,13 +124,13 @@ def test_keygen_names_both_files_and_the_key(tmp_path):
 
 def test_keygen_json(tmp_path):
     path = tmp_path / "k.key"
-    made = json.loads(run("keygen", path, "--bits", "2048", "--json").stdout)
+    made = json.loads(run("keygen", path, "--bits", "2048", "--no-passphrase", "--json").stdout)
     assert set(made) == {"key", "public", "kid", "bits"}
     assert Path(made["public"]).exists()
 
 
 def test_keygen_refuses_to_overwrite(key):
-    assert "is there already" in refusal("keygen", key)
+    assert "is there already" in refusal("keygen", key, "--no-passphrase")
 
 
 # ---- publish

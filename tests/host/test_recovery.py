@@ -1,5 +1,6 @@
 """docs/keys.md is true: its commands are run against a virtual board, lost and stolen keys too."""
 
+import hashlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_update import Answering
 
 from twinslot_tools import keys
 from twinslot_tools.lab import Lab
@@ -111,8 +113,8 @@ def test_F97_stolen_and_lost_release_keys_are_survived_as_the_guide_says(lab):
 
 def test_a_poll_with_nothing_new_stays_one_request(lab):
     follow(lab, "A root key and keyrings")
-    settings = {"source": "static", "token": ""}
     ota = json.loads(vfs.read_files(lab.flash)["/ota.json"])
+    settings = {"source": "static", "token": ""}
     vfs.write_files(
         lab.flash,
         {
@@ -120,14 +122,33 @@ def test_a_poll_with_nothing_new_stays_one_request(lab):
             "/ota/keys.json": (lab.folder / "root.pub.json").read_bytes(),
         },
     )
+    lab.stop_server()
+
+    def answer(connection, head, _body):
+        content = (lab.site / head.split()[1].decode().lstrip("/")).read_bytes()
+        etag = b'"%s"' % hashlib.sha256(content).hexdigest().encode()
+        if etag in head:
+            connection.sendall(b"HTTP/1.1 304 Not Modified\r\nETag: %s\r\n\r\n" % etag)
+        else:
+            head = b"HTTP/1.1 200 OK\r\nETag: %s\r\nContent-Length: %d\r\n\r\n"
+            connection.sendall(head % (etag, len(content)) + content)
+
+    stand_in = Answering(lab, answer)
+    stand_in.start()
     lab.power_on()
     lab.wait(lambda e: e.name == "confirmed")
-    marker = len(lab.events)
-    for _ in range(3):
-        lab.wait(lambda e: e.name == "idle", start=marker)
-        marker = len(lab.events)
+    lab.wait(lambda e: e.name == "idle" and e.boot == 2)
+    lab.wait(lambda e: e.name == "idle", start=len(lab.events))
+    first, polls = len(stand_in.requests), len(lab.events)
+    while [e.name for e in lab.events[polls:]].count("idle") < 3:
+        lab.wait(lambda e: e.name == "idle", start=len(lab.events))
+    requests = [r.split(b"\r\n")[0] for r in stand_in.requests[first:]]
     lab.power_off()
-    assert [e.name for e in lab.events].count("keyring") == 1
+    stand_in.close()
+    assert 3 <= len(requests) <= 4  # the fourth poll may have begun
+    assert set(requests) == {b"GET /sensor-node/stable.json HTTP/1.1"}
+    fetched = [r for r in stand_in.requests if b"keyring.jws" in r.split(b"\r\n")[0]]
+    assert len(fetched) == 1
 
 
 def test_the_guide_names_only_commands_and_options_that_exist():
