@@ -42,7 +42,12 @@ ARCHITECTURES = {
 _MPY_MAGIC = b"M\x06"  # format 6, which MicroPython 1.19 and later read
 
 CONFIG = "/ota.json"
-_NAMED_FILES = ("keys", "ca")  # members of the configuration that name a file on the board
+_NAMED_FILES = (
+    "keys",
+    "ca",
+    "client_cert",
+    "client_key",
+)  # members of the configuration that name a file on the board
 # Folders that would hide, or be hidden by, the library that is installed.
 _OURS = ("/lib/twinslot/", "/twinslot/")
 
@@ -168,7 +173,7 @@ def volume(
     files |= library_files(arch or architecture(chip)) | own
     files[CONFIG] = config.read_bytes()
     for member in _NAMED_FILES:
-        if settings[member]:
+        if settings.get(member):
             path = "/" + settings[member].lstrip("/")
             if path not in files:
                 files[path] = _beside(config, member, path).read_bytes()

@@ -158,6 +158,20 @@ def test_the_size_report_compiles_every_module_for_every_architecture():
     for path in files("lib"):
         assert path.relative_to(ROOT / "lib").as_posix() in run.stdout
     assert "xtensawin" in run.stdout and "rv32imc" in run.stdout
+    rows = {
+        cells[1].strip(): cells[2:4] for cells in map(_cells, run.stdout.splitlines()) if cells
+    }
+    core, everything = (int(rows[name][0].replace(",", "")) for name in ("core", "all"))
+    extras = [int(row[0].replace(",", "")) for name, row in rows.items() if "extra" in name]
+    assert len(extras) >= 2 and core + sum(extras) == everything
+    # The heap: what runs needs more than what was imported, and less from within the firmware.
+    used = [int(rows[stage][0].replace(",", "")) for stage in ("import twinslot", "an Agent made")]
+    inside = int(rows["an Agent made"][1].replace(",", ""))
+    assert 0 < used[0] < inside < used[1]
+
+
+def _cells(line: str) -> list[str]:
+    return line.split("│") if "│" in line else []
 
 
 def test_the_size_report_fails_for_a_module_that_does_not_compile(tmp_path):
