@@ -185,6 +185,12 @@ def publish(
     passphrase_fd: Annotated[
         int | None, typer.Option(metavar="N", help="Read the passphrase from descriptor N.")
     ] = None,
+    bases: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from", metavar="OLD", help="Build a delta from this image or version (repeatable)."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Sign a release and put it into a folder that any web server can hand out.
@@ -206,6 +212,7 @@ def publish(
         notes=notes,
         rollout=rollout,
         poll=poll,
+        bases=tuple(bases or ()),
     )
     signer = trust_cli.signer(key, sign_command, public, passphrase_fd)
     with _bar(as_json) as progress:
@@ -230,6 +237,7 @@ def _published(done: Any, spec: Any, site: Path) -> dict[str, Any]:
         "sha256": image["sha256"],
         "size": image["size"],
         "payloads": image["payloads"],
+        "sizes": _sizes(done),
         "security_version": done.manifest["security_version"],
         "expires": done.manifest.get("expires"),
         "kid": done.kid,
@@ -246,6 +254,30 @@ def _show_published(done: Any, spec: Any, site: Path) -> None:
     print(f"  build     {image['build']}")
     print(f"  release   {site / done.release}")
     print(f"  channel   {site / done.pointer}  ->  {share} % of devices")
+    if spec.bases and not done.new:
+        talk.print("--from has no effect: the payloads of a published release stay as they are")
+    table = Table("payload", "bytes", "of the image", "", box=None, pad_edge=False)
+    for name in ("bytes", "of the image"):
+        next(c for c in table.columns if c.header == name).justify = "right"
+    for row in _sizes(done):
+        note = "" if row["kept"] else "left out, it saves too little"
+        share = f"{row['bytes'] / image['size']:.1%}"
+        table.add_row(Text(_plain(row["payload"])), f"{row['bytes']:,}", share, note)
+    out.print(table)
+
+
+def _sizes(done: Any) -> list[dict[str, Any]]:
+    """Rows of the size table: what was built, or what the published release has."""
+    rows = [
+        (f"delta from {p.base.name}" if p.base else p.encoding, len(p.content), p.kept)
+        for p in done.packed
+    ]
+    if not rows:
+        rows = [
+            (f"delta from {p['base'][:12]}" if "base" in p else p["encoding"], p["size"], True)
+            for p in done.manifest["images"][0]["payloads"]
+        ]
+    return [dict(zip(("payload", "bytes", "kept"), row, strict=True)) for row in rows]
 
 
 @app.command()

@@ -42,7 +42,9 @@ from .virtual_esp32.board import find_micropython
 
 BOUNDARY = 65536  # of the image; lib/twinslot/payload.py has the same
 WINDOW = 12  # 4 KiB of window on the device
-DELTA_LIMIT = 0.8  # of the gzip payload: a delta above that is not worth a board's trouble
+# Above these a payload is not worth a board's trouble: a gzip, of the image; a delta, of the gzip.
+GZIP_LIMIT = 0.9
+DELTA_LIMIT = 0.8
 PAYLOADS_MAX = 16  # in a manifest, lib/twinslot/release.py
 _APPLY = Path(__file__).parent / "apply_payload.py"
 _APPLY_TIMEOUT_S = 120
@@ -91,8 +93,7 @@ class Payload:
 def build(image: bytes, bases: Iterable[Base] = (), progress: Progress = quiet) -> list[Payload]:
     """Return the payloads of an image, the plain one first, each proven by the device's code.
 
-    A gzip that is not smaller than the image, or a delta above ``DELTA_LIMIT`` of the gzip, is in
-    the list with ``kept`` False.
+    One that saves too little (``GZIP_LIMIT``, ``DELTA_LIMIT``) is in the list with ``kept`` False.
 
     Raises:
         ChecksumError: what the device's code made of a payload is not the image.
@@ -103,7 +104,7 @@ def build(image: bytes, bases: Iterable[Base] = (), progress: Progress = quiet) 
         raise ValueError(f"{len(bases)} bases: a release holds {PAYLOADS_MAX - 2} deltas at most")
     packed, *deltas = _make_all(image, [None, *bases], progress)
     found = [Payload(image, "identity")]
-    found.append(Payload(packed, "gzip", kept=len(packed) < len(image)))
+    found.append(Payload(packed, "gzip", kept=len(packed) <= GZIP_LIMIT * len(image)))
     limit = DELTA_LIMIT * min(len(packed), len(image))
     for base, delta in zip(bases, deltas, strict=True):
         found.append(Payload(delta, "gzip", "detools", base, len(delta) <= limit))

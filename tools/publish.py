@@ -1,6 +1,6 @@
 """Publish a release: sign its manifest and write the tree any web server can hand out.
 
-    {product}/blobs/ab/{sha256}.bin    payload, written first
+    {product}/blobs/ab/{sha256}.bin    payload, written first; .gz where it is packed
     {product}/r/{version}.jws          signed manifest, second
     {product}/{channel}.json           pointer, last: only then does any board look
 
@@ -30,7 +30,7 @@ from twinslot.errors import (
     VersionError,
 )
 
-from . import images, keyrings
+from . import images, keyrings, payloads
 from .files import CHUNK, Progress, quiet, whole_file, write_whole
 from .signing import Signer, document, signer_of
 
@@ -55,6 +55,7 @@ class Spec:
     notes: str | None = None
     rollout: float | None = None  # percent
     poll: int | None = None  # seconds
+    bases: tuple[str, ...] = ()  # to build deltas from: image files, or versions published here
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Published:
     offer: dict[str, Any]  # the pointer's content
     kid: str
     new: bool  # False: this very release was there already
+    packed: tuple[payloads.Payload, ...] = ()  # what was built for a new one, kept or not
 
 
 def publish(
@@ -96,11 +98,17 @@ def publish(
     if existing is not None:
         manifest = _same_release(path, existing, manifest, spec)
     _check_order(spec, manifest, channel)
+    packed: list[payloads.Payload] = []
+    if existing is None:
+        bases = [_base(text, product, firmware) for text in spec.bases]
+        packed = payloads.build(firmware.path.read_bytes(), bases, progress)
+        manifest["images"][0]["payloads"] = [p.entry() for p in packed if p.kept]
     token = _sign(manifest, signer) if existing is None else path.read_bytes()
     trusted = signer.trusted
     verify(token, trusted)  # before anything is written
-    for payload in manifest["images"][0]["payloads"]:
-        _write_blob(firmware, product / payload["url"], progress)
+    for payload in packed or [payloads.Payload(firmware.path.read_bytes(), "identity")]:
+        if payload.kept:
+            _write_blob(payload.content, product / payload.url, progress)
     if existing is None:
         write_whole(path, token, replace=False)
     try:
@@ -120,6 +128,7 @@ def publish(
         offer=offer,
         kid=signer.kid,
         new=existing is None,
+        packed=tuple(packed),
     )
 
 
@@ -144,8 +153,10 @@ def verify_tree(
     for payload in image.payloads:
         blob = product / payload.url
         digest, size = _hash(blob, progress)
-        if (digest, size) != (image.sha256, payload.size):
-            expected = f"{payload.size} bytes {image.sha256}"
+        # Whoever puts a payload in also proves it; here its content address is enough.
+        wanted = image.sha256 if payload.encoding == "identity" else blob.name.split(".")[0]
+        if (digest, size) != (wanted, payload.size):
+            expected = f"{payload.size} bytes {wanted}"
             raise ChecksumError(f"{blob}", f"{size} bytes {digest}", expected)
 
 
@@ -195,7 +206,7 @@ def _manifest(spec: Spec, firmware: images.Firmware, channel: "_Channel") -> dic
                 "size": firmware.size,
                 "sha256": firmware.sha256,
                 "build": firmware.build,
-                "payloads": payloads(firmware),
+                "payloads": [],
             }
         ],
     }
@@ -204,10 +215,32 @@ def _manifest(spec: Spec, firmware: images.Firmware, channel: "_Channel") -> dic
     return manifest
 
 
-def payloads(firmware: images.Firmware) -> list[dict[str, Any]]:
-    """The forms in which the image can be fetched; in this version the plain one only."""
-    url = f"blobs/{firmware.sha256[:2]}/{firmware.sha256}.bin"
-    return [{"url": url, "encoding": "identity", "size": firmware.size}]
+def _base(text: str, product: Path, firmware: images.Firmware) -> payloads.Base:
+    """Find the image that ``--from`` means: a file, or a version published here."""
+    path, name = Path(text), Path(text).name
+    if not path.is_file():
+        path, name = _published_image(text, product), text
+    base = images.load(path)
+    if base.build == firmware.build:
+        raise ConfigError(f"--from {text}: is the very image to publish")
+    if base.chip_id != firmware.chip_id:
+        raise ConfigError(f"--from {text}: chip", base.chip, firmware.chip)
+    return payloads.Base(name, base.build, path.read_bytes())
+
+
+def _published_image(version: str, product: Path) -> Path:
+    """The plain image of an earlier release."""
+    manifest = None
+    if "/" not in version:
+        manifest = _read_release(product / "r" / f"{version}.jws")
+    if manifest is None:
+        seen = "neither an image file nor a version in this site"
+        raise ConfigError(f"--from {version}", seen, "one of the two")
+    for payload in manifest["images"][0]["payloads"]:
+        path = product / payload["url"]
+        if payload["encoding"] == "identity" and "patch" not in payload and path.is_file():
+            return path
+    raise ConfigError(f"--from {version}: its plain image is no longer in {product}")
 
 
 def _keyring(site: Path, product: str, signer: Signer) -> int:
@@ -284,12 +317,19 @@ def _same_release(
     if spec.expires is None or _lifetime(existing) == _lifetime(wanted):
         unsaid.add("expires")
     for name in wanted.keys() | existing.keys():
-        if name not in unsaid and existing.get(name) != wanted.get(name):
+        if name not in unsaid and _content(existing, name) != _content(wanted, name):
             raise VersionError(
                 f"{path.stem} of {spec.product} is published already with other {name}: a"
                 " published version never changes, so give this one a new version"
             )
     return existing
+
+
+def _content(manifest: dict[str, Any], name: str) -> Any:
+    """A member of a manifest; of images all but their payloads, which may differ."""
+    if name != "images":
+        return manifest.get(name)
+    return [{**image, "payloads": None} for image in manifest[name]]
 
 
 def _lifetime(manifest: dict[str, Any]) -> int | None:
@@ -346,13 +386,11 @@ def _hash(path: Path, progress: Progress) -> tuple[str, int]:
     return digest.hexdigest(), done
 
 
-def _write_blob(firmware: images.Firmware, path: Path, progress: Progress) -> None:
-    """Copy the image to its content address, unless the same bytes lie there already."""
-    if path.exists() and _hash(path, quiet) == (firmware.sha256, firmware.size):
+def _write_blob(content: bytes, path: Path, progress: Progress) -> None:
+    """Write a payload to its content address, unless the same bytes lie there already."""
+    if path.exists() and path.read_bytes() == content:
         return
-    done = 0
-    with firmware.path.open("rb") as source, whole_file(path) as target:
-        while chunk := source.read(CHUNK):
-            target.write(chunk)
-            done += len(chunk)
-            progress("writing", done, firmware.size)
+    with whole_file(path) as target:
+        for at in range(0, len(content), CHUNK):
+            target.write(content[at : at + CHUNK])
+            progress("writing", min(at + CHUNK, len(content)), len(content))
