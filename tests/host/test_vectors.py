@@ -1,0 +1,127 @@
+"""The verifier against vectors: what holds, what does not, and what two libraries make of it."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import padding
+from joserfc.jwk import RSAKey
+from trust import jwk, key, kid, sign
+
+import twinslot
+from twinslot import jws
+from twinslot.errors import SignatureError
+
+VECTORS = Path(__file__).parents[1] / "vectors" / "rsa_pss_sha256.json"
+GROUPS = json.loads(VECTORS.read_text())["groups"]
+TESTS = [(group, test) for group in GROUPS for test in group["tests"]]
+MICROPYTHON = Path(sys.executable).with_name("micropython")
+PSS = padding.PSS(padding.MGF1(hashes.SHA256()), 32)
+
+
+def holds(token: bytes, keys: dict) -> bool:
+    try:
+        jws.verify(token, keys)
+    except SignatureError:
+        return False
+    return True
+
+
+def test_there_are_vectors_of_each_kind():
+    comments = {test["comment"] for _, test in TESTS}
+    assert len(GROUPS) == 2 and len(TESTS) >= 150
+    assert {
+        "s is 0",
+        "s is 1",
+        "s is n - 1",
+        "s is n",
+        "salt of 20 bytes",
+        "trailer bd",
+    } <= comments
+    assert sum(test["valid"] for _, test in TESTS) >= 14
+
+
+@pytest.mark.parametrize(
+    ("group", "test"), TESTS, ids=lambda v: str(v.get("bits") or v.get("comment"))
+)
+def test_F73_vector(group, test):
+    keys = jws.load_keys({"keys": [group["key"]]})
+    token = f"{test['message']}.{test['signature']}".encode()
+    assert holds(token, keys) is test["valid"]
+    # And what an independent library says of the same signature.
+    public = RSAKey.import_key(group["key"]).raw_value
+    signature = jws.b64url_decode(test["signature"].encode())
+    try:
+        public.verify(signature, test["message"].encode(), PSS, hashes.SHA256())
+        verdict = True
+    except InvalidSignature:
+        verdict = False
+    assert verdict is test["valid"]
+
+
+def test_F90_micropython_judges_every_vector_alike():
+    lib = Path(twinslot.__path__[0]).parent
+    driver = Path(__file__).with_name("vector_driver.py")
+    done = subprocess.run(
+        [MICROPYTHON, driver, lib, VECTORS], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert json.loads(done.stdout) == [test["valid"] for _, test in TESTS]
+
+
+def test_thousands_of_random_messages_agree_with_another_library():
+    rng = random.Random(2026)
+    names = ("first", "second", "third")
+    keys = jws.load_keys({"keys": [jwk(name) for name in names]})
+    for number in range(3000):
+        payload = rng.randbytes(rng.choice((0, 1, 2, 31, 32, 33, 55, 56, 64, 100, 700)))
+        name = names[number % 3]
+        token = sign(payload, name)
+        assert jws.verify(token, keys) == payload
+        # The same signature under another key, and another payload under the signature.
+        if number % 10 == 0:
+            others = {k: v for k, v in keys.items() if k != kid(name)}
+            assert not holds(token, others)
+            head, body, tail = token.split(b".")
+            swapped = jws.b64url_encode(payload + b"\0")
+            assert not holds(b".".join((head, swapped, tail)), keys)
+            assert holds(b".".join((head, body, tail)), keys)
+
+
+def test_signatures_of_a_pss_library_with_automatic_salt_are_refused():
+    """The commonest slip of signers: the longest salt instead of 32 bytes."""
+    message = sign(b"{}").rpartition(b".")[0]
+    salt = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.MAX_LENGTH)
+    signature = key("release").raw_value.sign(message, salt, hashes.SHA256())
+    keys = jws.load_keys({"keys": [jwk("release")]})
+    assert not holds(message + b"." + jws.b64url_encode(signature), keys)
+
+
+# RFC 7515 appendix A.2 and RFC 7520 section 4.2: genuine signatures, by algorithms that are not
+# taken here. They must fall on the algorithm, before any arithmetic.
+RFC7515_A2 = (
+    b"eyJhbGciOiJSUzI1NiJ9"
+    b".eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cn"
+    b"VlfQ"
+    b".cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2F"
+    b"p5jujGbds9uJdbF9CUAr7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMH"
+    b"lb1L07Qe7K0GarZRmB_eSN9383LcOLn6_dO--xi12jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9"
+    b"QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw"
+)
+RFC7515_A5 = (
+    b"eyJhbGciOiJub25lIn0"
+    b".eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cn"
+    b"VlfQ"
+    b"."
+)
+
+
+@pytest.mark.parametrize("token", [RFC7515_A2, RFC7515_A5], ids=["RS256", "none"])
+def test_F74_the_examples_of_RFC_7515_fall_on_their_algorithm(token):
+    with pytest.raises(SignatureError, match="algorithm"):
+        jws.verify(token, jws.load_keys({"keys": [jwk("release")]}))
