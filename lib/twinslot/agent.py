@@ -28,9 +28,12 @@ from .errors import (
     HealthError,
     HttpError,
     KnownBadError,
+    NetworkError,
     OtaError,
     RefusedError,
+    SpaceError,
     TlsError,
+    UnreachableError,
 )
 from .journal import Journal
 from .slot import FirmwareSlot
@@ -93,8 +96,10 @@ class Agent:
         self._ask = None
         self._path = None  # of the configuration, until it has worked
         self._busy = False
-        self._done = None  # release URL that needs no second look
-        self._tried = (None, 0, 0)  # release URL, downloads that failed, ticks_ms of the last
+        self._base = s["url"]  # or that of a mirror, until the poll ends
+        self._done = None  # release that needs no second look
+        self._tried = (None, 0, 0)  # release, polls in which it failed to come, ticks_ms
+        self._counted = False  # this poll among them
         self._failures = 0
         self._poll_s = s["poll"]
         self._retry_after = None
@@ -172,6 +177,8 @@ class Agent:
     async def _send(self, report):
         if self._client is not self._trust.client:
             raise TlsError("reports go over a verified connection only")
+        if self._base != self._settings["url"]:
+            raise UnreachableError("reports go to the server itself, and that was not reached")
         await self._source.report(self._client, self.facts(), report)
 
     async def _deliver(self):
@@ -312,7 +319,7 @@ class Agent:
         self._retry_after = None
         try:
             await self._finish_boot()
-            await _without_memory_error(self._update(force))
+            await _without_memory_error(self._from_anywhere(force))
             self._failures = 0
             return False
         except OtaError as exc:
@@ -328,6 +335,21 @@ class Agent:
             self._slot.abandon()
             gc.collect()
 
+    async def _from_anywhere(self, force):
+        """One update from the server or, where the network fails on the way, from a mirror."""
+        mirrors = self._settings["mirrors"]
+        self._base = self._settings["url"]
+        self._counted = False
+        for mirror in mirrors:
+            try:
+                return await self._update(force)
+            except NetworkError as exc:
+                print("twinslot: %s; asking %s" % (exc, mirror))
+                self._base = mirror
+                self._slot.abandon()
+                gc.collect()
+        await self._update(force)
+
     async def _update(self, force):
         self._emit("checking")
         self._preflight()
@@ -342,9 +364,10 @@ class Agent:
         if offer.poll:
             self._poll_s = offer.poll
         url = offer.release
+        name = self._name(url)
         if (
             url is None
-            or ((url == self._done or self._rests(url)) and not force)
+            or ((name == self._done or self._rests(name)) and not force)
             or not release.in_rollout(offer.percent, offer.seed, self.device_id, hashlib.sha256)
         ):
             self._emit("idle", version=self.version())
@@ -354,7 +377,7 @@ class Agent:
             manifest = await self._trust.release(self._client, url)
             same = manifest.firmware.build == self._running["build"]
             if same and manifest.product == self._settings["product"]:
-                self._is_running(manifest, url)
+                self._is_running(manifest, name)
                 return
             report["version"] = manifest.version
             report["build"] = manifest.firmware.build
@@ -364,27 +387,31 @@ class Agent:
         except OtaError as exc:
             # Said once: what the board can't take now it will not take at the next poll either.
             if not exc.retry:
-                self._done = url
+                self._done = name
             if not isinstance(exc, KnownBadError):  # that was told when it was rolled back
                 self._journal.add_to_log(report["version"], "failed", exc.message)
                 await self._report(report, "failed", exc)
             raise
 
-    def _rests(self, url):
+    def _name(self, url):
+        """What a release is called at the server and all its mirrors."""
+        return url[len(self._base) :] if url and url.startswith(self._base) else url
+
+    def _rests(self, name):
         """True while a release that could not be downloaded several times is left alone."""
         known, tries, last = self._tried
-        if url != known or tries < _TRIES:
+        if name != known or tries < _TRIES:
             return False
         if time.ticks_diff(time.ticks_ms(), last) < _REST_S * 1000:
             return True
         self._tried = (None, 0, 0)
         return False
 
-    def _is_running(self, manifest, url):
+    def _is_running(self, manifest, name):
         """The offered image already runs, confirmed. It may go by a newer version (never by an
         older one, which would let an old release in), or its security version was not known:
         it came over the cable, or by a way on which the trial record was lost."""
-        self._done = url
+        self._done = name
         versions = dict(self._journal.get("versions"))
         if semver.compare(manifest.version, self.version()) > 0:
             versions[self._running["build"]] = manifest.version
@@ -414,22 +441,28 @@ class Agent:
     async def _poll(self):
         """Ask the source; where only dates have stood in the way for long, ask the tree."""
         self._client = self._trust.client
+        at_home = self._base == self._settings["url"]
         try:
-            offer = await self._source.poll(self._client, self.facts())
+            source = self._source if at_home else self._tree()
+            offer = await source.poll(self._client, self.facts())
             self._trust.verified()
         except TlsError as exc:
             self._client = self._trust.regardless(exc)
             self._clock.doubt()
             self._emit("failed", **exc.report())
-            from .sources.static import Static
-
-            offer = await Static(self._settings).poll(self._client, self.facts())
+            offer = await self._tree().poll(self._client, self.facts())
         return offer
+
+    def _tree(self):
+        """The signed files of the server, or of a mirror, as a source."""
+        from .sources.static import Static
+
+        return Static(dict(self._settings, url=self._base))
 
     async def _renew_keys(self, version):
         """Take a newer keyring. That it fails is no reason to leave a release alone."""
         try:
-            taken = await self._trust.renew(self._client, version)
+            taken = await self._trust.renew(self._client, version, self._base)
         except OtaError as exc:
             self._emit("failed", **exc.report())
             return
@@ -476,15 +509,16 @@ class Agent:
         image = manifest.firmware
         if not self._slot.is_settled():
             raise BusyError("otadata names a slot that does not run; reset the board first")
+        self._spend(0)
         self._emit("staging", version=manifest.version, size=image.size)
         await self._report(report, "staging")
         start = time.ticks_ms()
-        self._tried = (url, self._tried[1] + 1 if url == self._tried[0] else 1, start)
+        self._count(self._name(url), start)
         from .download import Download
 
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
         at = url.rfind("/r/")
-        download = Download(self._slot, self._journal, self._client, self._emit)
+        download = Download(self._slot, self._journal, self._client, self._emit, self._spend)
         try:
             await download.run(image, url[: at + 1] if at > 0 else url, self._running["build"])
         finally:
@@ -495,6 +529,30 @@ class Agent:
         await self._permit("activate", manifest)
         await self._client.close()
         self._activate(report["attempt"], manifest)
+
+    def _count(self, name, now):
+        """Count the polls in which a release was fetched and did not come; mirrors don't count."""
+        known, tries, _ = self._tried
+        if name != known:
+            tries = 0
+        self._tried = (name, tries if self._counted else tries + 1, now)
+        self._counted = True
+
+    def _spend(self, n):
+        """Book ``n`` bytes of payload. Raises BusyError once the budget of the day is used up."""
+        budget = self._settings["budget"]
+        if not budget:
+            return
+        day = int(time.time()) // _DAY_S
+        booked = self._journal.get("spent", list)
+        spent = n + (booked[1] if booked[:1] == [day] else 0)
+        if n:
+            try:
+                self._journal.update(spent=[day, spent])
+            except SpaceError as exc:
+                print("twinslot: not booked:", exc)
+        if spent >= budget:
+            raise BusyError("bytes today", spent, "less than the budget of %d" % budget)
 
     def _activate(self, attempt, manifest):
         """Write down what is about to be tried, then make it boot. Never returns."""

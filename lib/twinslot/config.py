@@ -27,6 +27,8 @@ DEFAULTS = {
     "allow_http": False,  # an http:// url; then nobody can be kept from reading, or withholding
     "demo": False,  # take sample keys
     "labels": [],
+    "mirrors": [],  # base URLs of copies of the tree, asked in turn where the network fails
+    "budget": 0,  # bytes of payload a day, 0 for no limit
     "wifi": {},  # ssid, password, ap_password, ap_after: see wifi; empty: the application's matter
     "poll": 21600,
     "timeout": 30,  # of one network wait
@@ -70,10 +72,16 @@ def check(config):
         if not full["hardware"]:
             raise ConfigError("configuration member hardware", "nothing", "the board's name")
     _check_wifi(full["wifi"])
-    if not full["url"].endswith("/"):
-        full["url"] += "/"
+    full["url"] = _base(full["url"])
+    full["mirrors"] = [_base(mirror) for mirror in full["mirrors"]]
     _check_transport(full)
     return full
+
+
+def _base(url):
+    if type(url) is not str or not url:
+        raise ConfigError("a base URL", url, "text")
+    return url if url.endswith("/") else url + "/"
 
 
 def _check_wifi(wifi):
@@ -96,16 +104,17 @@ def _check_wifi(wifi):
 
 
 def _check_transport(full):
-    scheme = full["url"].split(":")[0]
-    if scheme == "http":
-        if not full["allow_http"]:
-            raise ConfigError("url", "http://", "https://, or allow_http set to true")
-        if full["token"]:
-            raise ConfigError("a token never goes over http: use an https:// url")
-    elif scheme != "https":
-        raise ConfigError("url", full["url"][:64], "https://...")
-    elif not full["ca"] and not full["fingerprint"]:
-        raise ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
+    for url in [full["url"]] + full["mirrors"]:
+        scheme = url.split(":")[0]
+        if scheme == "http":
+            if not full["allow_http"]:
+                raise ConfigError("url", "http://", "https://, or allow_http set to true")
+            if full["token"] and url == full["url"]:
+                raise ConfigError("a token never goes over http: use an https:// url")
+        elif scheme != "https":
+            raise ConfigError("url", url[:64], "https://...")
+        elif not full["ca"] and not full["fingerprint"]:
+            raise ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
     if bool(full["client_cert"]) != bool(full["client_key"]):
         raise ConfigError("client_cert and client_key go together")
 

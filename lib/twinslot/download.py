@@ -1,6 +1,6 @@
 """One image into the slot: choose a payload, fetch it, go on where a download was cut.
 
-    fetched = await Download(slot, journal, client, emit).run(image, base, build)
+    fetched = await Download(slot, journal, client, emit, spend).run(image, base, build)
 
 The smallest payload that this board can undo, with the heap it has, comes first, unless another
 one was cut in the middle: that is finished. A payload that fails gives way to the next one: what
@@ -29,13 +29,17 @@ class Download:
         journal: a ``Journal``, for checkpoints.
         client: an ``http.Client``.
         emit: ``emit("progress", done, total)``, called at every 64 KiB.
+        spend: ``spend(n)``, called with every ``n`` bytes that came; what it raises ends the
+            download, and what came so far is kept.
     """
 
-    def __init__(self, slot, journal, client, emit):
+    def __init__(self, slot, journal, client, emit, spend):
         self._slot = slot
         self._journal = journal
         self._client = client
         self._emit = emit
+        self._spend = spend
+        self._booked = 0
         self.fetched = 0  # bytes of payloads that came over the network
 
     async def run(self, image, base, build):
@@ -47,7 +51,7 @@ class Download:
             build: of the running image, the base of patches.
 
         Raises:
-            NetworkError: what came so far is kept; a later run goes on from there.
+            NetworkError, BusyError: what came so far is kept; a later run goes on from there.
             OtaError: of the last payload, when none would do.
         """
         kept = self._journal.checkpoint()
@@ -61,8 +65,8 @@ class Download:
                 self._journal.save_checkpoint()  # done with
                 return
             except (OtaError, MemoryError) as exc:
-                if isinstance(exc, NetworkError) and not _is_missing(exc):
-                    raise  # another payload would come over the same network
+                if isinstance(exc, (NetworkError, BusyError)) and not _is_missing(exc):
+                    raise  # another payload would come over the same network, or not now either
                 error = exc
             print("twinslot: payload %s:" % (chosen.patch or chosen.encoding), error)
             # What was built on has failed, or was not there.
@@ -98,6 +102,7 @@ class Download:
             if_range=resume.get("etag") if state else None,
             redirects=1,
         )
+        self._booked = 0
         try:
             if state and response.status == 200:  # no Range there, or another file by now
                 state, offset = None, await self._slot.begin(image)
@@ -108,12 +113,20 @@ class Download:
                 raise HttpError("payload length", response.length, left, status=response.status)
             writer = payload.Writer(self._slot, image.size, offset)
             stage = payload.open_stage(chosen, response, self._slot.base(), image.size, state)
-            await payload.pump(stage, writer, self._boundary(image, chosen, response.etag))
+            await payload.pump(stage, writer, self._boundary(image, chosen, response))
         finally:
             self.fetched += response.received
+            try:
+                self._book(response)
+            except BusyError:
+                pass  # what is here is here
             await response.close()
 
-    def _boundary(self, image, chosen, etag):
+    def _book(self, response):
+        n, self._booked = response.received - self._booked, response.received
+        self._spend(n)
+
+    def _boundary(self, image, chosen, response):
         """Return what is done at every 64 KiB: tell the listeners, keep a checkpoint."""
 
         def boundary(offset, state):
@@ -124,11 +137,12 @@ class Download:
             kept["build"] = image.build
             kept["url"] = chosen.url
             kept["at"], kept["position"] = state
-            kept["etag"] = etag
+            kept["etag"] = response.etag
             try:
                 self._journal.save_checkpoint(kept)
             except OtaError as exc:
                 print("twinslot: no checkpoint:", exc)  # the download itself goes on
+            self._book(response)
 
         return boundary
 

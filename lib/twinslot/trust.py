@@ -1,7 +1,7 @@
 """From an offer to a release whose signature holds: the connection, the keyring, the release.
 
     trust = Trust(settings, journal, clock)
-    version = await trust.renew(trust.client, offer.keyring)      # None: nothing newer
+    version = await trust.renew(trust.client, offer.keyring, base)   # None: nothing newer
     manifest = await trust.release(trust.client, offer.release)
 
 Every connection is verified. One exception, so that a certificate that ran out, or a clock that
@@ -56,7 +56,6 @@ class Trust:
         self._journal = journal
         self._clock = clock
         self._keyring = Keyring(s["keys"], journal, s["product"], s["demo"])
-        self._tree = s["url"] + s["product"]
         self._regardless = None
         tls = None
         if s["url"].startswith("https:"):
@@ -98,12 +97,13 @@ class Trust:
         if self._journal.get("dates", int):
             self._journal.update(dates=None)
 
-    async def renew(self, client, version):
+    async def renew(self, client, version, base):
         """Take the keyring over the air, where one is said to be newer.
 
         Args:
             client: to fetch it with.
             version: of the keyring on the server, 0 for none.
+            base: URL of the server, or of a mirror.
 
         Returns:
             the version taken, or None.
@@ -114,7 +114,7 @@ class Trust:
         """
         if not self._keyring.wants(version):
             return None
-        token = await self._fetch(client, self._tree + "/keyring.jws")
+        token = await self._fetch(client, base + self._settings["product"] + "/keyring.jws")
         self._keyring.refuse(version)  # once is enough, unless it holds
         self._keyring.take(token)
         return self._keyring.version
