@@ -333,6 +333,7 @@ class Agent:
         finally:
             self._busy = False
             self._slot.abandon()
+            await self._client.close()  # TLS holds 20 KB and more that others may want meanwhile
             gc.collect()
 
     async def _from_anywhere(self, force):
