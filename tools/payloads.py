@@ -156,6 +156,8 @@ def prove(content: bytes, image: bytes, base: Base | None = None) -> None:
     if result.get("sha256") != digest:
         seen = result.get("error") or result["sha256"]
         raise ChecksumError(f"{name}, applied by the device's code", seen, digest)
+    if any(len(mark) == 1 for mark in result["boundaries"][:-1]):
+        raise ChecksumError(f"{name} can't be resumed at each 64 KiB of the image")
 
 
 def apply(jobs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
