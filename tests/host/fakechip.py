@@ -12,6 +12,9 @@ import struct
 import threading
 import zlib
 
+import serial
+from serial import rfc2217
+
 _REQUEST = struct.Struct("<BBHI")
 _MAGIC_REG, _MAGIC = 0x40001000, 0x00F01D83
 _SPI = 0x3FF42000
@@ -51,6 +54,7 @@ class FakeChip(threading.Thread):
             except OSError:
                 return
             with connection:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 try:
                     self._serve(connection)
                 except (ConnectionError, EOFError):
@@ -222,3 +226,44 @@ def _checksum(data):
     for byte in data:
         check ^= byte
     return check
+
+
+class Rfc2217Bridge(threading.Thread):
+    """A terminal server before a FakeChip: RFC 2217 outside, plain TCP inside. One client."""
+
+    def __init__(self, chip):
+        super().__init__(daemon=True)
+        self._chip = chip
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"rfc2217://127.0.0.1:{self._server.getsockname()[1]}"
+
+    def run(self):
+        connection, _ = self._server.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        serial_port = serial.serial_for_url(self._chip.url, timeout=0)
+        with connection, serial_port:
+            lock = threading.Lock()
+
+            class Wire:
+                def write(self, data):
+                    with lock:
+                        connection.sendall(data)
+
+            manager = rfc2217.PortManager(serial_port, Wire())
+            done = threading.Event()
+
+            def back():
+                while not done.is_set():
+                    data = serial_port.read(4096)
+                    if data:
+                        Wire().write(b"".join(manager.escape(data)))
+                    else:
+                        done.wait(0.002)
+
+            threading.Thread(target=back, daemon=True).start()
+            while data := connection.recv(4096):
+                serial_port.write(b"".join(manager.filter(data)))
+            done.set()
+
+    def close(self):
+        self._server.close()

@@ -8,14 +8,16 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import pytest
-from fakechip import FakeChip
+from fakechip import FakeChip, Rfc2217Bridge
 from stockfirmware import application, combined
 
 from twinslot_tools import cli, flash, keys, stock
-from twinslot_tools.lab import Lab
+from twinslot_tools.lab import CRASH, Lab
 from twinslot_tools.virtual_esp32 import layout, show, vfs
 from twinslot_tools.virtual_esp32.board import Board, find_micropython
 from twinslot_tools.virtual_esp32.chip import table
@@ -171,6 +173,21 @@ def test_only_bytecode_or_native_code_of_the_chip_is_installed(desk):
     for path, data in plan(desk).files.items():
         if path.endswith(".mpy"):
             assert data[2] >> 2 & 0xF in (0, 10), path
+
+
+@pytest.mark.parametrize("name", layout.builtin_layouts())
+def test_a_board_of_every_table_boots_and_finds_its_files(desk, name):
+    (desk / "mine").mkdir()
+    (desk / "mine" / "main.py").write_text("print(open('/ota.json').read())\n")
+    size = layout.parse_size(name.split("-", maxsplit=1)[0])
+    (desk / "stock.bin").write_bytes(combined(application("esp32s3"), "esp32s3"))
+    made = plan(desk, flash_size=size, table=name, extra=desk / "mine", arch="x64")
+    (desk / "flash.bin").write_bytes(made.flash)
+    result = Board(desk / "flash.bin").run(
+        max_boots=1, timeout=20, until=lambda event: "sensor-node" in event.get("line", "")
+    )
+    assert result.boots[0].partition == ("factory" if "factory" in name else "ota_0")
+    assert "sensor-node" in result.console
 
 
 def test_an_s3_firmware_begins_at_0_and_gets_the_table_of_its_flash(desk):
@@ -570,6 +587,20 @@ def test_a_bare_board_is_flashed_over_its_port(desk, chip):
     assert vfs.read_files(desk / "flash.bin") == made.files
 
 
+@pytest.mark.filterwarnings("ignore:set(Daemon|Name):DeprecationWarning")  # pyserial 3.5
+def test_a_board_behind_a_terminal_server_is_flashed_over_rfc2217(desk, chip, monkeypatch):
+    # pyserial's client polls each of its settings every 50 ms, four times per command.
+    quick = types.SimpleNamespace(sleep=lambda _: time.sleep(0.001))
+    monkeypatch.setattr("serial.rfc2217.time", quick)
+    board = chip()
+    bridge = Rfc2217Bridge(board)
+    bridge.start()
+    found = json.loads(twinslot(*arguments(desk, "--port", bridge.url, "--json")).stdout)
+    bridge.close()
+    assert found["port"] == bridge.url
+    assert show.describe(bytes(board.flash)) == show.describe(plan(desk).flash)
+
+
 def test_the_table_follows_the_flash_that_was_found(desk, chip):
     board = chip(size=8 << 20)
     found = json.loads(twinslot(*arguments(desk, "--port", board.url, "--json")).stdout)
@@ -690,6 +721,26 @@ def test_a_flashed_board_updates_itself_over_https(tmp_path):
         found = lab.describe()
         assert found["boots"] == "ota_1"
         assert [s["state"] for s in found["slots"]] == ["VALID", "VALID"]
+
+
+class FactoryLab(FlashedLab):
+    table = "8MiB-factory"
+
+
+def test_a_factory_image_survives_a_bad_update_and_a_good_one_untouched(tmp_path):
+    with FactoryLab(tmp_path / "lab") as lab:
+        factory = slice(0x10000, 0x200000)
+        before = lab.flash.read_bytes()[factory]
+        lab.power_on()
+        lab.wait(lambda e: e.name == "idle")
+        lab.publish(lab.firmware("1.1.0", CRASH), "1.1.0")
+        lab.wait(lambda e: e.name == "rolledback")
+        lab.publish(lab.next_stock("1.2.0"), "1.2.0")
+        lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "1.2.0")
+        lab.power_off()
+        booted = [b["partition"] for b in lab.boots if b["event"] == "boot"]
+        assert booted[:3] == ["factory", "ota_0", "factory"] and booted[-1] != "factory"
+        assert lab.flash.read_bytes()[factory] == before
 
 
 # ---- genuine firmware, where somebody has some
