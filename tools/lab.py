@@ -33,7 +33,7 @@ from joserfc.jwk import RSAKey
 
 import twinslot
 
-from . import keys, publish
+from . import keys, publish, sample
 from .virtual_esp32 import build, firmware, layout, show, vfs
 from .virtual_esp32.board import Board, RunResult
 
@@ -91,6 +91,8 @@ class Lab:
         keys_known: the server verifies releases with the public key; False for a server in an
             attacker's hands.
         image_size: bytes of each firmware.
+        compressible: its content is like a genuine one's, and like that of other versions (see
+            ``sample``); else it is noise, and published as it is.
         application: first lines of the application of the firmware flashed by cable.
         board_options: arguments of ``Board``.
     """
@@ -102,6 +104,7 @@ class Lab:
         settings: dict[str, Any] | None = None,
         keys_known: bool = True,
         image_size: int = 400_000,
+        compressible: bool = False,
         application: str = "",
         **board_options: Any,
     ):
@@ -117,6 +120,7 @@ class Lab:
         self._settings = settings or {}
         self._keys_known = keys_known
         self._image_size = image_size
+        self._compressible = compressible
         self._application = application
         self._board_options = board_options
         self._changed = threading.Condition()
@@ -173,14 +177,17 @@ class Lab:
                 raise RuntimeError("main.py has another application than the lab knows")
             (tree / "main.py").write_text(text.replace(anchor, anchor + fault))
         image = self.folder / f"firmware-{version}.bin"
+        size = size or self._image_size
+        seed = len(version) + sum(version.encode())
         image.write_bytes(
             firmware.make_firmware(
                 tree,
                 chip="esp32",
                 version=version,
                 project=PRODUCT,
-                size=size or self._image_size,
-                seed=len(version) + sum(version.encode()),
+                size=size,
+                seed=seed,
+                filler=sample.code(size, changes=seed % 40) if self._compressible else None,
             )
         )
         return image

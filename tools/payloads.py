@@ -20,14 +20,14 @@ Source: RFC 1952; detools' create.py and apply.py (the layout of a sequential pa
 
 import hashlib
 import json
-import multiprocessing
 import os
 import struct
 import subprocess
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,18 +112,30 @@ def build(image: bytes, bases: Iterable[Base] = (), progress: Progress = quiet) 
 
 
 def _make_all(image: bytes, jobs: Sequence[Base | None], progress: Progress) -> list[bytes]:
-    """Do the jobs, several at a time over the machine's cores."""
+    """Do the jobs, several at a time: each in a process of its own, one per core."""
     if len(jobs) == 1:
         return [_make(image, jobs[0])]
-    made: dict[int, bytes] = {}
-    # Not forked: this process may have threads.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1), context) as pool:
-        futures = {pool.submit(_make, image, base): i for i, base in enumerate(jobs)}
-        for done, future in enumerate(as_completed(futures), 1):
-            made[futures[future]] = future.result()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        new = Path(folder) / "image"
+        new.write_bytes(image)
+        futures = [pool.submit(_make_apart, new, base, i) for i, base in enumerate(jobs)]
+        for done, _ in enumerate(as_completed(futures), 1):
             progress("packing", done * len(image), len(jobs) * len(image))
-    return [made[i] for i in range(len(jobs))]
+        return [future.result() for future in futures]
+
+
+def _make_apart(image: Path, base: Base | None, number: int) -> bytes:
+    """Do a job in another process."""
+    out = image.with_name(f"payload-{number}")
+    command = [sys.executable, "-m", __spec__.name, str(image), str(out)]
+    if base:
+        old = image.with_name(f"base-{number}")
+        old.write_bytes(base.image)
+        command += [str(old), base.name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ChecksumError(done.stderr.strip().splitlines()[-1])
+    return out.read_bytes()
 
 
 def _make(image: bytes, base: Base | None) -> bytes:
@@ -263,3 +275,13 @@ def _split(chunks: Iterator[Chunk]) -> Iterator[bytes]:
 
 def _pack(diff: bytes, extra: bytes, adjustment: int) -> bytes:
     return varint(len(diff)) + diff + varint(len(extra)) + extra + varint(adjustment)
+
+
+def main(image: str, out: str, old: str = "", name: str = "") -> None:
+    """One job of `build`, in a process of its own."""
+    base = Base(name, "", Path(old).read_bytes()) if old else None
+    Path(out).write_bytes(_make(Path(image).read_bytes(), base))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -84,9 +84,10 @@ class Download:
         room = gc.mem_free() - _SLOT_HEAP - _SPARE_HEAP
         chosen = []
         for candidate in release.payloads(image, build, payload.encodings()):
-            if candidate.encoding == "identity" or payload.heap(candidate) <= room:
+            if candidate.url == kept.get("url"):
+                chosen.insert(0, candidate)
+            elif candidate.encoding == "identity" or payload.heap(candidate) <= room:
                 chosen.append(candidate)
-        chosen.sort(key=lambda p: p.url != kept.get("url"))
         return chosen
 
     async def _fetch(self, image, chosen, base, kept):
