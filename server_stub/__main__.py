@@ -1,10 +1,11 @@
-"""Start the server: ``python -m twinslot_server SITE [--host H] [--port P] [--data DIR] ...``
+"""Start the server: ``python -m twinslot_server SITE [--config FILE] [--port P] [--data DIR] ...``
 
 Prints one line when it really listens, ``listening https://127.0.0.1:8443``, on stdout; its log is
 JSON lines on stderr. Ends cleanly on SIGTERM and SIGINT. Exit code 1: it can't start, and why.
 """
 
 import argparse
+import contextlib
 import datetime as dt
 import ipaddress
 import json
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -20,15 +22,16 @@ import uvicorn
 from twinslot import keyring
 from twinslot.errors import OtaError
 
-from . import tls, tokens
+from . import releases, schedules, settings, tls, tokens
 from .app import Parts, create_app
+from .auth import People
+from .background import Background
+from .desk import Desk
 from .limits import Limits
-from .offers import DEFAULT_POLL_S
+from .settings import Settings, SettingsError
 from .site import Site
 from .store import DATABASE, Store, StoreError
 from .wire import Server, protocol
-
-DEFAULT_PORT = 8443
 
 log = logging.getLogger("twinslot.server")
 
@@ -56,15 +59,22 @@ class JsonLines(logging.Formatter):
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("twinslot_server", description=__doc__.splitlines()[0])
     parser.add_argument("site", type=Path, help="folder that 'twinslot publish' wrote")
-    parser.add_argument("--host", default="127.0.0.1", help="address to bind (%(default)s)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help="0 takes any free one")
+    parser.add_argument("--config", type=Path, help="YAML: see docs/server.md")
+    parser.add_argument("--host", help="address to bind (127.0.0.1)")
+    parser.add_argument("--port", type=int, help="0 takes any free one (8443)")
     parser.add_argument("--data", type=Path, help="private folder (default: SITE-server)")
     parser.add_argument("--keys", type=Path, help="key file of the boards: offer what they take")
     parser.add_argument(
-        "--name", action="append", default=[], help="host name or address boards use (repeatable)"
+        "--name", action="append", help="host name or address boards use (repeatable)"
+    )
+    parser.add_argument("--poll", type=int, help="seconds until a board asks again (300)")
+    parser.add_argument("--database", help="postgresql+psycopg://... (default: SQLite in --data)")
+    parser.add_argument("--workers", type=int, help="processes, with PostgreSQL (1)")
+    parser.add_argument(
+        "--http", action="store_true", help="no TLS: only behind a proxy on this machine"
     )
     parser.add_argument(
-        "--poll", type=int, default=DEFAULT_POLL_S, help="seconds until a board asks again"
+        "--no-migrate", action="store_true", help="refuse a database of an older server"
     )
     return parser.parse_args(argv)
 
@@ -73,61 +83,125 @@ def start(arguments: argparse.Namespace, limits: Limits) -> None:
     """Serve until told to stop.
 
     Raises:
-        StartError, tls.CertificateError, tokens.TokenError, StoreError, OtaError, OSError: it
-            can't start; the message says why.
+        StartError, SettingsError, tls.CertificateError, tokens.TokenError, StoreError, OtaError,
+        OSError: it can't start; the message says why.
     """
     site_folder: Path = arguments.site
     if not site_folder.is_dir():
         raise StartError(f"{site_folder} is not a folder")
-    if arguments.poll <= 0:
-        raise StartError(f"--poll {arguments.poll}: expected seconds, 1 or more")
+    wanted = _settings(arguments)
     beside = site_folder.resolve()
-    data = arguments.data or beside.with_name(f"{beside.name}-server")
+    data = wanted.data or beside.with_name(f"{beside.name}-server")
     tls.prepare_data_folder(data, site_folder)
-    certificate = tls.ensure(data, _names(arguments))
-    device_token = tokens.load(data / tokens.DEVICE_FILE, tokens.DEVICE_ENV)
-    operator_token = tokens.load(data / tokens.OPERATOR_FILE, tokens.OPERATOR_ENV)
+    certificate = _certificate(wanted, data)
+    device_token = _token(data, "device", wanted.device_token)
+    operator_token = _token(data, "operator", wanted.operator_token)
     if device_token.digest == operator_token.digest:
         raise StartError("device and operator token are the same: boards would be operators")
-    roots, keys = keyring.load(arguments.keys.read_bytes()) if arguments.keys else (None, None)
-    store = Store(data / DATABASE, limits)
-    parts = Parts(
-        Site(site_folder, keys, roots), store, device_token, operator_token, limits, arguments.poll
-    )
+    roots, keys = keyring.load(wanted.keys.read_bytes()) if wanted.keys else (None, None)
+    planned = schedules.read_file(wanted.schedules) if wanted.schedules else []
+    url = wanted.database or f"sqlite:///{data / DATABASE}"
+    if wanted.workers > 1 and url.startswith("sqlite:"):
+        raise StartError("workers: SQLite serves one process; give --database a PostgreSQL URL")
+
+    def make_parts(store: Store) -> Parts:
+        site = Site(site_folder, keys, roots)
+        desk = Desk(site, store, limits, wanted)
+        people = People(store, operator_token)
+        return Parts(site, store, device_token, operator_token, limits, wanted, desk, people)
+
+    store = Store(url, limits.database_wait_s, migrate=not arguments.no_migrate)
     try:
+        parts = make_parts(store)
+        store.write(lambda connection: releases.scan(connection, parts.site))
+        store.write(lambda connection: schedules.sync_file(connection, planned))
         _log_start(certificate, parts, keys)
-        _serve(parts, certificate, arguments)
+        with _listen(wanted.host, wanted.port) as listener:
+            if wanted.workers == 1:
+                _serve(parts, certificate, data, listener)
+                return
+            store.close()  # no connection and no thread may be shared by processes
+            _serve_many(
+                wanted.workers,
+                lambda: _serve(
+                    make_parts(Store(url, limits.database_wait_s, migrate=False)),
+                    certificate,
+                    data,
+                    listener,
+                ),
+            )
     finally:
         store.close()
 
 
-def _names(arguments: argparse.Namespace) -> list[str]:
+def _settings(arguments: argparse.Namespace) -> Settings:
+    given = {
+        "host": arguments.host,
+        "port": arguments.port,
+        "data": arguments.data,
+        "keys": arguments.keys,
+        "names": arguments.name,
+        "poll.default": arguments.poll,
+        "database": arguments.database,
+        "workers": arguments.workers,
+        "tls": False if arguments.http else None,
+    }
+    return settings.load(arguments.config, given)
+
+
+def _certificate(wanted: Settings, data: Path) -> tls.Certificate | None:
+    if not wanted.tls:
+        if wanted.host not in ("127.0.0.1", "::1", "localhost"):
+            raise StartError(f"without TLS only loopback is served, not {wanted.host}")
+        return None
+    if (wanted.certificate is None) != (wanted.key is None):
+        raise StartError("certificate and key: expected both or none")
+    if wanted.certificate and wanted.key:
+        return tls.read(wanted.certificate, wanted.key)
+    return tls.ensure(data, _names(wanted))
+
+
+def _token(data: Path, role: str, configured: str | None) -> tokens.Token:
+    variable = {"device": tokens.DEVICE_ENV, "operator": tokens.OPERATOR_ENV}[role]
+    if configured is not None and variable not in os.environ:
+        return tokens.checked(configured, f"the configuration ({role}_token)")
+    return tokens.load(data / f"{role}-token", variable)
+
+
+def _names(wanted: Settings) -> list[str]:
     """The names boards may use: those given, and a bound address other than "all of them"."""
     try:
-        if not ipaddress.ip_address(arguments.host).is_unspecified:
-            return [*arguments.name, arguments.host]
+        if not ipaddress.ip_address(wanted.host).is_unspecified:
+            return [*wanted.names, wanted.host]
     except ValueError:
-        return [*arguments.name, arguments.host]
-    return list(arguments.name)
+        return [*wanted.names, wanted.host]
+    return list(wanted.names)
 
 
-def _log_start(certificate: tls.Certificate, parts: Parts, keys: dict | None) -> None:
-    fields = {
-        "certificate": str(certificate.certificate),
-        "fingerprint": certificate.fingerprint,
-        "names": list(certificate.names),
-        "expires": certificate.not_after.isoformat(),
+def _log_start(certificate: tls.Certificate | None, parts: Parts, keys: dict | None) -> None:
+    fields: dict[str, object] = {
         "device_token": parts.device_token.source,
         "operator_token": parts.operator_token.source,
     }
+    if certificate:
+        fields |= {
+            "certificate": str(certificate.certificate),
+            "fingerprint": certificate.fingerprint,
+            "names": list(certificate.names),
+            "expires": certificate.not_after.isoformat(),
+        }
     log.info("start", extra={"fields": fields})
-    if certificate.not_after - dt.datetime.now(dt.UTC) < dt.timedelta(days=tls.WARN_DAYS):
+    if certificate and certificate.not_after - dt.datetime.now(dt.UTC) < dt.timedelta(
+        days=tls.WARN_DAYS
+    ):
         log.warning("the certificate expires soon: give boards the next one before it does")
     if keys is None:
         log.warning("no --keys: releases are offered without verifying them first")
 
 
-def _serve(parts: Parts, certificate: tls.Certificate, arguments: argparse.Namespace) -> None:
+def _serve(
+    parts: Parts, certificate: tls.Certificate | None, data: Path, listener: socket.socket
+) -> None:
     config = uvicorn.Config(
         create_app(parts),
         http=protocol(parts.limits),
@@ -136,21 +210,57 @@ def _serve(parts: Parts, certificate: tls.Certificate, arguments: argparse.Names
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,
+        proxy_headers=certificate is None,  # without TLS it is a proxy that asks
         timeout_keep_alive=parts.limits.keep_alive_s,
         timeout_graceful_shutdown=parts.limits.shutdown_s,
         h11_max_incomplete_event_size=parts.limits.header_bytes,
-        ssl_certfile=certificate.certificate,
-        ssl_keyfile=certificate.key,
+        ssl_certfile=certificate.certificate if certificate else None,
+        ssl_keyfile=certificate.key if certificate else None,
     )
     # uvicorn stops on these signals and then raises them again: without a handler of ours that
     # would end a clean stop as a crash.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    with _listen(arguments.host, arguments.port) as listener:
+    background = Background(parts, data)
+    background.start()
+    try:
         Server(config, parts.limits, lambda url: print(f"listening {url}", flush=True)).run(
             [listener]
         )
+    finally:
+        background.stop()
+        parts.store.close()
+
+
+def _serve_many(count: int, serve: Callable[[], None]) -> None:
+    """Serve with ``count`` processes that share the listener; one that dies ends them all.
+
+    A process manager starts the whole again: half a server that looks well helps nobody.
+    """
+    children = []
+    for _ in range(count):
+        if (child := os.fork()) == 0:
+            code = 1
+            try:
+                serve()
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+
+    def stop(*_: object) -> None:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+    _, first = os.wait()
+    stop()
+    for _ in children[1:]:
+        os.wait()
+    if first:
+        raise StartError("a worker died; its log says why")
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -184,7 +294,15 @@ def main(argv: list[str] | None = None, limits: Limits | None = None) -> int:
     log.setLevel(logging.INFO)
     try:
         start(_arguments(argv), limits or Limits())
-    except (StartError, tls.CertificateError, tokens.TokenError, StoreError, OtaError) as exc:
+    except (
+        StartError,
+        SettingsError,
+        schedules.ScheduleError,
+        tls.CertificateError,
+        tokens.TokenError,
+        StoreError,
+        OtaError,
+    ) as exc:
         print(f"twinslot_server: {exc}", file=sys.stderr)
         return 1
     except OSError as exc:

@@ -1,52 +1,28 @@
-"""The routes: each authenticates, parses, asks, answers.
+"""The application: the boards' two routes, the published tree, and what the other modules add.
 
-POST /api/v1/check-update     device token     is there a release for this board?
-POST /api/v1/report-status    device token     what became of it
-GET  /api/v1/devices          operator token   the registry, ?limit=100&after=<device id>
-GET  /api/v1/devices/{id}     operator token   one board and its history
+POST /api/v1/check-update     board            is there a release for this board?
+POST /api/v1/report-status    board            what became of it
 GET  /{product}/...           nobody's         the published tree, as any web server has it
 """
 
 import contextlib
-import datetime as dt
-import logging
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterator
+from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ValidationError
-from sqlalchemy.exc import DatabaseError
-from starlette.exceptions import HTTPException
+from fastapi.responses import RedirectResponse
 
-from . import offers, tree
+from . import api_admin, api_firmware, api_fleet, api_rollouts, page, tree
+from .auth import Boards, refused
+from .http import Parts, add_handlers, body_schema, json_body, note_event, problem_response
 from .limits import Limits
 from .messages import CheckUpdate, ReportStatus
 from .problems import Problem
-from .site import ChannelError, Site
-from .store import Store, StoreError
-from .tokens import Token
+from .tree import etag_matches
 from .wire import Gate, overloaded
 
-log = logging.getLogger("twinslot.server")
-
-Parsed = TypeVar("Parsed", bound=BaseModel)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the routes work with."""
-
-    site: Site
-    store: Store
-    device_token: Token
-    operator_token: Token
-    limits: Limits
-    poll_s: int = offers.DEFAULT_POLL_S
+__all__ = ["Parts", "create_app"]
 
 
 def create_app(parts: Parts) -> FastAPI:
@@ -54,113 +30,87 @@ def create_app(parts: Parts) -> FastAPI:
     app = FastAPI(
         title="Twinslot", docs_url=None, redoc_url=None, openapi_url="/api/v1/openapi.json"
     )
-    app.add_middleware(Gate, limits=parts.limits)
-    app.add_exception_handler(HTTPException, _http_problem)
-    app.add_exception_handler(RequestValidationError, _query_problem)
-    app.add_exception_handler(StoreError, _store_problem(parts.limits))
-    app.add_exception_handler(DatabaseError, _store_problem(parts.limits))
-    app.add_exception_handler(Exception, _bug)
+    app.add_middleware(
+        Gate,
+        limits=parts.limits,
+        large={api_firmware.UPLOAD: parts.settings.firmware_bytes * 4, api_fleet.IMPORT: 4 << 20},
+    )
+    add_handlers(app, parts.limits)
     _add_device_routes(app, parts)
-    _add_operator_routes(app, parts)
+    for module in (api_fleet, api_firmware, api_rollouts, api_admin, page):
+        module.add_routes(app, parts)
     _add_tree(app, parts)
     return app
 
 
 def _add_device_routes(app: FastAPI, parts: Parts) -> None:
-    device = Depends(_bearer(parts.device_token))
+    board = Depends(Boards(parts.store, parts.device_token))
 
-    @app.post(
-        "/api/v1/check-update", dependencies=[device], openapi_extra=_body_schema(CheckUpdate)
-    )
-    def check_update(request: Annotated[CheckUpdate, Depends(_json(CheckUpdate))]) -> dict:
-        return _check_update(parts, request)
+    @app.post("/api/v1/check-update", openapi_extra=body_schema(CheckUpdate))
+    async def check_update(
+        request: Request,
+        token: Annotated[str | None, board],
+        ask: Annotated[CheckUpdate, Depends(json_body(CheckUpdate))],
+    ) -> Response:
+        address = request.client.host if request.client else None
+        answer = await parts.desk.poll(ask, token, address)
+        headers = {"ETag": answer.etag}
+        if etag_matches(request.headers.get("if-none-match", ""), answer.etag):
+            return Response(status_code=304, headers=headers)
+        return Response(answer.body, 200, headers, "application/json")
 
-    @app.post(
-        "/api/v1/report-status", dependencies=[device], openapi_extra=_body_schema(ReportStatus)
-    )
-    def report_status(report: Annotated[ReportStatus, Depends(_json(ReportStatus))]) -> dict:
-        return _report_status(parts, report)
-
-
-def _check_update(parts: Parts, request: CheckUpdate) -> dict:
-    parts.store.seen(request.device_id, request.model_dump(exclude={"device_id"}))
-    answer: dict[str, Any] = {"update_available": False, "poll": parts.poll_s}
-    if keyring := parts.site.keyring(request.product):
-        answer["keyring"] = keyring
-    try:
-        channel = parts.site.channel(request.product, request.channel)
-    except ChannelError as exc:
-        log.warning("no offer", extra={"fields": {"reason": exc.code, "why": str(exc)}})
-        return {**answer, "reason": exc.code}
-    board = offers.Board(
-        request.device_id,
-        request.product,
-        request.hardware,
-        request.current_version,
-        request.current_build,
-        request.chip_id,
-    )
-    offer = offers.decide(board, channel, int(time.time()))
-    _note("checked", device=request.device_id, version=offer.version, reason=offer.reason)
-    if channel.poll is not None:
-        answer["poll"] = channel.poll
-    if offer.release is None:
-        return {**answer, "reason": offer.reason}
-    answer |= {"update_available": True, "release": f"/{offer.release}"}
-    if channel.rollout is not None:
-        answer["rollout"] = channel.rollout
-    return answer
-
-
-def _report_status(parts: Parts, report: ReportStatus) -> dict:
-    kept = report.model_dump(exclude={"device_id", "current_version", "current_build"})
-    running = {"current_version": report.current_version, "current_build": report.current_build}
-    new = parts.store.report(report.device_id, kept, running)
-    _note(
-        "reported",
-        device=report.device_id,
-        attempt=report.attempt,
-        version=report.version,
-        status=report.status,
-        error=report.error.code if report.error else None,
-        repeated=not new,
-    )
-    return {"ok": True}
-
-
-def _add_operator_routes(app: FastAPI, parts: Parts) -> None:
-    operator = Depends(_bearer(parts.operator_token))
-
-    @app.get("/api/v1/devices", dependencies=[operator])
-    def devices(
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        after: Annotated[str, Query(max_length=64)] = "",
+    @app.post("/api/v1/report-status", openapi_extra=body_schema(ReportStatus))
+    async def report_status(
+        token: Annotated[str | None, board],
+        report: Annotated[ReportStatus, Depends(json_body(ReportStatus))],
     ) -> dict:
-        rows = parts.store.devices(after, limit)
-        following = rows[-1]["device_id"] if len(rows) == limit else None
-        return {"devices": [_with_dates(row) for row in rows], "next": following}
-
-    @app.get("/api/v1/devices/{device_id}", dependencies=[operator])
-    def device(device_id: str) -> dict:
-        row = parts.store.device(device_id)
-        if row is None:
-            raise Problem(404, "no_device", f"no device {device_id[:64]!r}")
-        row["history"] = [_with_dates(report) for report in row["history"]]
-        return _with_dates(row)
+        new = await parts.desk.report(report, token)
+        note_event(
+            "reported",
+            device=report.device_id,
+            attempt=report.attempt,
+            version=report.version,
+            status=report.status,
+            error=report.error.code if report.error else None,
+            repeated=not new,
+        )
+        return {"ok": True}
 
 
 def _add_tree(app: FastAPI, parts: Parts) -> None:
     downloads = _Places(parts.limits.downloads)
+    may_fetch = _Fetchers(parts)
 
     @app.api_route("/{name:path}", methods=["GET", "HEAD"], include_in_schema=False)
     async def published(name: str, request: Request) -> Response:
+        if parts.settings.downloads == "token":
+            await may_fetch(request)
         file = await run_in_threadpool(parts.site.find, name)
         if file is None:
             raise Problem(404, "not_found", "nothing is published under this name")
+        if file.content is None and parts.settings.payload_url:
+            # Payloads are public by their hash and signed by their release: no token goes there.
+            return RedirectResponse(f"{parts.settings.payload_url}/{name}", 302)
         response = tree.respond(request, file)
         if isinstance(response, tree.Slice):
-            return _InPlace(response, downloads, parts.limits)
+            return _InPlace(response, downloads, parts, name)
         return response
+
+
+class _Fetchers:
+    """Who may download where the tree is not public: accepted boards, and people."""
+
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        self._boards = Boards(parts.store, parts.device_token)
+
+    async def __call__(self, request: Request) -> None:
+        if await self._parts.people.find(request) is not None:
+            return
+        digest = await self._boards(request)
+        if digest is None and self._parts.settings.enrolment.default == "pending":
+            # The fleet's token registers a board; what it may have is decided first.
+            raise refused()
 
 
 class _Places:
@@ -183,105 +133,27 @@ class _Places:
 class _InPlace(Response):
     """Send ``inner`` while a download place is free, else say when to come back."""
 
-    def __init__(self, inner: Response, places: _Places, limits: Limits):
+    def __init__(self, inner: tree.Slice, places: _Places, parts: Parts, name: str):
         super().__init__()
         self._inner = inner
         self._places = places
-        self._limits = limits
+        self._parts = parts
+        self._name = name
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        limits: Limits = self._parts.limits
         with self._places.taken() as ok:
-            response = self._inner if ok else _problem_response(overloaded(self._limits))
-            await response(scope, receive, send)
-
-
-def _bearer(token: Token) -> Callable[[Request], Awaitable[None]]:
-    """Make a dependency that lets only the holder of ``token`` pass."""
-
-    async def check(request: Request) -> None:
-        scheme, _, presented = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not token.matches(presented.strip()):
-            raise Problem(
-                401,
-                "unauthorized",
-                "this needs a valid bearer token of the right role",
-                {"WWW-Authenticate": "Bearer"},
-            )
-
-    return check
-
-
-def _json(model: type[Parsed]) -> Callable[[Request], Awaitable[Parsed]]:
-    """Make a dependency that parses the body; dependencies run in order, so after the token."""
-
-    async def parse(request: Request) -> Parsed:
-        body = await request.body()
-        try:
-            return model.model_validate_json(body)
-        except ValidationError as exc:
-            first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the body"
-            raise Problem(422, "malformed", f"{where}: {first['msg']}") from None
-
-    return parse
-
-
-def _body_schema(model: type[BaseModel]) -> dict:
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _with_dates(row: dict[str, Any]) -> dict[str, Any]:
-    """Show the stored seconds as RFC 3339."""
-    return {
-        name: dt.datetime.fromtimestamp(value, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        if name in ("first_seen", "last_seen", "received")
-        else value
-        for name, value in row.items()
-    }
-
-
-def _note(event: str, **fields: Any) -> None:
-    log.info(event, extra={"fields": {k: v for k, v in fields.items() if v is not None}})
-
-
-def _problem_response(problem: Problem) -> JSONResponse:
-    return JSONResponse(
-        problem.body(),
-        problem.status_code,
-        dict(problem.headers or {}),
-        media_type="application/problem+json",
-    )
-
-
-async def _http_problem(request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, HTTPException)
-    if not isinstance(exc, Problem):  # the framework's own: no such route, no such method
-        code = {404: "not_found", 405: "method"}.get(exc.status_code, "request")
-        exc = Problem(exc.status_code, code, str(exc.detail), exc.headers)
-    client = request.client.host if request.client else None
-    _note("refused", code=exc.code, path=request.url.path[:200], client=client, why=exc.detail)
-    return _problem_response(exc)
-
-
-async def _query_problem(_request: Request, exc: Exception) -> Response:
-    assert isinstance(exc, RequestValidationError)
-    first = exc.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return _problem_response(Problem(422, "malformed", f"{where}: {first['msg']}"))
-
-
-def _store_problem(limits: Limits) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def handle(_request: Request, exc: Exception) -> Response:
-        log.error("store", extra={"fields": {"why": str(getattr(exc, "orig", exc))}})
-        busy = overloaded(limits)
-        return _problem_response(
-            Problem(503, "storage", "the registry can't take this now", busy.headers)
-        )
-
-    return handle
-
-
-async def _bug(_request: Request, _exc: Exception) -> Response:
-    # The traceback goes to the log (uvicorn writes it), never to the client.
-    return _problem_response(Problem(500, "internal", "the server failed; its log says why"))
+            if not ok:
+                await problem_response(overloaded(limits))(scope, receive, send)
+                return
+            try:
+                await self._inner(scope, receive, send)
+            finally:
+                client = scope.get("client")
+                self._parts.desk.downloaded(
+                    self._name,
+                    client[0] if client else None,
+                    self._inner.offset,
+                    self._inner.sent,
+                    self._inner.complete,
+                )

@@ -13,6 +13,9 @@ class Limits:
     body_timeout_s: float = 10.0
     """From the end of the headers until the whole body is here."""
 
+    upload_timeout_s: float = 300.0
+    """The same for an upload of a release."""
+
     header_timeout_s: float = 10.0
     """From the end of the TLS handshake (asyncio allows that one 60 s) until a request's headers
     are here; and again from the first byte of each further request."""
@@ -50,3 +53,6 @@ class Limits:
 
     reports_per_device: int = 500
     """Older reports of a device are dropped first."""
+
+    downloads_kept: int = 100_000
+    """Lines of the download log; older ones are dropped first."""

@@ -1,18 +1,19 @@
-"""Which release, if any, one board is offered. Pure: what it is told in, the answer out.
+"""Which release, if any, one board is offered, and why. Pure: what it is told in, the answer out.
 
-The rule is the device's own (``release.judge``), asked with what the board said of itself. Where
-a board says less than it knows (its anti-rollback floor, the builds that failed on it, its slot's
-size), it will refuse by itself what is offered here in good faith.
+Precedence: a pin of the board, then a job, then a rollout, then its channel. The first of them
+that is there decides. The rule of what suits a board is the device's own (``release.judge``),
+asked with what the board said of itself. Where a board says less than it knows (its anti-rollback
+floor, the builds that failed on it, its slot's size), it will refuse by itself what is offered
+here in good faith.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from twinslot import release as rules
 from twinslot import semver
 from twinslot.errors import OtaError, ReleaseError
-
-from .site import Channel
 
 DEFAULT_POLL_S = 300
 
@@ -30,28 +31,92 @@ class Board:
 
 
 @dataclass(frozen=True)
-class Offer:
-    """The answer: a release to fetch, or the stable word for why there is none."""
+class Candidate:
+    """A release that something wants on this board.
 
-    release: str | None  # path below the site
+    ``hold`` is (stable word, sentence) where it must wait; ``release`` is None where it can't be
+    read, and ``hold`` says why.
+    """
+
+    origin: str  # pin, job, rollout, channel
+    says: str  # "rollout 3 'June' (stage 2 of 4)"
+    path: str = ""
+    release: rules.Release | None = None
+    hold: tuple[str, str] | None = None
+    blocked: str | None = None
+    force: bool = False
+    percent: Mapping | None = None  # the pointer's {"percent", "seed"}
+    rollout_id: int | None = None
+    job_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that bears on the answer to one board."""
+
+    board: Board
+    candidates: Sequence[Candidate]  # what decides; behind it what stands in if it is blocked
+    enrolment: str = "accepted"
+    tries: Mapping[str, int] = field(default_factory=dict)  # failures by build
+    max_tries: int = 3
+    window_in_s: int = 0
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The answer: a release to fetch, or the stable word for why there is none; and a sentence."""
+
     reason: str
+    sentence: str
+    offer: Candidate | None = None
     version: str | None = None
 
 
-def decide(board: Board, channel: Channel, now: int) -> Offer:
-    """Judge the channel's release for one board.
+def decide(situation: Situation, now: int) -> Decision:
+    """Answer one board.
 
     Args:
-        board: what the board said.
-        channel: what is published.
+        situation: all that is known.
         now: seconds since 1970.
     """
-    release = channel.release
+    if situation.enrolment != "accepted":
+        return Decision(
+            situation.enrolment,
+            {
+                "pending": "This board waits to be accepted, so it is offered nothing.",
+                "decommissioned": "This board is decommissioned, so it is offered nothing.",
+            }.get(situation.enrolment, "This board may not update."),
+        )
+    if not situation.candidates:
+        return Decision("no_channel", "Nothing is published for this board's channel.")
+    first, *fallbacks = situation.candidates
+    decision = _judge(situation, first, now)
+    if decision.reason == "blocked":
+        for candidate in fallbacks:
+            if (other := _judge(situation, candidate, now)).offer:
+                return other
+    return decision
+
+
+def _judge(situation: Situation, candidate: Candidate, now: int) -> Decision:
+    board, says = situation.board, candidate.says
+    release = candidate.release
+    if release is None:
+        word, why = candidate.hold or ("bad_release", "it can't be read")
+        return Decision(word, f"{says}: {why}; it is not offered.")
+    version = release.version
     image = release.firmware
-    version = _version(board.current_version)
+
+    def no(word: str, why: str) -> Decision:
+        return Decision(word, f"{says} wants {version}: {why}.", None, version)
+
+    if candidate.blocked is not None:
+        return no("blocked", f"that release is blocked ({candidate.blocked})")
+    current = _version(board.current_version)
     same = board.current_build in (None, "", image.build)
-    if same and semver.compare(release.version, version) == 0:
-        return Offer(None, "up_to_date", release.version)
+    if same and semver.compare(version, current) == 0:
+        return no("up_to_date", "the board runs it already")
     try:
         rules.judge(
             release,
@@ -59,7 +124,7 @@ def decide(board: Board, channel: Channel, now: int) -> Offer:
                 product=board.product,
                 hardware=board.hardware,
                 chip_id=image.chip_id if board.chip_id is None else board.chip_id,
-                version=version,
+                version=current,
                 build=board.current_build,
                 floor=0,
                 now=now,
@@ -68,12 +133,22 @@ def decide(board: Board, channel: Channel, now: int) -> Offer:
             ),
         )
     except OtaError as exc:
-        return Offer(None, exc.code, release.version)
-    if channel.rollout is not None and not rules.in_rollout(
-        channel.rollout["percent"], channel.rollout["seed"], board.device_id, hashlib.sha256
+        return no(exc.code, f"the board would refuse it ({exc.message})")
+    percent = candidate.percent
+    if percent is not None and not rules.in_rollout(
+        percent["percent"], percent["seed"], board.device_id, hashlib.sha256
     ):
-        return Offer(None, "rollout", release.version)
-    return Offer(channel.release_path, "offered", release.version)
+        return no("rollout", f"the board is not among the first {percent['percent']} %")
+    if candidate.hold is not None:
+        return no(*candidate.hold)
+    if not candidate.force:
+        failures = situation.tries.get(image.build, 0)
+        if failures >= situation.max_tries:
+            return no("tries", f"{failures} attempts failed on this board within a day")
+        if situation.window_in_s:
+            minutes = -(-situation.window_in_s // 60)
+            return no("window", f"its maintenance window opens in {minutes} min")
+    return Decision("offered", f"{says} offers {version}.", candidate, version)
 
 
 def _version(text: str) -> str:

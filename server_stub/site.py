@@ -77,6 +77,19 @@ class Site:
         self._roots = roots
         self._releases: dict[str, tuple[tuple, Release]] = {}
 
+    @staticmethod
+    def is_payload(url: str) -> bool:
+        """True for the URL of a payload within the tree, relative to its product."""
+        return _PAYLOAD_NAME.fullmatch(url) is not None
+
+    def peek(self, path: Path) -> Release:
+        """What a release in the tree says, verified or not. Raises OtaError."""
+        token = read_bounded(path) or b""
+        try:
+            return parse(jws.b64url_decode(token.split(b".")[1]))
+        except (IndexError, ValueError) as exc:
+            raise ReleaseError("release file", str(exc), "a compact JWS") from exc
+
     def find(self, name: str) -> File | None:
         """Return the file that URL path ``name`` (no leading slash) means, or None."""
         if blob := _BLOB.fullmatch(name):
@@ -108,6 +121,23 @@ class Site:
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         return File(path, media_type, immutable, etag, content)
 
+    def stamp(self, product: str, channel: str) -> tuple:
+        """Something that changes whenever the channel's pointer or the keyring does."""
+        return tuple(
+            _stamp_of(self.root / product / name) for name in (f"{channel}.json", "keyring.jws")
+        )
+
+    def release(self, name: str) -> Release:
+        """Read, verify and check the release at ``name``, a path below the site.
+
+        Raises:
+            ChannelError: it must not be offered.
+        """
+        product = name.partition("/")[0]
+        release = self._release(name, self.trusted(product))
+        self._check_payloads(product, release)
+        return release
+
     def channel(self, product: str, channel: str) -> Channel:
         """Read a channel's pointer and the release it names.
 
@@ -121,7 +151,7 @@ class Site:
         if file is None or file.content is None:
             raise ChannelError("no_channel", f"{name} is not published")
         pointer = _pointer(name, file.content)
-        release = self._release(f"{product}/{pointer['release']}", self._trusted(product))
+        release = self._release(f"{product}/{pointer['release']}", self.trusted(product))
         if release.product != product:
             raise ChannelError("bad_release", f"{name} names a release of {release.product}")
         self._check_payloads(product, release)
@@ -145,7 +175,7 @@ class Site:
             return 0
         return version if type(version) is int and 0 < version < 1 << 30 else 0
 
-    def _trusted(self, product: str) -> dict | None:
+    def trusted(self, product: str) -> dict | None:
         """The keys that may sign releases of a product; None: not verified here."""
         file = self.find(f"{product}/keyring.jws") if self._roots else None
         if file is None or file.content is None or self._roots is None:
@@ -194,6 +224,14 @@ def _payload(token: bytes, trusted: dict | None) -> bytes:
         return jws.b64url_decode(token.split(b".")[1])
     except (IndexError, ValueError) as exc:
         raise ReleaseError("release file", str(exc), "a compact JWS") from exc
+
+
+def _stamp_of(path: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def read_bounded(path: Path) -> bytes | None:

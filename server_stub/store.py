@@ -1,213 +1,244 @@
-"""The registry: one row per board, one per report, in SQLite.
+"""The database: SQLite or PostgreSQL by URL, migrated at start, written by one thread.
 
-Reports are idempotent by (device, attempt, status): a board that did not hear the answer says it
-again. Times are seconds since 1970 by the server's clock; a board's own may be unset.
-Every call is one transaction; what was answered is on disk (WAL, synchronous=FULL).
+Every change is a function of a connection. Changes that wait at the same moment share one
+transaction (group commit), each within a savepoint of its own: one that fails takes none of the
+others with it. What was answered is on disk (SQLite: WAL, synchronous=FULL).
 """
 
+import asyncio
+import concurrent.futures
+import logging
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import (
-    JSON,
-    BigInteger,
-    Connection,
-    ForeignKey,
-    UniqueConstraint,
-    create_engine,
-    delete,
-    event,
-    func,
-    select,
-)
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection, Engine, Table, create_engine, event, inspect, text, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from .limits import Limits
+from .schema import meta
 
-SCHEMA_VERSION = 1
 DATABASE = "server.sqlite3"
+HEAD = "0002"
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_BATCH = 256
+_FOREIGN_GENERATION_S = 0.5  # how soon one worker sees what another has changed
+_MIGRATION_LOCK = 0x7457_0001
+
+log = logging.getLogger("twinslot.server")
+
+T = TypeVar("T")
+Change = Callable[[Connection], T]
 
 
 class StoreError(Exception):
     """The database can't be used, or is full."""
 
 
-class Base(DeclarativeBase):
-    pass
-
-
-class Device(Base):
-    """A board, as it last described itself."""
-
-    __tablename__ = "devices"
-
-    device_id: Mapped[str] = mapped_column(primary_key=True)
-    mac: Mapped[str | None]
-    product: Mapped[str | None]
-    channel: Mapped[str | None]
-    hardware: Mapped[str | None]
-    chip_id: Mapped[int | None]
-    current_version: Mapped[str | None]
-    current_build: Mapped[str | None]
-    agent: Mapped[str | None]
-    micropython: Mapped[str | None]
-    labels: Mapped[list[str]] = mapped_column(JSON, default=list)
-    status: Mapped[str | None]
-    status_version: Mapped[str | None]
-    first_seen: Mapped[int]
-    last_seen: Mapped[int]
-
-
-class Report(Base):
-    """What a board said of one step of one attempt."""
-
-    __tablename__ = "reports"
-    __table_args__ = (UniqueConstraint("device_id", "attempt", "status"),)
-
-    id: Mapped[int] = mapped_column(primary_key=True)
-    device_id: Mapped[str] = mapped_column(
-        ForeignKey("devices.device_id", ondelete="CASCADE"), index=True
-    )
-    attempt: Mapped[str]
-    version: Mapped[str | None]
-    build: Mapped[str | None]
-    status: Mapped[str]
-    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    bytes: Mapped[int | None] = mapped_column(BigInteger)
-    received: Mapped[int]
-
-
-def _columns(row: Base, without: Sequence[str] = ()) -> dict[str, Any]:
-    return {c.key: getattr(row, c.key) for c in row.__table__.columns if c.key not in without}
-
-
 class Store:
     """The database of one server.
 
     Args:
-        path: the file; made where there is none.
-        limits: how many rows it may grow to.
+        url: ``sqlite:///path`` or ``postgresql+psycopg://...``.
+        wait_s: for another process that holds the database.
+        migrate: bring an older schema up to date; else it is refused.
+
+    Raises:
+        StoreError: it can't be opened, or has a schema not known here.
     """
 
-    def __init__(self, path: Path, limits: Limits):
-        self._limits = limits
-        self._engine = create_engine(
-            f"sqlite:///{path}", connect_args={"timeout": limits.database_wait_s}
-        )
-        event.listen(self._engine, "connect", _configure)
-        event.listen(self._engine, "begin", _begin)
-        self._writer = self._engine.execution_options(write=True)
+    def __init__(self, url: str, wait_s: float, migrate: bool = True):
+        self.is_sqlite = url.startswith("sqlite:")
+        self._engine = _engine(url, wait_s)
+        self._name = self._engine.url.database or url
         try:
-            with self._writer.begin() as connection:
-                _prepare(connection, path)
+            self._prepare(migrate)
+            self.generation = self.read(_read_generation)
         except DatabaseError as exc:
-            raise StoreError(f"{path}: {exc.orig}") from exc
+            raise StoreError(f"{self._name}: {exc.orig}") from exc
+        self._asked = time.monotonic()
+        self._work: queue.SimpleQueue = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
 
     def close(self) -> None:
+        """Finish what waits, then let go of the database."""
+        if self._thread:
+            self._work.put(None)
+            self._thread.join()
         self._engine.dispose()
 
-    def seen(self, device_id: str, facts: dict[str, Any]) -> None:
-        """Register a board or renew what is known of it; None in ``facts`` overwrites too.
+    # -- reading and writing ------------------------------------------------------------------
 
-        Raises:
-            StoreError: it is new and the registry is full.
-        """
-        with Session(self._writer) as session, session.begin():
-            self._touch(session, device_id, facts)
+    def read(self, query: Callable[[Connection], T]) -> T:
+        """Run a query in a transaction that is never written."""
+        with self._engine.connect() as connection:
+            return query(connection)
 
-    def _touch(self, session: Session, device_id: str, facts: dict[str, Any]) -> Device:
-        now = int(time.time())
-        device = session.get(Device, device_id)
-        if device is None:
-            count = session.scalar(select(func.count()).select_from(Device)) or 0
-            if count >= self._limits.devices:
-                raise StoreError(f"the registry is full: {count} devices")
-            device = Device(device_id=device_id, first_seen=now)
-            session.add(device)
-        for name, value in facts.items():
-            setattr(device, name, value)
-        device.last_seen = now
-        session.flush()
-        return device
+    async def aread(self, query: Callable[[Connection], T]) -> T:
+        return await asyncio.to_thread(self.read, query)
 
-    def report(self, device_id: str, report: dict[str, Any], running: dict[str, Any]) -> bool:
-        """Keep a report; False where the same one is known already.
+    def submit(self, change: Change[T]) -> "concurrent.futures.Future[T]":
+        """Queue a change; the future holds its result once it is durable."""
+        with self._lock:
+            if self._thread is None:  # not at construction: a forked worker has no threads
+                self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
+                self._thread.start()
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        self._work.put((change, future))
+        return future
 
-        Args:
-            device_id: the board.
-            report: columns of :class:`Report`.
-            running: columns of :class:`Device` that say what the board runs; None is unknown.
+    def write(self, change: Change[T]) -> T:
+        """Run a change and return its result once it is durable."""
+        return self.submit(change).result()
 
-        Raises:
-            StoreError: the board is new and the registry is full.
-        """
-        with Session(self._writer) as session, session.begin():
-            # A board this server has never seen may report: its database may be a new one.
-            device = self._touch(session, device_id, {})
-            added = session.execute(
-                insert(Report)
-                .values(device_id=device_id, received=device.last_seen, **report)
-                .on_conflict_do_nothing()
-                .returning(Report.id)
-            ).scalar_one_or_none()
-            if added is None:
-                return False
-            device.status = report["status"]
-            device.status_version = report["version"]
-            for name, value in running.items():
-                if value is not None:
-                    setattr(device, name, value)
-            oldest_kept = (
-                select(Report.id)
-                .where(Report.device_id == device_id)
-                .order_by(Report.id.desc())
-                .offset(self._limits.reports_per_device - 1)
-                .limit(1)
-                .scalar_subquery()
-            )
-            session.execute(
-                delete(Report).where(Report.device_id == device_id, Report.id < oldest_kept)
-            )
-            return True
+    async def awrite(self, change: Change[T]) -> T:
+        return await asyncio.wrap_future(self.submit(change))
 
-    def devices(self, after: str, limit: int) -> list[dict[str, Any]]:
-        """List boards by id, from the one behind ``after``."""
-        with Session(self._engine) as session:
-            rows = session.scalars(
-                select(Device)
-                .where(Device.device_id > after)
-                .order_by(Device.device_id)
-                .limit(limit)
-            )
-            return [_columns(row) for row in rows]
+    def _write(self) -> None:
+        while True:
+            batch = [self._work.get()]
+            while len(batch) < _BATCH and not self._work.empty():
+                batch.append(self._work.get())
+            last = None in batch
+            self._commit([item for item in batch if item is not None])
+            if last:
+                return
 
-    def device(self, device_id: str) -> dict[str, Any] | None:
-        """One board with its reports, oldest first."""
-        with Session(self._engine) as session:
-            row = session.get(Device, device_id)
-            if row is None:
-                return None
-            reports = session.scalars(
-                select(Report).where(Report.device_id == device_id).order_by(Report.id)
-            )
-            history = [_columns(report, without=("id", "device_id")) for report in reports]
-            return {**_columns(row), "history": history}
+    def _commit(self, batch: list) -> None:
+        if not batch:
+            return
+        done: list[tuple[concurrent.futures.Future, Any, BaseException | None]] = []
+        try:
+            with self._engine.execution_options(write=True).begin() as connection:
+                for change, future in batch:
+                    try:
+                        with connection.begin_nested():
+                            done.append((future, change(connection), None))
+                    except Exception as exc:
+                        done.append((future, None, exc))
+                generation = _read_generation(connection)
+        except Exception as exc:
+            if len(batch) > 1 and not self.is_sqlite:
+                # Another worker's transaction was in the way (a deadlock ends one of the two).
+                for item in batch:
+                    self._commit([item])
+                return
+            done = [(future, None, exc) for _, future in batch]
+        else:
+            self.generation = generation
+        for future, result, error in done:
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+    # -- what others have changed -------------------------------------------------------------
+
+    async def current_generation(self) -> int:
+        """The number that every change of policy raises; other workers' with a small delay."""
+        if not self.is_sqlite and time.monotonic() - self._asked > _FOREIGN_GENERATION_S:
+            self._asked = time.monotonic()
+            self.generation = await self.aread(_read_generation)
+        return self.generation
+
+    def _prepare(self, migrate: bool) -> None:
+        with self._engine.execution_options(write=True).begin() as connection:
+            found = _schema_of(connection, self._name)
+            if found == HEAD:
+                return
+            if found is not None and not migrate:
+                raise StoreError(
+                    f"{self._name} has schema {found}, this server needs {HEAD}:"
+                    " start it without --no-migrate, after a backup"
+                )
+            if not self.is_sqlite:  # several workers start at once
+                connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_MIGRATION_LOCK})")
+                if _schema_of(connection, self._name) == HEAD:
+                    return
+            _migrate(connection, found)
 
 
-def _prepare(connection: Connection, path: Path) -> None:
-    """Make the tables of a new database; refuse one of another schema."""
-    found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-    if found not in (0, SCHEMA_VERSION):
-        raise StoreError(
-            f"{path} has schema {found}, this server knows {SCHEMA_VERSION}: use the"
-            " server that wrote it, or start with another --data folder"
-        )
-    Base.metadata.create_all(connection)
-    connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
+def insert(connection: Connection, table: Table) -> Any:
+    """An INSERT that knows ``on_conflict_do_nothing`` and ``..._do_update`` in both dialects."""
+    if connection.dialect.name == "sqlite":
+        return sqlite.insert(table)
+    return postgresql.insert(table)
+
+
+def bump(connection: Connection) -> None:
+    """Say that answers given so far may no longer hold."""
+    connection.execute(
+        update(meta).where(meta.c.key == "generation").values(value=meta.c.value + 1)
+    )
+
+
+def _read_generation(connection: Connection) -> int:
+    return connection.exec_driver_sql(
+        "SELECT value FROM meta WHERE key = 'generation'"
+    ).scalar_one()
+
+
+# ---- schema
+
+
+def _schema_of(connection: Connection, name: str) -> str | None:
+    """The revision the database is at; None for an empty one.
+
+    Raises:
+        StoreError: one that this server has never heard of.
+    """
+    tables = set(inspect(connection).get_table_names())
+    if connection.dialect.name == "sqlite":
+        number = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+        if number not in (0, 1):
+            raise StoreError(_unknown(name, number))
+    if "alembic_version" in tables:
+        found = connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+        if found is not None and not (found.isdigit() and found <= HEAD):
+            raise StoreError(_unknown(name, found))
+        return found
+    return "0001" if "devices" in tables else None
+
+
+def _unknown(name: str, found: object) -> str:
+    return (
+        f"{name} has schema {found}, this server knows up to {HEAD}: use the server that wrote"
+        " it, or start with another --data folder"
+    )
+
+
+def _migrate(connection: Connection, found: str | None) -> None:
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    if found == "0001" and "alembic_version" not in inspect(connection).get_table_names():
+        command.stamp(config, "0001")  # made before there were migrations
+    command.upgrade(config, HEAD)
+    if found is not None:
+        log.info("migrated", extra={"fields": {"from": found, "to": HEAD}})
+
+
+# ---- engines
+
+
+def _engine(url: str, wait_s: float) -> Engine:
+    if not url.startswith("sqlite:"):
+        return create_engine(url, pool_size=5, max_overflow=10, pool_pre_ping=True)
+    engine = create_engine(url, connect_args={"timeout": wait_s, "check_same_thread": False})
+    event.listen(engine, "connect", _configure)
+    event.listen(engine, "begin", _begin)
+    return engine
 
 
 def _configure(connection: Any, _record: object) -> None:

@@ -45,15 +45,16 @@ def load(path: Path, variable: str) -> Token:
         TokenError: it is empty, short, or holds characters no header can carry.
     """
     if variable in os.environ:
-        return _checked(os.environ[variable], f"${variable}")
+        return checked(os.environ[variable], f"${variable}")
     if not path.exists():
         write_new(path, secrets.token_urlsafe(32).encode() + b"\n", mode=0o600)
     if os.name == "posix" and path.stat().st_mode & 0o077:
         path.chmod(0o600)
-    return _checked(path.read_text("utf-8", "replace"), str(path))
+    return checked(path.read_text("utf-8", "replace"), str(path))
 
 
-def _checked(text: str, source: str) -> Token:
+def checked(text: str, source: str) -> Token:
+    """Raises TokenError."""
     text = text.strip()
     if not _SHAPE.fullmatch(text):
         raise TokenError(

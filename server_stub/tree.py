@@ -97,14 +97,19 @@ class Slice(Response):
     def __init__(self, path: Path, offset: int, length: int, status: int, headers: dict[str, str]):
         super().__init__(status_code=status, headers={**headers, "Content-Length": str(length)})
         self._path = path
-        self._offset = offset
+        self.offset = offset
+        self.sent = 0
         self._length = length
+
+    @property
+    def complete(self) -> bool:
+        return self.sent == self._length
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         start = {"status": self.status_code, "headers": self.raw_headers}
         with self._path.open("rb") as file:
-            file.seek(self._offset)
+            file.seek(self.offset)
             await send({"type": "http.response.start", **start})
             left = self._length
             while left and not await request.is_disconnected():
@@ -113,5 +118,6 @@ class Slice(Response):
                     raise OSError(f"{self._path.name} became shorter while it was sent")
                 left -= len(chunk)
                 await send({"type": "http.response.body", "body": chunk, "more_body": left > 0})
+                self.sent += len(chunk)
         if not self._length:
             await send({"type": "http.response.body", "body": b""})

@@ -7,7 +7,7 @@ lets one client hold a connection (and a file) for ever.
 import asyncio
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -74,8 +74,9 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
+            scheme = "https" if self.config.is_ssl else "http"
             self._on_listen(
-                f"https://[{host}]:{port}" if ":" in host else f"https://{host}:{port}"
+                f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
             )
 
     async def shutdown(self, sockets: list | None = None) -> None:
@@ -94,9 +95,10 @@ class Gate:
     What is turned away costs no parsing, no database and no thread.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits):
+    def __init__(self, app: ASGIApp, limits: Limits, large: Mapping[str, int] | None = None):
         self._app = app
         self._limits = limits
+        self._large = large or {}  # bytes of a body by path, where it may be larger
         self._busy = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,14 +110,17 @@ class Gate:
             return
         self._busy += 1
         try:
-            await self._app(scope, self._bounded(receive), send)
+            await self._app(scope, self._bounded(scope, receive), send)
         finally:
             self._busy -= 1
 
-    def _bounded(self, receive: Receive) -> Receive:
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
         seen = 0
         whole = False
-        deadline = asyncio.get_running_loop().time() + self._limits.body_timeout_s
+        limit = self._large.get(scope["path"], self._limits.body_bytes)
+        large = scope["path"] in self._large
+        wait_s = self._limits.upload_timeout_s if large else self._limits.body_timeout_s
+        deadline = asyncio.get_running_loop().time() + wait_s
 
         async def bounded() -> Message:
             nonlocal seen, whole
@@ -128,10 +133,8 @@ class Gate:
                 raise Problem(408, "timeout", "the body did not arrive in time") from None
             seen += len(message.get("body", b""))
             whole = not message.get("more_body", False)
-            if seen > self._limits.body_bytes:
-                raise Problem(
-                    413, "too_large", f"a body of more than {self._limits.body_bytes} bytes"
-                )
+            if seen > limit:
+                raise Problem(413, "too_large", f"a body of more than {limit} bytes")
             return message
 
         return bounded

@@ -1,0 +1,97 @@
+"""Routes for those who run the server: users, webhooks, health, metrics."""
+
+import time
+from typing import Annotated, Literal
+
+from fastapi import Depends, FastAPI, Response
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection
+
+from . import auth, metrics, webhooks
+from .audit import Who
+from .http import Note, Parts, body_schema, change, json_body, with_dates
+from .messages import Name
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NewUser(_Body):
+    """``PUT /api/v1/users/{name}``; without a password the user can't log in on the page."""
+
+    role: Literal["viewer", "operator", "admin"]
+    password: Annotated[str, Field(max_length=200)] | None = None
+
+
+class NewWebhook(_Body):
+    url: Annotated[str, Field(max_length=500)]
+    events: Annotated[list[str], Field(max_length=20)] = ["*"]
+
+
+def add_routes(app: FastAPI, parts: Parts) -> None:
+    viewer = Depends(parts.people.need("viewer"))
+    admin = Depends(parts.people.need("admin"))
+
+    @app.get("/api/v1/users", dependencies=[admin])
+    async def list_users() -> dict:
+        rows = await parts.store.aread(auth.list_users)
+        return {"users": [with_dates(row) for row in rows]}
+
+    @app.put("/api/v1/users/{name}", openapi_extra=body_schema(NewUser))
+    async def set_user(
+        name: Name,
+        who: Annotated[Who, admin],
+        wanted: Annotated[NewUser, Depends(json_body(NewUser))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            made = auth.set_user(connection, name, wanted.role, wanted.password, int(time.time()))
+            note(name, None, {"role": wanted.role, "password": wanted.password})
+            return made
+
+        return await change(parts, who, "user.set", work)
+
+    @app.delete("/api/v1/users/{name}")
+    async def remove_user(name: Name, who: Annotated[Who, admin]) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            auth.remove_user(connection, name)
+            note(name)
+            return {"removed": name}
+
+        return await change(parts, who, "user.remove", work)
+
+    @app.get("/api/v1/webhooks", dependencies=[admin])
+    async def list_webhooks() -> dict:
+        rows = await parts.store.aread(webhooks.listing)
+        return {"webhooks": [with_dates(row) for row in rows]}
+
+    @app.post("/api/v1/webhooks", status_code=201, openapi_extra=body_schema(NewWebhook))
+    async def create_webhook(
+        who: Annotated[Who, admin],
+        wanted: Annotated[NewWebhook, Depends(json_body(NewWebhook))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            made = webhooks.create(connection, wanted.url, wanted.events, int(time.time()))
+            note(f"webhook {made['id']}", None, {"url": wanted.url, "events": wanted.events})
+            return made
+
+        return await change(parts, who, "webhook.create", work)
+
+    @app.delete("/api/v1/webhooks/{webhook_id}")
+    async def remove_webhook(webhook_id: int, who: Annotated[Who, admin]) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            webhooks.remove(connection, webhook_id)
+            note(f"webhook {webhook_id}")
+            return {"removed": webhook_id}
+
+        return await change(parts, who, "webhook.remove", work)
+
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> dict:
+        await parts.store.aread(lambda c: c.exec_driver_sql("SELECT 1").scalar())
+        return {"ok": True}
+
+    @app.get("/metrics", dependencies=[viewer], include_in_schema=False)
+    async def read_metrics() -> Response:
+        text = await parts.store.aread(lambda c: metrics.text(c, parts.desk))
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

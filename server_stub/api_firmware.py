@@ -1,0 +1,294 @@
+"""Routes about firmware and update jobs; paths and members are those of the mesh gateways."""
+
+import logging
+import time
+from typing import Annotated, Any, BinaryIO, Literal
+
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import RedirectResponse
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection
+from starlette.datastructures import UploadFile
+
+from . import jobs, releases, rollouts
+from .audit import Who
+from .http import Note, Parts, body_schema, change, json_body, with_dates
+from .messages import DeviceId, Name, Text
+from .problems import Problem
+
+UPLOAD = "/api/v1/firmware/upload"
+_MAX_FILES = 17
+
+log = logging.getLogger("twinslot.server")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ChangeFirmware(_Body):
+    """``PATCH /api/v1/firmware/{id}``; ``blocked`` is a reason, null unblocks."""
+
+    pilot_ready: bool | None = None
+    stable: bool | None = None
+    blocked: Annotated[str, Field(min_length=1, max_length=300)] | None = None
+    notes: Annotated[str, Field(max_length=2048)] | None = None
+
+
+class Promote(_Body):
+    channel: Name
+
+
+class Target(_Body):
+    nodes: list[DeviceId] | None = None
+    node_type: Text | None = None
+    label: list[str] = []
+
+
+class NewUpdate(_Body):
+    """``POST /api/v1/ota/updates``"""
+
+    firmware_id: int | None = None
+    product: Name | None = None
+    version: Text | None = None
+    target: Target = Target()
+    force_update: bool = False
+    part_size: Annotated[int, Field(ge=64, le=65536)] = jobs.PART_BYTES
+
+
+class NodeProgress(_Body):
+    """``POST /api/v1/ota/updates/{id}/progress``, from a gateway for one of its nodes."""
+
+    node_id: DeviceId
+    current_part: Annotated[int, Field(ge=0)] = 0
+    total_parts: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    status: Literal["in_progress", "completed", "failed"] = "in_progress"
+    error_message: Annotated[str, Field(max_length=500)] | None = None
+
+
+def add_routes(app: FastAPI, parts: Parts) -> None:
+    _add_firmware(app, parts)
+    _add_updates(app, parts)
+
+
+def _add_firmware(app: FastAPI, parts: Parts) -> None:
+    viewer = Depends(parts.people.need("viewer"))
+    operator = Depends(parts.people.need("operator"))
+
+    @app.post(UPLOAD, status_code=201)
+    async def upload(who: Annotated[Who, operator], request: Request, response: Response) -> dict:
+        """Multipart: ``release`` (the signed file), ``file`` (each payload), ``channel``,
+        ``notes``."""
+        async with request.form(max_files=_MAX_FILES, max_fields=8) as form:
+            token, files = await run_in_threadpool(_read_form, form)
+            channel = _field(form, "channel", "stable")
+            release, found = await run_in_threadpool(
+                releases.check_upload, parts.site, token, files, parts.settings.firmware_bytes
+            )
+            name = await run_in_threadpool(releases.store_files, parts.site, release, token, found)
+
+            def work(connection: Connection, note: Note) -> tuple[dict, bool]:
+                row, new = releases.add(
+                    connection, parts.site, name, release, channel, form.get("notes")
+                )
+                note(f"{row.product} {row.version}", None, {"sha256": row.sha256, "new": new})
+                return releases.public(row), new
+
+            row, new = await change(parts, who, "firmware.upload", work)
+        response.status_code = 201 if new else 200
+        return with_dates(row)
+
+    @app.get("/api/v1/firmware", dependencies=[viewer])
+    async def list_firmware(product: Annotated[str, Query(max_length=64)] = "") -> dict:
+        rows = await parts.store.aread(lambda c: releases.listing(c, product or None))
+        return {"firmware": [with_dates(row) for row in rows]}
+
+    @app.get("/api/v1/firmware/{firmware_id}", dependencies=[viewer])
+    async def firmware(firmware_id: int) -> dict:
+        row = await parts.store.aread(lambda c: releases.get(c, firmware_id))
+        return with_dates(releases.public(row))
+
+    @app.get("/api/v1/firmware/{firmware_id}/download", dependencies=[viewer])
+    async def download(firmware_id: int) -> Response:
+        row = await parts.store.aread(lambda c: releases.get(c, firmware_id))
+        plain = [blob for blob in row.blobs if blob.endswith(".bin")] or row.blobs
+        return RedirectResponse("/" + plain[0], 302)
+
+    @app.patch("/api/v1/firmware/{firmware_id}", openapi_extra=body_schema(ChangeFirmware))
+    async def change_firmware(
+        firmware_id: int,
+        who: Annotated[Who, operator],
+        wanted: Annotated[ChangeFirmware, Depends(json_body(ChangeFirmware))],
+    ) -> dict:
+        values = wanted.model_dump(exclude_unset=True)
+        return await change(
+            parts,
+            who,
+            "firmware.change",
+            lambda c, note: with_dates(change_one(c, note, firmware_id, values)),
+        )
+
+    @app.post("/api/v1/firmware/{firmware_id}/promote", openapi_extra=body_schema(Promote))
+    async def promote(
+        firmware_id: int,
+        who: Annotated[Who, operator],
+        wanted: Annotated[Promote, Depends(json_body(Promote))],
+    ) -> dict:
+        return await change(
+            parts,
+            who,
+            "firmware.promote",
+            lambda c, note: promote_one(c, note, parts, firmware_id, wanted.channel),
+        )
+
+    @app.delete("/api/v1/firmware/{firmware_id}")
+    async def remove(firmware_id: int, who: Annotated[Who, operator]) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            row = releases.remove(connection, parts.site, firmware_id)
+            note(f"{row.product} {row.version}")
+            return {"removed": firmware_id}
+
+        return await change(parts, who, "firmware.remove", work)
+
+    @app.post("/api/v1/firmware/gc")
+    async def collect(who: Annotated[Who, operator]) -> dict:
+        def work(_: Connection, note: Note) -> dict:
+            found = releases.collect(parts.site, time.time())
+            note("payloads", None, found)
+            return found
+
+        return await change(parts, who, "firmware.gc", work)
+
+
+def change_one(
+    connection: Connection, note: Note, firmware_id: int, values: dict[str, Any]
+) -> dict[str, Any]:
+    """Set flags; blocking a release pauses its rollouts in the same moment."""
+    before = releases.get(connection, firmware_id)
+    values = {k: v for k, v in values.items() if v is not None or k == "blocked"}
+    if not values:
+        raise Problem(422, "malformed", "nothing to change")
+    row = releases.change(connection, firmware_id, values)
+    if row.blocked is not None:
+        for rollout_id in releases.active_rollouts(connection, firmware_id):
+            why = f"release {row.version} is blocked: {row.blocked}"
+            rollouts.act(connection, rollout_id, "pause", why, int(time.time()))
+    note(
+        f"{row.product} {row.version}",
+        {name: getattr(before, name) for name in values},
+        {name: getattr(row, name) for name in values},
+    )
+    return releases.public(row)
+
+
+def promote_one(
+    connection: Connection, note: Note, parts: Parts, firmware_id: int, channel: str
+) -> dict[str, Any]:
+    """Make a channel offer a release."""
+    row = releases.get(connection, firmware_id)
+    if row.blocked is not None:
+        raise Problem(409, "blocked", f"release {row.version} is blocked: {row.blocked}")
+    if not row.stable:
+        raise Problem(409, "not_stable", f"release {row.version} is not marked stable")
+    before = releases.point(parts.site, row, channel)
+    releases.change(connection, firmware_id, {"channel": channel})
+    after = {"release": row.path.partition("/")[2]}
+    note(f"{row.product}/{channel}", {"release": before.get("release")}, after)
+    return {"product": row.product, "channel": channel, **after}
+
+
+def _field(form: Any, name: str, default: str) -> str:
+    value = form.get(name) or default
+    if not isinstance(value, str) or not value.replace("-", "").replace("_", "").isalnum():
+        raise Problem(422, "malformed", f"{name}: expected a name")
+    return value[:64]
+
+
+def _read_form(form: Any) -> tuple[bytes, dict[str, BinaryIO]]:
+    signed = form.get("release")
+    if not isinstance(signed, UploadFile):
+        raise Problem(422, "malformed", "release: expected the signed release as a file")
+    token = signed.file.read(65537)
+    if len(token) > 65536:
+        raise Problem(413, "too_large", "release: at most 64 KiB")
+    files: dict[str, BinaryIO] = {}
+    for upload in form.getlist("file"):
+        if not isinstance(upload, UploadFile):
+            raise Problem(422, "malformed", "file: expected a file")
+        files[releases.hash_of(upload.file)] = upload.file
+    return token.strip(), files
+
+
+def _add_updates(app: FastAPI, parts: Parts) -> None:
+    viewer = Depends(parts.people.need("viewer"))
+    operator = Depends(parts.people.need("operator"))
+
+    @app.post("/api/v1/ota/updates", status_code=201, openapi_extra=body_schema(NewUpdate))
+    async def create_update(
+        who: Annotated[Who, operator],
+        wanted: Annotated[NewUpdate, Depends(json_body(NewUpdate))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            if wanted.firmware_id is not None:
+                row = releases.get(connection, wanted.firmware_id)
+            elif wanted.product and wanted.version:
+                row = releases.by_version(connection, wanted.product, wanted.version)
+            else:
+                raise Problem(422, "malformed", "expected firmware_id, or product and version")
+            target = wanted.target.model_dump(exclude_none=True)
+            job_id = jobs.create(
+                connection,
+                row,
+                target,
+                wanted.force_update,
+                wanted.part_size,
+                int(time.time()),
+            )
+            note(f"update {job_id}", None, {"version": row.version, "target": target})
+            return with_dates(jobs.get(connection, job_id))
+
+        return await change(parts, who, "update.create", work)
+
+    @app.get("/api/v1/ota/updates", dependencies=[viewer])
+    async def list_updates(
+        status: Literal["pending", "in_progress", "completed", "failed", "cancelled"]
+        | None = None,
+    ) -> dict:
+        rows = await parts.store.aread(lambda c: jobs.listing(c, status))
+        return {"updates": [with_dates(row) for row in rows]}
+
+    @app.get("/api/v1/ota/updates/pending", dependencies=[viewer])
+    async def pending_updates(
+        gateway: Annotated[str | None, Query(max_length=64)] = None,
+    ) -> dict:
+        rows = await parts.store.aread(lambda c: jobs.pending(c, gateway))
+        return {"updates": [with_dates(row) for row in rows]}
+
+    @app.get("/api/v1/ota/updates/{update_id}", dependencies=[viewer])
+    async def get_update(update_id: int) -> dict:
+        return with_dates(await parts.store.aread(lambda c: jobs.get(c, update_id)))
+
+    @app.delete("/api/v1/ota/updates/{update_id}")
+    async def cancel_update(update_id: int, who: Annotated[Who, operator]) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            before = jobs.get(connection, update_id)
+            after = jobs.cancel(connection, update_id, int(time.time()))
+            note(f"update {update_id}", {"status": before["status"]}, {"status": "cancelled"})
+            return with_dates(after)
+
+        return await change(parts, who, "update.cancel", work)
+
+    @app.post("/api/v1/ota/updates/{update_id}/progress", openapi_extra=body_schema(NodeProgress))
+    async def progress(
+        update_id: int,
+        who: Annotated[Who, operator],
+        wanted: Annotated[NodeProgress, Depends(json_body(NodeProgress))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            report = wanted.model_dump()
+            done = jobs.progress(connection, update_id, report, int(time.time()))
+            note(f"update {update_id}", None, report)
+            return done
+
+        return await change(parts, who, "update.progress", work)

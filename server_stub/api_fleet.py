@@ -1,0 +1,205 @@
+"""Routes about boards: registry, labels, explain, import, export, audit."""
+
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI, Query, Request, Response
+from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Connection, select
+
+from . import attempts, audit, devices
+from .audit import Who
+from .http import Note, Parts, body_schema, change, csv_text, date, json_body, with_dates
+from .messages import Name, Text
+from .schema import attempts as attempt_table
+from .schema import downloads as download_table
+from .schema import reports
+from .store import bump
+
+IMPORT = "/api/v1/devices/import"
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class ChangeDevice(_Body):
+    """``PATCH /api/v1/devices/{id}``; null removes a pin or a label."""
+
+    enrolment: Literal["pending", "accepted"] | None = None
+    pin: Text | None = None
+    channel: Name | None = None
+    labels: dict[str, str | None] = {}
+
+
+class DescribeLabel(_Body):
+    description: str
+
+
+def detail(connection: Connection, parts: Parts, device_id: str) -> dict[str, Any]:
+    """One board with all that is known of it."""
+    row = devices.public(devices.get(connection, device_id))
+    row["tags"] = devices.labels_of(connection, device_id)
+    said = connection.execute(
+        select(reports).where(reports.c.device_id == device_id).order_by(reports.c.id)
+    )
+    row["history"] = [
+        {k: v for k, v in r._mapping.items() if k not in ("id", "device_id")} for r in said
+    ]
+    row["attempts"] = attempts.history(connection, device_id)
+    return with_dates(row)
+
+
+def add_routes(app: FastAPI, parts: Parts) -> None:
+    viewer = Depends(parts.people.need("viewer"))
+    operator = Depends(parts.people.need("operator"))
+
+    @app.get("/api/v1/devices", dependencies=[viewer])
+    async def list_devices(
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: Annotated[str, Query(max_length=64)] = "",
+        q: Annotated[str, Query(max_length=64)] = "",
+        label: Annotated[str, Query(max_length=130)] = "",
+        product: Annotated[str, Query(max_length=64)] = "",
+        status: Annotated[str, Query(max_length=16)] = "",
+        version: Annotated[str, Query(max_length=64)] = "",
+        enrolment: Annotated[str, Query(max_length=16)] = "",
+    ) -> dict:
+        filters = {
+            "q": q,
+            "label": label,
+            "product": product,
+            "status": status,
+            "current_version": version,
+            "enrolment": enrolment,
+        }
+        rows = await parts.store.aread(lambda c: devices.listing(c, after, limit, filters))
+        following = rows[-1]["device_id"] if len(rows) == limit else None
+        return {"devices": [with_dates(row) for row in rows], "next": following}
+
+    @app.post(IMPORT)
+    async def import_devices(who: Annotated[Who, operator], request: Request) -> dict:
+        text = (await request.body()).decode("utf-8-sig", "replace")
+
+        def work(connection: Connection, note: Note) -> dict:
+            found = devices.import_csv(connection, text, int(time.time()), parts.limits.devices)
+            note("devices", None, {k: found[k] for k in ("imported", "new")})
+            return found
+
+        return await change(parts, who, "device.import", work)
+
+    @app.get("/api/v1/devices/{device_id}", dependencies=[viewer])
+    async def device(device_id: str) -> dict:
+        return await parts.store.aread(lambda c: detail(c, parts, device_id))
+
+    @app.get("/api/v1/devices/{device_id}/explain", dependencies=[viewer])
+    async def explain(device_id: str) -> dict:
+        now = int(time.time())
+        return await parts.store.aread(lambda c: parts.desk.explain(c, device_id, now))
+
+    @app.patch("/api/v1/devices/{device_id}", openapi_extra=body_schema(ChangeDevice))
+    async def change_device(
+        device_id: str,
+        who: Annotated[Who, operator],
+        wanted: Annotated[ChangeDevice, Depends(json_body(ChangeDevice))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            change_one(connection, note, device_id, wanted.model_dump(exclude_unset=True))
+            return detail(connection, parts, device_id)
+
+        return await change(parts, who, "device.change", work)
+
+    @app.delete("/api/v1/devices/{device_id}")
+    async def decommission(device_id: str, who: Annotated[Who, operator]) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            before = devices.get(connection, device_id)
+            devices.decommission(connection, device_id)
+            note(device_id, {"enrolment": before.enrolment}, {"enrolment": "decommissioned"})
+            return detail(connection, parts, device_id)
+
+        return await change(parts, who, "device.decommission", work)
+
+    @app.post("/api/v1/devices/{device_id}/token")
+    async def new_token(device_id: str, who: Annotated[Who, operator]) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            devices.get(connection, device_id)
+            token = devices.new_token(connection, device_id)
+            note(device_id)
+            return {"device_id": device_id, "token": token}
+
+        return await change(parts, who, "device.token", work)
+
+    @app.get("/api/v1/labels", dependencies=[viewer])
+    async def labels() -> dict:
+        return {"labels": await parts.store.aread(devices.label_table)}
+
+    @app.put("/api/v1/labels/{key}", openapi_extra=body_schema(DescribeLabel))
+    async def describe_label(
+        key: Name,
+        who: Annotated[Who, operator],
+        wanted: Annotated[DescribeLabel, Depends(json_body(DescribeLabel))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            devices.describe_label(connection, key, wanted.description[:500])
+            note(key, None, {"description": wanted.description[:500]})
+            return {"key": key, "description": wanted.description[:500]}
+
+        return await change(parts, who, "label.describe", work)
+
+    @app.get("/api/v1/audit", dependencies=[viewer])
+    async def read_audit(
+        before: Annotated[int, Query(ge=1)] = 1 << 62,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> dict:
+        rows = await parts.store.aread(lambda c: audit.listing(c, before, limit))
+        return {"audit": [{**row, "at": date(row["at"])} for row in rows]}
+
+    @app.get("/api/v1/export/{what}", dependencies=[viewer])
+    async def export(
+        what: Literal["devices", "attempts", "downloads", "audit"],
+        format: Literal["csv", "json"] = "json",
+    ) -> Response:
+        rows = await parts.store.aread(lambda c: _export(c, what))
+        if format == "json":
+            import json
+
+            return Response(json.dumps(rows), media_type="application/json")
+        columns = list(rows[0]) if rows else ["nothing"]
+        headers = {"Content-Disposition": f'attachment; filename="{what}.csv"'}
+        return Response(csv_text(rows, columns), 200, headers, "text/csv; charset=utf-8")
+
+
+def change_one(connection: Connection, note: Note, device_id: str, wanted: dict[str, Any]) -> None:
+    """Change a board by an operator's word; each member is optional."""
+    row = devices.get(connection, device_id)
+    tags = wanted.pop("labels", {})
+    before: dict[str, Any] = {name: getattr(row, name) for name in wanted}
+    old_tags = devices.labels_of(connection, device_id)
+    if wanted.get("enrolment") is None:
+        wanted.pop("enrolment", None)
+    if wanted:
+        connection.execute(
+            devices.devices.update().where(devices.devices.c.device_id == device_id).values(wanted)
+        )
+        bump(connection)
+    if tags:
+        devices.set_labels(connection, device_id, tags)
+    note(
+        device_id,
+        {**before, **{f"label {key}": old_tags.get(key) for key in tags}},
+        {**wanted, **{f"label {key}": value for key, value in tags.items()}},
+    )
+
+
+def _export(connection: Connection, what: str) -> list[dict[str, Any]]:
+    if what == "devices":
+        tags = devices.labels_of_all(connection)
+        found = devices.listing(connection, "", 1 << 31, {})
+        return [{**with_dates(row), "tags": tags.get(row["device_id"], {})} for row in found]
+    if what == "audit":
+        return [with_dates(row) for row in audit.listing(connection, 1 << 62, 1 << 31)]
+    table = attempt_table if what == "attempts" else download_table
+    return [
+        with_dates(dict(row._mapping))
+        for row in connection.execute(select(table).order_by(table.c.id))
+    ]

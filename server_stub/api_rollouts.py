@@ -1,0 +1,279 @@
+"""Routes about rollouts, maintenance windows and schedules."""
+
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends, FastAPI
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy import Connection, select
+
+from . import events, releases, rollouts, schedules
+from .audit import Who
+from .http import Note, Parts, body_schema, change, json_body, seconds, with_dates
+from .messages import Name, Text
+from .problems import Problem
+from .schema import rollouts as rollout_table
+from .schema import windows as window_table
+from .store import bump
+from .windows import Window
+
+Action = Literal["start", "pause", "resume", "abort", "expand"]
+
+DEFAULT_STAGES = [{"percent": p} for p in (1, 5, 10, 25, 50, 100)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NewRollout(_Body):
+    """``POST /api/v1/rollouts``"""
+
+    firmware_id: int | None = None
+    product: Name | None = None
+    version: Text | None = None
+    name: Annotated[str, Field(max_length=100)] = ""
+    stages: list[dict[str, Any]] = DEFAULT_STAGES
+    target: dict[Literal["label"], list[str]] = {}
+    policy: dict[
+        Literal[
+            "success_percent",
+            "failure_percent",
+            "min_sample",
+            "bake_s",
+            "max_concurrent",
+            "timeout_s",
+            "seen_within_s",
+            "gate",
+            "include_new",
+            "promote",
+        ],
+        float | int | bool,
+    ] = {}
+    starts_at: str | None = None
+    seed: Annotated[str, Field(max_length=64)] | None = None
+    start: bool = False
+
+
+class Why(_Body):
+    why: Annotated[str, Field(max_length=300)] = ""
+
+
+class SendBack(_Body):
+    version: Text
+    start: bool = True
+
+
+class NewWindow(_Body):
+    """``POST /api/v1/windows``; days: 0 is Monday."""
+
+    label: Annotated[str, Field(max_length=130)] = "*"
+    kind: Literal["download", "install"] = "install"
+    zone: Text = "UTC"
+    days: list[int] = [0, 1, 2, 3, 4, 5, 6]
+    start: Text
+    end: Text
+
+
+class NewSchedule(_Body):
+    """``POST /api/v1/schedules``; ``action`` as in ``{"do": "start_rollout", "rollout": 3}``."""
+
+    name: Name
+    cron: Text
+    zone: Text = "UTC"
+    action: dict[str, Any]
+
+
+def shown(connection: Connection, rollout_id: int) -> dict[str, Any]:
+    """A rollout with its counts, as the API and the page show it."""
+    row = rollouts.get(connection, rollout_id)
+    now = int(time.time())
+    counts = rollouts.counts(connection, row, now)
+    public = {k: v for k, v in row._mapping.items() if k not in ("path", "hardware", "build")}
+    public["counts"] = {
+        "members": counts.members,
+        "confirmed": counts.confirmed,
+        "failed": counts.failed,
+        "rolledback": counts.rolledback,
+        "in_flight": counts.in_flight,
+        "waiting": counts.waiting,
+    }
+    if row.state == "draft":
+        public["preview"] = rollouts.preview(connection, row)
+    return with_dates(public)
+
+
+def create_one(connection: Connection, note: Note, wanted: dict[str, Any]) -> int:
+    """Make a rollout of a request's body."""
+    if wanted.get("firmware_id") is not None:
+        release = releases.get(connection, wanted["firmware_id"])
+    elif wanted.get("product") and wanted.get("version"):
+        release = releases.by_version(connection, wanted["product"], wanted["version"])
+    else:
+        raise Problem(422, "malformed", "expected firmware_id, or product and version")
+    wanted = {**wanted, "name": wanted["name"] or f"{release.product} {release.version}"}
+    if wanted.get("starts_at"):
+        wanted["starts_at"] = seconds(wanted["starts_at"])
+    now = int(time.time())
+    rollout_id = rollouts.create(connection, wanted, release, now)
+    note(
+        f"rollout {rollout_id}",
+        None,
+        {"version": release.version, "stages": wanted["stages"], "policy": wanted["policy"]},
+    )
+    if wanted.get("start"):
+        rollouts.act(connection, rollout_id, "start", "", now)
+    return rollout_id
+
+
+def act_one(
+    connection: Connection, note: Note, rollout_id: int, action: str, why: str
+) -> dict[str, Any]:
+    """Do one of the actions on a rollout; start, pause and so on."""
+    now = int(time.time())
+    before = rollouts.get(connection, rollout_id)
+    row = rollouts.act(connection, rollout_id, action, why or f"{action} by a person", now)
+    note(f"rollout {rollout_id}", {"state": before.state}, {"state": row.state, "why": why})
+    events.emit(connection, f"rollout.{row.state}", {"rollout": rollout_id, "why": row.why}, now)
+    return shown(connection, rollout_id)
+
+
+def add_routes(app: FastAPI, parts: Parts) -> None:
+    _add_rollouts(app, parts)
+    _add_windows(app, parts)
+    _add_schedules(app, parts)
+
+
+def _add_rollouts(app: FastAPI, parts: Parts) -> None:
+    viewer = Depends(parts.people.need("viewer"))
+    operator = Depends(parts.people.need("operator"))
+
+    @app.get("/api/v1/rollouts", dependencies=[viewer])
+    async def list_rollouts() -> dict:
+        def work(connection: Connection) -> list[dict]:
+            ids = connection.scalars(
+                select(rollout_table.c.id).order_by(rollout_table.c.id.desc()).limit(200)
+            ).all()
+            return [shown(connection, number) for number in ids]
+
+        return {"rollouts": await parts.store.aread(work)}
+
+    @app.post("/api/v1/rollouts", status_code=201, openapi_extra=body_schema(NewRollout))
+    async def create_rollout(
+        who: Annotated[Who, operator],
+        wanted: Annotated[NewRollout, Depends(json_body(NewRollout))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            return shown(connection, create_one(connection, note, wanted.model_dump()))
+
+        return await change(parts, who, "rollout.create", work)
+
+    @app.get("/api/v1/rollouts/{rollout_id}", dependencies=[viewer])
+    async def get_rollout(rollout_id: int) -> dict:
+        return await parts.store.aread(lambda c: shown(c, rollout_id))
+
+    @app.post("/api/v1/rollouts/{rollout_id}/back", openapi_extra=body_schema(SendBack))
+    async def send_back(
+        rollout_id: int,
+        who: Annotated[Who, operator],
+        wanted: Annotated[SendBack, Depends(json_body(SendBack))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            row = rollouts.get(connection, rollout_id)
+            release = releases.by_version(connection, row.product, wanted.version)
+            now = int(time.time())
+            new = rollouts.back(connection, rollout_id, release, now)
+            note(f"rollout {rollout_id}", None, {"back": new, "version": release.version})
+            if wanted.start:
+                rollouts.act(connection, new, "start", "", now)
+            return shown(connection, new)
+
+        return await change(parts, who, "rollout.back", work)
+
+    @app.post("/api/v1/rollouts/{rollout_id}/{action}", openapi_extra=body_schema(Why))
+    async def act(
+        rollout_id: int,
+        action: Action,
+        who: Annotated[Who, operator],
+        wanted: Annotated[Why, Depends(json_body(Why))],
+    ) -> dict:
+        return await change(
+            parts,
+            who,
+            f"rollout.{action}",
+            lambda c, note: act_one(c, note, rollout_id, action, wanted.why),
+        )
+
+
+def _add_windows(app: FastAPI, parts: Parts) -> None:
+    viewer = Depends(parts.people.need("viewer"))
+    operator = Depends(parts.people.need("operator"))
+
+    @app.get("/api/v1/windows", dependencies=[viewer])
+    async def list_windows() -> dict:
+        rows = await parts.store.aread(
+            lambda c: c.execute(select(window_table).order_by(window_table.c.id)).all()
+        )
+        return {"windows": [dict(row._mapping) for row in rows]}
+
+    @app.post("/api/v1/windows", status_code=201, openapi_extra=body_schema(NewWindow))
+    async def create_window(
+        who: Annotated[Who, operator],
+        wanted: Annotated[NewWindow, Depends(json_body(NewWindow))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            values = wanted.model_dump()
+            Window(**{**values, "days": tuple(wanted.days)})
+            number = connection.execute(
+                window_table.insert().values(**values).returning(window_table.c.id)
+            ).scalar_one()
+            bump(connection)
+            note(f"window {number}", None, values)
+            return {"id": number, **values}
+
+        return await change(parts, who, "window.create", work)
+
+    @app.delete("/api/v1/windows/{window_id}")
+    async def remove_window(window_id: int, who: Annotated[Who, operator]) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            gone = connection.execute(
+                window_table.delete().where(window_table.c.id == window_id)
+            ).rowcount
+            if not gone:
+                raise Problem(404, "no_window", f"no window {window_id}")
+            bump(connection)
+            note(f"window {window_id}")
+            return {"removed": window_id}
+
+        return await change(parts, who, "window.remove", work)
+
+
+def _add_schedules(app: FastAPI, parts: Parts) -> None:
+    viewer = Depends(parts.people.need("viewer"))
+    operator = Depends(parts.people.need("operator"))
+
+    @app.get("/api/v1/schedules", dependencies=[viewer])
+    async def list_schedules() -> dict:
+        rows = await parts.store.aread(schedules.listing)
+        return {"schedules": [with_dates(row) for row in rows]}
+
+    @app.post("/api/v1/schedules", status_code=201, openapi_extra=body_schema(NewSchedule))
+    async def create_schedule(
+        who: Annotated[Who, operator],
+        wanted: Annotated[NewSchedule, Depends(json_body(NewSchedule))],
+    ) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            number = schedules.put(connection, wanted.model_dump(), "api")
+            note(f"schedule {wanted.name}", None, wanted.model_dump())
+            return {"id": number, **wanted.model_dump()}
+
+        return await change(parts, who, "schedule.create", work)
+
+    @app.delete("/api/v1/schedules/{schedule_id}")
+    async def remove_schedule(schedule_id: int, who: Annotated[Who, operator]) -> dict:
+        def work(connection: Connection, note: Note) -> dict:
+            name = schedules.remove(connection, schedule_id)
+            note(f"schedule {name}")
+            return {"removed": schedule_id}
+
+        return await change(parts, who, "schedule.remove", work)

@@ -1,0 +1,229 @@
+"""What happens without anybody asking: flushing, rollouts moving on, schedules, webhooks.
+
+Each worker flushes what it holds. The rest is done by one of them, whoever holds the lock; rules
+look only at what the database says, so that nothing depends on when, or by whom, they are run.
+"""
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from apscheduler.schedulers.background import BackgroundScheduler
+from sqlalchemy import Connection
+
+from . import attempts, audit, backup, events, releases, rollouts, schedules, webhooks
+from .audit import Who
+from .http import Parts
+from .schema import attempts as attempt_table
+from .store import Store
+
+log = logging.getLogger("twinslot.server")
+
+FLUSH_S = 5
+TICK_S = 2
+JOB_TIMEOUT_S = 86400
+_SELF = Who("scheduler", "admin")
+_ADVISORY_LOCK = 0x7457_0002
+
+
+class Leader:
+    """At most one holder at a time: a file lock with SQLite, an advisory lock with PostgreSQL."""
+
+    def __init__(self, store: Store, folder: Path):
+        self._store = store
+        self._path = folder / "scheduler.lock"
+        self._held: Any = None
+
+    def holds(self) -> bool:
+        """Take the lock if it is free; tell whether it is ours."""
+        try:
+            return self._file() if self._store.is_sqlite else self._advisory()
+        except Exception as exc:
+            log.warning("scheduler lock", extra={"fields": {"why": str(exc)[:200]}})
+            self.release()
+            return False
+
+    def release(self) -> None:
+        held, self._held = self._held, None
+        if held is not None:
+            try:
+                held.close()
+            except Exception as exc:  # the connection is gone, and with it the lock
+                log.info("scheduler lock", extra={"fields": {"why": str(exc)[:200]}})
+
+    def _file(self) -> bool:
+        if self._held is None:
+            file = self._path.open("ab")
+            if os.name == "posix":
+                import fcntl
+
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    file.close()
+                    return False
+            self._held = file
+        return True
+
+    def _advisory(self) -> bool:
+        if self._held is None:
+            connection = self._store.engine.connect().execution_options(
+                isolation_level="AUTOCOMMIT"
+            )
+            if not connection.exec_driver_sql(
+                f"SELECT pg_try_advisory_lock({_ADVISORY_LOCK})"
+            ).scalar():
+                connection.close()
+                return False
+            connection.detach()  # closing it really ends it, and the lock
+            self._held = connection
+        self._held.exec_driver_sql("SELECT 1")
+        return True
+
+
+class Background:
+    """The clockwork of one worker; ``start`` and ``stop`` it around serving."""
+
+    def __init__(self, parts: Parts, data: Path):
+        self._parts = parts
+        self._data = data
+        self._leader = Leader(parts.store, data)
+        self._clock = BackgroundScheduler(
+            timezone="UTC",
+            job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": 3600},
+        )
+        self._loaded: int | None = None
+        self.tick_s = 0.0  # how long the last tick took
+
+    def start(self) -> None:
+        for seconds, work in (
+            (FLUSH_S, self._parts.desk.flush),
+            (TICK_S, self.tick),
+            (1, self.deliver),
+        ):
+            self._clock.add_job(self._guarded(work), "interval", seconds=seconds)
+        self._clock.start()
+
+    def stop(self) -> None:
+        self._clock.shutdown(wait=True)
+        self._guarded(self._parts.desk.flush)()
+        self._leader.release()
+
+    @staticmethod
+    def _guarded(work: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            try:
+                work()
+            except Exception:
+                log.exception("background")
+
+        return run
+
+    # -- the leader's ---------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Move every rollout on; load schedules that changed."""
+        if not self._leader.holds():
+            self._forget_schedules()
+            return
+        started = time.monotonic()
+        store = self._parts.store
+        for rollout_id in store.read(rollouts.due):
+            action, why = store.write(lambda c, n=rollout_id: self._tick(c, n))
+            if action != "hold":
+                fields = {"rollout": rollout_id, "action": action, "why": why}
+                log.info("rollout", extra={"fields": fields})
+        now = int(time.time())
+        store.write(
+            lambda c: attempts.time_out(
+                c,
+                attempt_table.c.job_id.is_not(None),
+                attempt_table.c.updated < now - JOB_TIMEOUT_S,
+                now=now,
+            )
+        )
+        self._load_schedules()
+        self.tick_s = time.monotonic() - started
+
+    def _tick(self, connection: Connection, rollout_id: int) -> tuple[str, str]:
+        now = int(time.time())
+        action, why = rollouts.tick(connection, rollout_id, now)
+        if action in ("hold", "passed"):
+            return action, why
+        row = rollouts.get(connection, rollout_id)
+        audit.note(
+            connection,
+            _SELF,
+            f"rollout.{action}",
+            f"rollout {rollout_id}",
+            None,
+            {"state": row.state, "stage": row.stage, "why": why},
+        )
+        events.emit(connection, f"rollout.{row.state}", {"rollout": rollout_id, "why": why}, now)
+        if action == "complete" and rollouts.policy_of(row).promote:
+            release = releases.get(connection, row.release_id)
+            releases.point(self._parts.site, release, row.channel)
+        return action, why
+
+    def deliver(self) -> None:
+        """Hand over webhooks that are due."""
+        if self._leader.holds():
+            webhooks.deliver_due(self._parts.store, self._parts.settings.webhooks_to_private)
+
+    # -- schedules ------------------------------------------------------------------------------
+
+    def _load_schedules(self) -> None:
+        generation = self._parts.store.read(
+            lambda c: c.exec_driver_sql("SELECT value FROM meta WHERE key='generation'").scalar()
+        )
+        if generation == self._loaded:
+            return
+        self._loaded = generation
+        wanted = {
+            f"schedule-{row['id']}": row for row in self._parts.store.read(schedules.listing)
+        }
+        for job in self._clock.get_jobs():
+            if job.id.startswith("schedule-") and job.id not in wanted:
+                job.remove()
+        known = {job.id for job in self._clock.get_jobs()}
+        for name, row in wanted.items():
+            if name not in known:
+                trigger = schedules.check(row)
+                self._clock.add_job(self._run, trigger, id=name, args=[row["id"], row["action"]])
+
+    def _forget_schedules(self) -> None:
+        self._loaded = None
+        for job in self._clock.get_jobs():
+            if job.id.startswith("schedule-"):
+                job.remove()
+
+    def _run(self, schedule_id: int, action: dict[str, Any]) -> None:
+        """Do a schedule's action and write down what came of it."""
+        now = int(time.time())
+        try:
+            result = self._do(action, now)
+        except Exception as exc:
+            detail = getattr(exc, "detail", None) or str(exc)
+            result = f"failed: {detail}"
+        self._parts.store.write(lambda c: schedules.ran(c, schedule_id, now, result))
+        log.info("schedule", extra={"fields": {"schedule": schedule_id, "result": result}})
+
+    def _do(self, action: dict[str, Any], now: int) -> str:
+        what = action["do"]
+        if what == "gc":
+            found = releases.collect(self._parts.site, time.time())
+            return f"removed {found['removed']} payloads"
+        if what == "backup":
+            return str(backup.make(self._data, Path(action["to"])))
+
+        def work(connection: Connection) -> str:
+            row = rollouts.act(
+                connection, action["rollout"], what.partition("_")[0], "by schedule", now
+            )
+            audit.note(connection, _SELF, f"rollout.{what}", f"rollout {row.id}", None, None)
+            return f"rollout {row.id} is {row.state}"
+
+        return self._parts.store.write(work)

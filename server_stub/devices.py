@@ -1,0 +1,327 @@
+"""The registry: boards, their labels and tokens, import and export."""
+
+import csv
+import hashlib
+import io
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Select, delete, func, select, update
+
+from .messages import DEVICE_ID
+from .problems import Problem
+from .schema import devices, label_keys, labels
+from .store import StoreError, bump, insert
+
+ENROLMENTS = ("pending", "accepted", "decommissioned")
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_VALUE = re.compile(r"[^\x00-\x1f\x7f=,]{0,64}")
+CSV_COLUMNS = ("device_id", "mac", "product", "channel", "hardware", "labels", "token")
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,256}=*")
+
+
+def hash_token(token: str) -> str:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def find(connection: Connection, device_id: str) -> Any:
+    return connection.execute(select(devices).where(devices.c.device_id == device_id)).first()
+
+
+def get(connection: Connection, device_id: str) -> Any:
+    """One board.
+
+    Raises:
+        Problem: 404.
+    """
+    row = find(connection, device_id)
+    if row is None:
+        raise Problem(404, "no_device", f"no device {device_id[:64]!r}")
+    return row
+
+
+def touch(
+    connection: Connection,
+    device_id: str,
+    facts: Mapping[str, Any],
+    now: int,
+    enrolment: str,
+    limit: int,
+) -> Any:
+    """Register a board or renew what is known of it; None in ``facts`` overwrites too.
+
+    Raises:
+        StoreError: it is new and the registry is full.
+    """
+    row = find(connection, device_id)
+    if row is None:
+        count = connection.execute(select(func.count()).select_from(devices)).scalar_one()
+        if count >= limit:
+            raise StoreError(f"the registry is full: {count} devices")
+        values = {"labels": [], **facts, "first_seen": now, "last_seen": now}
+        connection.execute(
+            insert(connection, devices)
+            .values(device_id=device_id, enrolment=enrolment, **values)
+            .on_conflict_do_nothing()
+        )
+        _keep_reported(connection, device_id, values["labels"])
+        return find(connection, device_id)
+    changed = {k: v for k, v in facts.items() if getattr(row, k) != v}
+    if "labels" in changed:
+        _keep_reported(connection, device_id, changed["labels"])
+    connection.execute(
+        update(devices)
+        .where(devices.c.device_id == device_id)
+        .values(**changed, last_seen=max(now, row.last_seen))
+    )
+    return find(connection, device_id) if changed else row
+
+
+def seen(connection: Connection, times: Mapping[str, int]) -> None:
+    """Renew many ``last_seen`` at once."""
+    if times:
+        table = devices.name
+        connection.exec_driver_sql(
+            f"UPDATE {table} SET last_seen = %s WHERE device_id = %s AND last_seen < %s"
+            if connection.dialect.name != "sqlite"
+            else f"UPDATE {table} SET last_seen = ? WHERE device_id = ? AND last_seen < ?",
+            [(at, device_id, at) for device_id, at in sorted(times.items())],
+        )
+
+
+def listing(
+    connection: Connection, after: str, limit: int, filters: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Boards by id, from the one behind ``after``."""
+    query = _filtered(select(devices), filters).where(devices.c.device_id > after)
+    rows = connection.execute(query.order_by(devices.c.device_id).limit(limit))
+    return [public(row) for row in rows]
+
+
+def count(connection: Connection, filters: Mapping[str, Any]) -> int:
+    query = _filtered(select(func.count()).select_from(devices), filters)
+    return connection.execute(query).scalar_one()
+
+
+def _filtered(query: Select, filters: Mapping[str, Any]) -> Select:
+    for name in ("product", "status", "current_version", "enrolment", "channel", "hardware"):
+        if filters.get(name):
+            query = query.where(devices.c[name] == filters[name])
+    if filters.get("label"):
+        key, _, value = filters["label"].partition("=")
+        query = query.where(
+            select(labels.c.key)
+            .where(
+                labels.c.device_id == devices.c.device_id,
+                labels.c.key == key,
+                labels.c.value == value,
+            )
+            .exists()
+        )
+    if filters.get("q"):
+        query = query.where(
+            devices.c.device_id.contains(filters["q"], autoescape=True)
+            | devices.c.mac.contains(filters["q"], autoescape=True)
+        )
+    return query
+
+
+def public(row: Any) -> dict[str, Any]:
+    """A row as the API shows it: whether it has a token, never the token's hash."""
+    shown = dict(row._mapping)
+    shown["own_token"] = shown.pop("token_hash") is not None
+    return shown
+
+
+# ---- labels
+
+
+def _keep_reported(connection: Connection, device_id: str, reported: Iterable[str]) -> None:
+    """What a board says as key=value counts, unless an operator has said otherwise."""
+    connection.execute(
+        delete(labels).where(labels.c.device_id == device_id, labels.c.by == "device")
+    )
+    for text in reported:
+        key, sign, value = text.partition("=")
+        if sign and LABEL.fullmatch(key) and _VALUE.fullmatch(value):
+            connection.execute(
+                insert(connection, labels)
+                .values(device_id=device_id, key=key, value=value, by="device")
+                .on_conflict_do_nothing()
+            )
+
+
+def set_labels(connection: Connection, device_id: str, wanted: Mapping[str, str | None]) -> None:
+    """Set labels by an operator's word; None removes one.
+
+    Raises:
+        Problem: 422.
+    """
+    for key, value in wanted.items():
+        if not LABEL.fullmatch(key) or (value is not None and not _VALUE.fullmatch(value)):
+            raise Problem(
+                422,
+                "malformed",
+                f"label {key[:64]}={str(value)[:64]}: expected key of letters, digits and ._-,"
+                " value of up to 64 characters without = and ,",
+            )
+        connection.execute(
+            delete(labels).where(labels.c.device_id == device_id, labels.c.key == key)
+        )
+        if value is not None:
+            connection.execute(
+                labels.insert().values(device_id=device_id, key=key, value=value, by="operator")
+            )
+    bump(connection)
+
+
+def labels_of(connection: Connection, device_id: str) -> dict[str, str]:
+    rows = connection.execute(
+        select(labels.c.key, labels.c.value)
+        .where(labels.c.device_id == device_id)
+        .order_by(labels.c.key)
+    )
+    return dict(rows.tuples().all())
+
+
+def labels_of_all(connection: Connection) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for device_id, key, value in connection.execute(
+        select(labels.c.device_id, labels.c.key, labels.c.value)
+    ):
+        found.setdefault(device_id, {})[key] = value
+    return found
+
+
+def describe_label(connection: Connection, key: str, description: str) -> None:
+    connection.execute(delete(label_keys).where(label_keys.c.key == key))
+    connection.execute(label_keys.insert().values(key=key, description=description))
+
+
+def label_table(connection: Connection) -> list[dict[str, Any]]:
+    """Every label key with its values, how many boards have each, and what it means."""
+    descriptions = dict(connection.execute(select(label_keys)).all())
+    found: dict[str, dict[str, int]] = {key: {} for key in descriptions}
+    for key, value, number in connection.execute(
+        select(labels.c.key, labels.c.value, func.count())
+        .group_by(labels.c.key, labels.c.value)
+        .order_by(labels.c.key, labels.c.value)
+    ):
+        found.setdefault(key, {})[value] = number
+    return [
+        {"key": key, "description": descriptions.get(key, ""), "values": values}
+        for key, values in sorted(found.items())
+    ]
+
+
+# ---- tokens, import
+
+
+def new_token(connection: Connection, device_id: str) -> str:
+    """Give a board a token of its own, shown once; the fleet's no longer speaks for it."""
+    token = secrets.token_urlsafe(32)
+    _set_token(connection, device_id, token)
+    return token
+
+
+def _set_token(connection: Connection, device_id: str, token: str | None) -> None:
+    connection.execute(
+        update(devices)
+        .where(devices.c.device_id == device_id)
+        .values(token_hash=hash_token(token) if token else None)
+    )
+    bump(connection)
+
+
+def decommission(connection: Connection, device_id: str) -> None:
+    """Retire a board: offered nothing, its token void; its history stays."""
+    connection.execute(
+        update(devices)
+        .where(devices.c.device_id == device_id)
+        .values(enrolment="decommissioned", token_hash=None, pin=None)
+    )
+    bump(connection)
+
+
+def import_csv(connection: Connection, text: str, now: int, limit: int) -> dict[str, Any]:
+    """Register boards from CSV with a header line; all or none.
+
+    Columns: device_id, and any of mac, product, channel, hardware, labels (``k=v;k=v``), token
+    (``new`` makes one, which is returned).
+
+    Raises:
+        Problem: 422 with the line that is wrong.
+    """
+    reader = csv.DictReader(io.StringIO(text))
+    unknown = set(reader.fieldnames or ()) - set(CSV_COLUMNS)
+    if "device_id" not in (reader.fieldnames or ()) or unknown:
+        raise Problem(
+            422,
+            "malformed",
+            f"line 1: expected device_id and any of {', '.join(CSV_COLUMNS[1:])}",
+        )
+    rows, tokens, tags = [], {}, []
+    for number, line in enumerate(reader, 2):
+        device_id = (line.get("device_id") or "").strip()
+        if not re.fullmatch(DEVICE_ID[1:-1], device_id) or None in line:
+            raise Problem(422, "malformed", f"line {number}: no usable device_id")
+        token = (line.get("token") or "").strip()
+        if token == "new":
+            token = tokens[device_id] = secrets.token_urlsafe(32)
+        elif token and not _TOKEN.fullmatch(token):
+            raise Problem(422, "malformed", f"line {number}: token is too short or unusable")
+        for text_ in filter(None, (line.get("labels") or "").split(";")):
+            key, sign, value = text_.strip().partition("=")
+            if not (sign and LABEL.fullmatch(key) and _VALUE.fullmatch(value)):
+                raise Problem(422, "malformed", f"line {number}: label {text_[:64]!r}")
+            tags.append({"device_id": device_id, "key": key, "value": value, "by": "operator"})
+        rows.append(
+            {
+                **{name: (line.get(name) or "").strip() or None for name in CSV_COLUMNS[:5]},
+                "labels": [],
+                "first_seen": now,
+                "last_seen": 0,
+                "enrolment": "accepted",
+                "token_hash": hash_token(token) if token else None,
+            }
+        )
+    ids = [row["device_id"] for row in rows]
+    if len(set(ids)) != len(ids):
+        raise Problem(422, "malformed", "a device_id occurs twice")
+    before = count(connection, {})
+    if before + len(rows) > limit:
+        raise Problem(409, "full", f"the registry takes {limit} devices")
+    if rows:
+        known = set(connection.scalars(select(devices.c.device_id)))
+        new = [row for row in rows if row["device_id"] not in known]
+        if new:
+            connection.execute(devices.insert(), new)
+        for row in rows:
+            if row["device_id"] in known:
+                _renew(connection, row)
+    if tags:
+        statement = insert(connection, labels)
+        connection.execute(
+            statement.on_conflict_do_update(
+                index_elements=["device_id", "key"],
+                set_={"value": statement.excluded.value, "by": statement.excluded.by},
+            ),
+            tags,
+        )
+    bump(connection)
+    return {"imported": len(rows), "new": count(connection, {}) - before, "tokens": tokens}
+
+
+def _renew(connection: Connection, row: Mapping[str, Any]) -> None:
+    said = {
+        name: row[name]
+        for name in ("mac", "product", "channel", "hardware", "token_hash")
+        if row[name] is not None
+    }
+    connection.execute(
+        update(devices)
+        .where(devices.c.device_id == row["device_id"])
+        .values(enrolment="accepted", **said)
+    )

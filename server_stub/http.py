@@ -1,0 +1,223 @@
+"""What all routes share: parsing after authentication, dates, refusals, audited changes."""
+
+import datetime as dt
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ValidationError
+from sqlalchemy import Connection
+from sqlalchemy.exc import DatabaseError
+from starlette.exceptions import HTTPException
+
+from . import audit
+from .audit import Who
+from .auth import People
+from .desk import Desk
+from .limits import Limits
+from .problems import Problem
+from .settings import Settings
+from .site import Site
+from .store import Store, StoreError
+from .tokens import Token
+from .wire import overloaded
+
+log = logging.getLogger("twinslot.server")
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+T = TypeVar("T")
+Note = Callable[..., None]
+
+TIMES = (
+    "first_seen last_seen received offered updated ended polled_new created stage_started"
+    " passed_at starts_at at expires last_run"
+).split()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the routes work with."""
+
+    site: Site
+    store: Store
+    device_token: Token
+    operator_token: Token
+    limits: Limits
+    settings: Settings
+    desk: Desk
+    people: People
+
+
+def json_body(model: type[Parsed]) -> Callable[[Request], Awaitable[Parsed]]:
+    """Make a dependency that parses the body; dependencies run in order, so after the token."""
+
+    async def parse(request: Request) -> Parsed:
+        body = await request.body()
+        try:
+            return model.model_validate_json(body)
+        except ValidationError as exc:
+            first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the body"
+            raise Problem(422, "malformed", f"{where}: {first['msg']}") from None
+
+    return parse
+
+
+def body_schema(model: type[BaseModel]) -> dict:
+    content = {"application/json": {"schema": model.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def change(parts: Parts, who: Who, action: str, work: Callable[[Connection, Note], T]) -> T:
+    """Run a change that must leave a line in the audit log.
+
+    Args:
+        work: gets the connection and ``note(target, before=None, after=None)``.
+    """
+
+    def run(connection: Connection) -> T:
+        noted: list[str] = []
+
+        def note(
+            target: Any,
+            before: Mapping[str, Any] | None = None,
+            after: Mapping[str, Any] | None = None,
+        ) -> None:
+            audit.note(connection, who, action, str(target), before, after)
+            noted.append(action)
+
+        result = work(connection, note)
+        if not noted:
+            raise RuntimeError(f"{action} left no line in the audit log")
+        return result
+
+    result = await parts.store.awrite(run)
+    note_event("changed", action=action, who=who.name)
+    return result
+
+
+# ---- dates
+
+
+def date(seconds: float | None) -> str | None:
+    """RFC 3339 of stored seconds."""
+    if not seconds:
+        return None
+    return dt.datetime.fromtimestamp(seconds, dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def with_dates(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Show the stored seconds as RFC 3339, at any depth."""
+    return {name: _dated(name, value) for name, value in row.items()}
+
+
+def _dated(name: str, value: Any) -> Any:
+    if name in TIMES and type(value) in (int, float):
+        return date(value)
+    if isinstance(value, Mapping):
+        return with_dates(value)
+    if isinstance(value, list):
+        return [with_dates(v) if isinstance(v, Mapping) else v for v in value]
+    return value
+
+
+def seconds(text: str) -> int:
+    """Read an RFC 3339 date, or raise ValueError."""
+    when = dt.datetime.fromisoformat(text)
+    return int(when.replace(tzinfo=when.tzinfo or dt.UTC).timestamp())
+
+
+_FORMULA = re.compile(r"^[=+\-@\t\r]")
+
+
+def csv_text(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
+    """CSV whose cells no spreadsheet takes for formulas."""
+    import csv
+    import io
+    import json
+
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(columns)
+    for row in rows:
+        cells = []
+        for name in columns:
+            value = row.get(name)
+            text = json.dumps(value) if isinstance(value, dict | list) else value
+            text = "" if text is None else str(text)
+            cells.append("'" + text if _FORMULA.match(text) else text)
+        writer.writerow(cells)
+    return out.getvalue()
+
+
+# ---- refusals
+
+
+def note_event(event: str, **fields: Any) -> None:
+    log.info(event, extra={"fields": {k: v for k, v in fields.items() if v is not None}})
+
+
+def problem_response(problem: Problem) -> JSONResponse:
+    return JSONResponse(
+        problem.body(),
+        problem.status_code,
+        dict(problem.headers or {}),
+        media_type="application/problem+json",
+    )
+
+
+def add_handlers(app: FastAPI, limits: Limits) -> None:
+    app.add_exception_handler(HTTPException, _http_problem)
+    app.add_exception_handler(RequestValidationError, _query_problem)
+    app.add_exception_handler(StoreError, _store_problem(limits))
+    app.add_exception_handler(DatabaseError, _store_problem(limits))
+    app.add_exception_handler(ValueError, _value_problem)
+    app.add_exception_handler(Exception, _bug)
+
+
+async def _http_problem(request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, HTTPException)
+    if not isinstance(exc, Problem):  # the framework's own: no such route, no such method
+        code = {404: "not_found", 405: "method"}.get(exc.status_code, "request")
+        exc = Problem(exc.status_code, code, str(exc.detail), exc.headers)
+    client = request.client.host if request.client else None
+    note_event(
+        "refused", code=exc.code, path=request.url.path[:200], client=client, why=exc.detail
+    )
+    return problem_response(exc)
+
+
+async def _query_problem(_request: Request, exc: Exception) -> Response:
+    assert isinstance(exc, RequestValidationError)
+    first = exc.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return problem_response(Problem(422, "malformed", f"{where}: {first['msg']}"))
+
+
+async def _value_problem(request: Request, exc: Exception) -> Response:
+    # The pure rules refuse what can't be by ValueError, whose text is made for people.
+    if type(exc) is not ValueError and type(exc).__module__.partition(".")[0] != __package__:
+        return await _bug(request, exc)
+    return problem_response(Problem(422, "malformed", " ".join(str(exc).split())[:300]))
+
+
+def _store_problem(limits: Limits) -> Callable[[Request, Exception], Awaitable[Response]]:
+    async def handle(_request: Request, exc: Exception) -> Response:
+        log.error("store", extra={"fields": {"why": str(getattr(exc, "orig", exc))}})
+        busy = overloaded(limits)
+        return problem_response(
+            Problem(503, "storage", "the registry can't take this now", busy.headers)
+        )
+
+    return handle
+
+
+async def _bug(_request: Request, exc: Exception) -> Response:
+    log.error("bug", exc_info=exc)
+    # The traceback goes to the log, never to the client.
+    return problem_response(Problem(500, "internal", "the server failed; its log says why"))

@@ -1,0 +1,66 @@
+"""What operators have decided, read once per generation: releases, rollouts, jobs, windows.
+
+Small next to the registry. Between two changes every poll is answered from one such snapshot; what
+must be exact (a rollout's state and free places) is looked up again when an offer is booked.
+"""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, select
+
+from twinslot import semver
+
+from . import stages
+from .schema import jobs, releases, rollouts, windows
+from .windows import Window
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A snapshot; rows are those of the tables."""
+
+    releases: Mapping[int, Any]
+    by_version: Mapping[tuple[str, str], Any]
+    rollouts: tuple[Any, ...]  # pilot, expand, paused; newest first
+    jobs: Mapping[int, Any]  # not cancelled
+    windows: tuple[Window, ...]
+
+    def fallbacks(self, product: str, channel: str, below: str) -> list[Any]:
+        """Releases that may stand in for a blocked one, newest first."""
+        found = [
+            row
+            for row in self.releases.values()
+            if (row.product, row.channel) == (product, channel)
+            and row.stable
+            and row.blocked is None
+            and semver.compare(row.version, below) < 0
+        ]
+        found.sort(key=lambda row: functools.cmp_to_key(semver.compare)(row.version), reverse=True)
+        return found
+
+
+def read(connection: Connection) -> Policy:
+    """Read the snapshot."""
+    all_releases = connection.execute(select(releases)).all()
+    return Policy(
+        releases={row.id: row for row in all_releases},
+        by_version={(row.product, row.version): row for row in all_releases},
+        rollouts=tuple(
+            connection.execute(
+                select(rollouts)
+                .where(rollouts.c.state.in_((*stages.ACTIVE, "paused")))
+                .order_by(rollouts.c.id.desc())
+            ).all()
+        ),
+        jobs={
+            row.id: row
+            for row in connection.execute(select(jobs).where(jobs.c.cancelled.is_(False)))
+        },
+        windows=tuple(
+            Window(row.label, row.kind, row.zone, tuple(row.days), row.start, row.end)
+            for row in connection.execute(select(windows))
+        ),
+    )

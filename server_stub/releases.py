@@ -1,0 +1,409 @@
+"""Releases: those found in the published tree, and those uploaded, which are put into it.
+
+An upload is judged by the device's own code before a byte of it lies where it could be offered:
+signature, manifest, size and hash of each payload, the image's own digest. Files are named by
+their content; the signed release is written after them, and the row in the database last.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import secrets
+import time
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from sqlalchemy import Connection, select, update
+
+from twinslot import espimage, jws
+from twinslot import release as rules
+from twinslot.errors import OtaError
+
+from . import stages
+from .files import write_new
+from .problems import Problem
+from .schema import devices, jobs, releases, rollouts
+from .site import ChannelError, Site
+from .store import bump, insert
+
+log = logging.getLogger("twinslot.server")
+
+FLAGS = ("pilot_ready", "stable")
+GC_AGE_S = 3600
+_CHUNK = 1 << 16
+
+
+def get(connection: Connection, release_id: int) -> Any:
+    """Raises Problem 404."""
+    row = connection.execute(select(releases).where(releases.c.id == release_id)).first()
+    if row is None:
+        raise Problem(404, "no_firmware", f"no firmware {release_id}")
+    return row
+
+
+def by_version(connection: Connection, product: str, version: str) -> Any:
+    """Raises Problem 404."""
+    row = connection.execute(
+        select(releases).where(releases.c.product == product, releases.c.version == version)
+    ).first()
+    if row is None:
+        raise Problem(404, "no_firmware", f"no firmware {product} {version}"[:200])
+    return row
+
+
+def listing(connection: Connection, product: str | None = None) -> list[dict[str, Any]]:
+    """All releases, newest first."""
+    query = select(releases).order_by(releases.c.id.desc())
+    if product:
+        query = query.where(releases.c.product == product)
+    return [public(row) for row in connection.execute(query)]
+
+
+def public(row: Any) -> dict[str, Any]:
+    shown = dict(row._mapping)
+    shown["release"] = "/" + shown.pop("path")
+    shown["payloads"] = ["/" + path for path in shown.pop("blobs")]
+    return shown
+
+
+# ---- what lies in the tree
+
+
+def scan(connection: Connection, site: Site) -> int:
+    """Register what ``twinslot publish`` has put into the tree; return how many were new."""
+    known = set(connection.scalars(select(releases.c.path)))
+    new = 0
+    for path in sorted(site.root.glob("*/r/*.jws")):
+        name = path.relative_to(site.root).as_posix()
+        if name in known or site.find(name) is None:
+            continue
+        try:
+            register(connection, site, name, _channel_of(site, name))
+            new += 1
+        except ChannelError as exc:
+            log.warning("release skipped", extra={"fields": {"path": name, "why": str(exc)}})
+    return new
+
+
+def _channel_of(site: Site, name: str) -> str:
+    product, _, target = name.partition("/")
+    for pointer in sorted((site.root / product).glob("*.json")):
+        try:
+            if json.loads(pointer.read_bytes())["release"] == target:
+                return pointer.stem
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return "stable"
+
+
+def register(connection: Connection, site: Site, name: str, channel: str) -> None:
+    """Make a row of a release in the tree; whoever published it there has held it for stable.
+
+    Raises:
+        ChannelError: it doesn't verify.
+    """
+    _insert(connection, site, name, site.release(name), channel, True, None)
+
+
+def _insert(
+    connection: Connection,
+    site: Site,
+    name: str,
+    release: rules.Release,
+    channel: str,
+    stable: bool,
+    notes: str | None,
+) -> Any:
+    product = name.partition("/")[0]
+    image = release.firmware
+    blobs = [f"{product}/{payload.url}" for payload in image.payloads]
+    plain = next((p for p in image.payloads if p.encoding == "identity"), None)
+    row = connection.execute(
+        insert(connection, releases)
+        .values(
+            product=product,
+            version=release.version,
+            hardware=list(release.hardware),
+            channel=channel,
+            chip_id=image.chip_id,
+            build=image.build,
+            size=image.size,
+            sha256=image.sha256,
+            md5=_md5(site.root / product / plain.url) if plain else None,
+            security_version=release.security_version,
+            downgrade=release.downgrade,
+            expires=release.expires,
+            notes=release.notes if notes is None else notes,
+            path=name,
+            blobs=blobs,
+            pilot_ready=stable,
+            stable=stable,
+            created=int(time.time()),
+        )
+        .on_conflict_do_nothing()
+        .returning(releases.c.id)
+    ).scalar_one_or_none()
+    bump(connection)
+    return row
+
+
+def _md5(path: Path) -> str | None:
+    """For display next to systems that show one; nothing here trusts it."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(
+                file, lambda: hashlib.md5(usedforsecurity=False)
+            ).hexdigest()
+    except OSError:
+        return None
+
+
+# ---- uploads
+
+
+def check_upload(
+    site: Site, token: bytes, files: Mapping[str, BinaryIO], limit: int
+) -> tuple[rules.Release, dict[str, BinaryIO]]:
+    """Judge an upload; return the release and its payloads by URL.
+
+    Args:
+        site: holds the keys.
+        token: the signed release.
+        files: uploaded payloads by SHA-256.
+        limit: bytes of an image or a payload.
+
+    Raises:
+        Problem: refused, and why.
+    """
+    try:
+        product = rules.parse(jws.b64url_decode(token.split(b".")[1])).product
+        trusted = site.trusted(product)
+        if trusted is None:
+            raise Problem(409, "no_keys", "started without --keys, the server can't verify")
+        release = rules.parse(jws.verify(token, trusted, rules.TYPE))
+    except (ChannelError, OtaError) as exc:
+        raise Problem(422, exc.code, " ".join(str(exc).split())) from None
+    except (IndexError, ValueError):
+        raise Problem(422, "format", "release: expected a compact JWS") from None
+    image = release.firmware
+    found: dict[str, BinaryIO] = {}
+    if image.size > limit:
+        raise Problem(413, "too_large", f"image of {image.size} bytes, at most {limit}")
+    for payload in image.payloads:
+        if not site.is_payload(payload.url):
+            raise Problem(422, "payload", f"{payload.url}: not a name in the tree")
+        digest = Path(payload.url).stem
+        if payload.size > limit:
+            raise Problem(413, "too_large", f"payload of {payload.size} bytes, at most {limit}")
+        file = files.get(digest)
+        if file is None:
+            raise Problem(422, "payload", f"{payload.url} was not uploaded with it")
+        size = file.seek(0, os.SEEK_END)
+        if size != payload.size:
+            raise Problem(422, "size", f"{payload.url}: {size} bytes, expected {payload.size}")
+        _check_payload(file, payload, image)
+        found[payload.url] = file
+    return release, found
+
+
+def _check_payload(file: BinaryIO, payload: rules.Payload, image: rules.Image) -> None:
+    if payload.patch is not None:
+        return  # needs the board's own image; a board that can't use it takes the next one
+    file.seek(0)
+    if payload.encoding == "gzip":
+        if _gunzipped_digest(file, image.size) != image.sha256:
+            raise Problem(422, "checksum", f"{payload.url}: does not unpack to the image")
+        return
+    if hash_of(file) != image.sha256:
+        raise Problem(422, "checksum", f"{payload.url}: SHA-256 is not the release's")
+
+    def read(offset: int, buf: bytearray) -> None:
+        file.seek(offset)
+        piece = file.read(len(buf))
+        buf[: len(piece)] = piece
+
+    try:
+        length, build = espimage.identify(read, image.size)
+    except OtaError as exc:
+        raise Problem(422, exc.code, exc.message) from None
+    if (length, build) != (image.size, image.build):
+        raise Problem(422, "image", "the image is another build than the release says")
+
+
+def _gunzipped_digest(file: BinaryIO, limit: int) -> str | None:
+    digest = hashlib.sha256()
+    total = 0
+    data = file.read()
+    while data:
+        stage = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            piece = stage.decompress(data, limit - total + 1)
+        except zlib.error:
+            return None
+        total += len(piece)
+        if total > limit or not stage.eof:
+            return None
+        digest.update(piece)
+        data = stage.unused_data
+    return digest.hexdigest()
+
+
+def hash_of(file: BinaryIO) -> str:
+    file.seek(0)
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def store_files(
+    site: Site, release: rules.Release, token: bytes, files: Mapping[str, BinaryIO]
+) -> str:
+    """Put an upload into the tree: payloads first, the release last. Returns its path.
+
+    Raises:
+        Problem: 409 where this version exists with other content.
+    """
+    product = site.root / release.product
+    path = product / "r" / f"{release.version}.jws"
+    if path.exists() and path.read_bytes() != token:
+        raise Problem(
+            409, "exists", f"{release.product} {release.version} exists: a version never changes"
+        )
+    for url, file in files.items():
+        _store(product / url, file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        try:
+            write_new(path, token, 0o644)
+        except FileExistsError:
+            if path.read_bytes() != token:
+                raise Problem(409, "exists", f"{release.version} exists") from None
+    return path.relative_to(site.root).as_posix()
+
+
+def _store(path: Path, file: BinaryIO) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        with path.open("rb") as there:
+            if hash_of(there) == hash_of(file):
+                return
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        file.seek(0)
+        with temporary.open("xb") as target:
+            while chunk := file.read(_CHUNK):
+                target.write(chunk)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def add(
+    connection: Connection,
+    site: Site,
+    name: str,
+    release: rules.Release,
+    channel: str,
+    notes: str | None,
+) -> tuple[Any, bool]:
+    """Make the row of an upload; the same upload again changes nothing."""
+    new = _insert(connection, site, name, release, channel, False, notes)
+    return by_version(connection, release.product, release.version), new is not None
+
+
+# ---- flags, promotion, removal
+
+
+def change(connection: Connection, release_id: int, values: Mapping[str, Any]) -> Any:
+    """Set flags, notes, or ``blocked`` (a reason, None unblocks). Blocking stops rollouts too."""
+    get(connection, release_id)
+    connection.execute(update(releases).where(releases.c.id == release_id).values(**values))
+    bump(connection)
+    return get(connection, release_id)
+
+
+def active_rollouts(connection: Connection, release_id: int) -> list[int]:
+    return list(
+        connection.scalars(
+            select(rollouts.c.id).where(
+                rollouts.c.release_id == release_id, rollouts.c.state.in_(stages.ACTIVE)
+            )
+        )
+    )
+
+
+def point(site: Site, row: Any, channel: str) -> dict[str, Any]:
+    """Make a channel's pointer name a release; returns the pointer as it was."""
+    path = site.root / row.product / f"{channel}.json"
+    before: dict[str, Any] = {}
+    try:
+        before = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        pass
+    after: dict[str, Any] = {"release": row.path.partition("/")[2]}
+    if type(before.get("poll")) is int:
+        after["poll"] = before["poll"]
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with temporary.open("xb") as file:
+        file.write(json.dumps(after).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return before
+
+
+def remove(connection: Connection, site: Site, release_id: int) -> Any:
+    """Remove a release that nothing refers to; its files go with it.
+
+    Raises:
+        Problem: 409, naming what still needs it.
+    """
+    row = get(connection, release_id)
+    needed = []
+    for pointer in sorted((site.root / row.product).glob("*.json")):
+        if row.path.partition("/")[2] in pointer.read_text("utf-8", "replace"):
+            needed.append(f"channel {pointer.stem}")
+    for table, word in ((rollouts, "rollout"), (jobs, "job")):
+        needed += [
+            f"{word} {number}"
+            for number in connection.scalars(
+                select(table.c.id).where(table.c.release_id == release_id)
+            )
+        ]
+    pinned = connection.scalars(
+        select(devices.c.device_id)
+        .where(devices.c.product == row.product, devices.c.pin == row.version)
+        .limit(1)
+    ).first()
+    if pinned:
+        needed.append(f"the pin of {pinned}")
+    if needed:
+        raise Problem(409, "in_use", f"{row.version} is needed by {', '.join(needed[:5])}")
+    connection.execute(releases.delete().where(releases.c.id == release_id))
+    (site.root / row.path).unlink(missing_ok=True)
+    bump(connection)
+    return row
+
+
+def collect(site: Site, now: float, age_s: float = GC_AGE_S) -> dict[str, int]:
+    """Remove payloads that no release in the tree names, and leftovers of broken uploads.
+
+    Only what is older than ``age_s``: an upload writes its payloads first.
+    """
+    needed: set[Path] = set()
+    for path in site.root.glob("*/r/*.jws"):
+        try:
+            release = site.peek(path)
+        except OtaError:
+            return {"removed": 0, "bytes": 0}  # rather too much kept than one payload too few
+        needed |= {path.parent.parent / p.url for p in release.firmware.payloads}
+    removed = size = 0
+    for path in site.root.glob("*/blobs/*/*"):
+        stat = path.stat()
+        if path not in needed and stat.st_mtime < now - age_s:
+            path.unlink(missing_ok=True)
+            removed, size = removed + 1, size + stat.st_size
+    return {"removed": removed, "bytes": size}

@@ -1,0 +1,343 @@
+"""Rollouts in the database: made, started, moved on, paused (rules: ``stages``).
+
+Membership is frozen when a stage starts: changing a label never updates a board by surprise. A
+newcomer joins a running rollout only where its policy says ``include_new``.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import Connection, case, func, select, update
+
+from . import attempts as tries
+from . import stages, truth
+from .devices import labels_of_all
+from .problems import Problem
+from .schema import attempts, devices, members, releases, rollouts
+from .store import bump, insert
+
+_TRANSITIONS = {
+    "start": ("draft",),
+    "pause": stages.ACTIVE,
+    "resume": ("paused",),
+    "abort": ("draft", *stages.ACTIVE, "paused"),
+    "expand": stages.ACTIVE,
+}
+
+
+def get(connection: Connection, rollout_id: int, lock: bool = False) -> Any:
+    """One rollout with its release.
+
+    Raises:
+        Problem: 404.
+    """
+    query = (
+        select(
+            rollouts,
+            releases.c.product,
+            releases.c.version,
+            releases.c.channel,
+            releases.c.build,
+            releases.c.path,
+            releases.c.hardware,
+        )
+        .join(releases, releases.c.id == rollouts.c.release_id)
+        .where(rollouts.c.id == rollout_id)
+    )
+    if lock:
+        query = query.with_for_update(of=rollouts)
+    row = connection.execute(query).first()
+    if row is None:
+        raise Problem(404, "no_rollout", f"no rollout {rollout_id}")
+    return row
+
+
+def policy_of(row: Any) -> stages.Policy:
+    return stages.Policy(**row.policy)
+
+
+def create(connection: Connection, wanted: Mapping[str, Any], release: Any, now: int) -> int:
+    """Make a draft.
+
+    Raises:
+        ValueError: stages or policy that can't be.
+    """
+    stages.check_stages(wanted["stages"])
+    policy = stages.Policy(**wanted["policy"])
+    if release.blocked is not None:
+        raise Problem(409, "blocked", f"release {release.version} is blocked: {release.blocked}")
+    return connection.execute(
+        rollouts.insert()
+        .values(
+            name=wanted["name"],
+            release_id=release.id,
+            state="draft",
+            stage=0,
+            gate_open=False,
+            policy=dataclasses.asdict(policy),
+            stages=[dict(stage) for stage in wanted["stages"]],
+            target=dict(wanted["target"]),
+            seed=wanted.get("seed") or secrets.token_urlsafe(9),
+            starts_at=wanted.get("starts_at"),
+            why="not started",
+            created=now,
+            updated=now,
+        )
+        .returning(rollouts.c.id)
+    ).scalar_one()
+
+
+def audience(connection: Connection, row: Any) -> list[stages.Board]:
+    """The boards a rollout could reach, with their labels."""
+    labels = labels_of_all(connection)
+    found = connection.execute(
+        select(devices.c.device_id, devices.c.hardware).where(
+            devices.c.product == row.product, devices.c.enrolment == "accepted"
+        )
+    )
+    return [
+        (device_id, labels.get(device_id, {}))
+        for device_id, hardware in found
+        if hardware in row.hardware and stages.matches(row.target, labels.get(device_id, {}))
+    ]
+
+
+def preview(connection: Connection, row: Any) -> list[int]:
+    """How many boards each stage holds, if it started now ("this will move N boards")."""
+    boards = audience(connection, row)
+    return [
+        len(stages.members(boards, row.stages, stage, row.seed))
+        for stage in range(len(row.stages))
+    ]
+
+
+def act(connection: Connection, rollout_id: int, action: str, why: str, now: int) -> Any:
+    """Start, pause, resume, abort, or open the gate to the next stage.
+
+    Raises:
+        Problem: 404, or 409 where the state doesn't allow it.
+    """
+    row = get(connection, rollout_id, lock=True)
+    if row.state not in _TRANSITIONS[action]:
+        raise Problem(409, "state", f"rollout {rollout_id} is {row.state}: can't {action}")
+    if action == "start":
+        release = connection.execute(select(releases).where(releases.c.id == row.release_id)).one()
+        if release.blocked is not None:
+            raise Problem(409, "blocked", f"release {release.version} is blocked")
+        if not (release.pilot_ready or release.stable):
+            raise Problem(409, "not_ready", f"release {release.version} is not pilot_ready")
+        _enter(connection, row, 0, now)
+    elif action == "expand":
+        _set(connection, row, now, gate_open=True, why=why)
+    elif action == "resume":
+        _set(connection, row, now, state=row.resume_state, resume_state=None, why=why)
+    else:
+        state = {"pause": "paused", "abort": "aborted"}[action]
+        _stop(connection, row, state, why, now)
+    return get(connection, rollout_id)
+
+
+def _enter(connection: Connection, row: Any, stage: int, now: int) -> None:
+    chosen = stages.members(audience(connection, row), row.stages, stage, row.seed)
+    known = set(
+        connection.scalars(select(members.c.device_id).where(members.c.rollout_id == row.id))
+    )
+    add(connection, row.id, sorted(chosen - known), stage)
+    _set(
+        connection,
+        row,
+        now,
+        state="pilot" if stage == 0 else "expand",
+        stage=stage,
+        stage_started=now,
+        passed_at=None,
+        gate_open=False,
+        why=f"stage {stage + 1} of {len(row.stages)} started",
+    )
+
+
+def add(connection: Connection, rollout_id: int, ids: list[str], stage: int) -> None:
+    if ids:
+        connection.execute(
+            insert(connection, members).on_conflict_do_nothing(),
+            [{"rollout_id": rollout_id, "device_id": i, "stage": stage} for i in ids],
+        )
+
+
+def _stop(connection: Connection, row: Any, state: str, why: str, now: int) -> None:
+    """Withdraw what is offered and not begun; boards in flight finish."""
+    tries.cancel(connection, attempts.c.rollout_id == row.id, now=now)
+    resume = row.state if state == "paused" else None
+    _set(connection, row, now, state=state, resume_state=resume, why=why)
+
+
+def _set(connection: Connection, row: Any, now: int, **values: Any) -> None:
+    connection.execute(
+        update(rollouts).where(rollouts.c.id == row.id).values(updated=now, **values)
+    )
+    bump(connection)
+
+
+def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
+    """Count the members by their newest attempt of this rollout."""
+    newest = (
+        select(attempts.c.device_id, func.max(attempts.c.id).label("id"))
+        .where(attempts.c.rollout_id == row.id)
+        .group_by(attempts.c.device_id)
+        .subquery()
+    )
+    # What was withdrawn by a pause was never an attempt of the board.
+    state = case(
+        (attempts.c.reason == "withdrawn", None),
+        (attempts.c.presumed & (attempts.c.reason == "interrupted"), None),
+        else_=attempts.c.state,
+    )
+    alive = devices.c.last_seen >= now - policy_of(row).seen_within_s
+    # A board that already runs the build needs no attempt.
+    there = func.coalesce(devices.c.current_build == row.build, False)
+    rows = connection.execute(
+        select(state, alive, there, func.count())
+        .select_from(members)
+        .join(devices, devices.c.device_id == members.c.device_id)
+        .outerjoin(newest, newest.c.device_id == members.c.device_id)
+        .outerjoin(attempts, attempts.c.id == newest.c.id)
+        .where(members.c.rollout_id == row.id, devices.c.enrolment == "accepted")
+        .group_by(state, alive, there)
+    )
+    tally = {"members": 0, "confirmed": 0, "failed": 0, "rolledback": 0, "in_flight": 0}
+    for what, is_alive, is_there, count in rows:
+        if what in truth.OPEN:
+            tally["in_flight"] += count
+        elif what in tally:
+            tally[what] += count
+        elif is_there:
+            tally["confirmed"] += count
+        elif not is_alive:
+            continue
+        tally["members"] += count
+    return stages.Counts(**tally)
+
+
+def in_flight(connection: Connection, rollout_id: int) -> int:
+    """Open attempts of a rollout."""
+    return connection.execute(
+        select(func.count())
+        .select_from(attempts)
+        .where(attempts.c.rollout_id == rollout_id, attempts.c.state.in_(truth.OPEN))
+    ).scalar_one()
+
+
+def after_bad_report(connection: Connection, rollout_id: int, now: int) -> str | None:
+    """Pause at once when a report tips the balance; return why."""
+    row = get(connection, rollout_id, lock=True)
+    if row.state not in stages.ACTIVE:
+        return None
+    verdict = stages.judge(_progress(connection, row, now), policy_of(row), now)
+    if verdict.action != "pause":
+        return None
+    _stop(connection, row, "paused", verdict.why, now)
+    return verdict.why
+
+
+def tick(connection: Connection, rollout_id: int, now: int) -> tuple[str, str]:
+    """Move one rollout on by what has happened; return (action, why)."""
+    row = get(connection, rollout_id, lock=True)
+    if row.state == "draft":
+        if row.starts_at is None or row.starts_at > now:
+            return "hold", row.why
+        act(connection, rollout_id, "start", "its time has come", now)
+        return "advance", "started at its time"
+    if row.state not in stages.ACTIVE:
+        return "hold", row.why
+    policy = policy_of(row)
+    tries.time_out(
+        connection,
+        attempts.c.rollout_id == rollout_id,
+        attempts.c.updated < now - policy.timeout_s,
+        now=now,
+    )
+    verdict = stages.judge(_progress(connection, row, now), policy, now)
+    if verdict.action == "pause":
+        _stop(connection, row, "paused", verdict.why, now)
+    elif verdict.action == "passed":
+        _set(connection, row, now, passed_at=now, why=verdict.why)
+    elif verdict.action == "advance":
+        _enter(connection, row, row.stage + 1, now)
+    elif verdict.action == "complete":
+        _set(connection, row, now, state="complete", why=verdict.why)
+        connection.execute(
+            update(releases).where(releases.c.id == row.release_id).values(stable=True)
+        )
+    elif verdict.why != row.why:
+        connection.execute(
+            update(rollouts).where(rollouts.c.id == rollout_id).values(why=verdict.why)
+        )
+    return verdict.action, verdict.why
+
+
+def _progress(connection: Connection, row: Any, now: int) -> stages.Progress:
+    return stages.Progress(
+        row.state,
+        row.stage,
+        len(row.stages),
+        counts(connection, row, now),
+        row.passed_at,
+        row.gate_open,
+    )
+
+
+def due(connection: Connection) -> list[int]:
+    """The rollouts a tick has to look at."""
+    return list(
+        connection.scalars(
+            select(rollouts.c.id)
+            .where(
+                rollouts.c.state.in_(stages.ACTIVE)
+                | ((rollouts.c.state == "draft") & rollouts.c.starts_at.is_not(None))
+            )
+            .order_by(rollouts.c.id)
+        )
+    )
+
+
+def back(connection: Connection, rollout_id: int, release: Any, now: int) -> int:
+    """Make the rollout that sends everyone back: ``release`` to all that took this one's.
+
+    Raises:
+        Problem: 409 where boards would refuse it.
+    """
+    row = get(connection, rollout_id)
+    if not release.downgrade:
+        raise Problem(
+            409,
+            "no_downgrade",
+            f"{release.version} was not signed with --downgrade, so boards on {row.version}"
+            " refuse it: publish the old firmware as a new, higher version, or sign it with"
+            " --downgrade",
+        )
+    new = create(
+        connection,
+        {
+            "name": f"back from {row.version} to {release.version}",
+            "stages": [{"percent": 100}],
+            "target": dict(row.target),
+            "policy": {**row.policy, "bake_s": 0, "gate": False, "promote": False},
+        },
+        release,
+        now,
+    )
+    if row.state in ("draft", *stages.ACTIVE):
+        _stop(connection, row, "aborted", f"sent back by rollout {new}", now)
+    return new
+
+
+def newest_attempt(connection: Connection, rollout_id: int, device_id: str) -> Any:
+    """A board's newest attempt of a rollout, or None."""
+    return connection.execute(
+        select(attempts)
+        .where(attempts.c.rollout_id == rollout_id, attempts.c.device_id == device_id)
+        .order_by(attempts.c.id.desc())
+        .limit(1)
+    ).first()

@@ -1,0 +1,210 @@
+"""How a rollout goes on: who belongs to a stage, and when it advances, waits or pauses. Pure.
+
+    draft -> pilot -> expand -> complete          and from each: paused, aborted
+
+A stage is ``{"percent": 5}`` of the target, ``{"count": 20}`` of it, or ``{"label":
+"ring=pilot"}``; each holds the ones before it. A board's place in the order is its bucket, the
+same as on the board itself (``release.in_rollout``): a larger share only adds boards, and nothing
+depends on when the scheduler runs.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+BUCKETS = 10_000
+ACTIVE = ("pilot", "expand")
+
+Board = tuple[str, Mapping[str, str]]  # device id, labels
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How careful a rollout is; percents are of boards, times are seconds."""
+
+    success_percent: float = 95
+    failure_percent: float = 5
+    min_sample: int = 5
+    bake_s: int = 3600
+    max_concurrent: int = 100
+    timeout_s: int = 3600
+    seen_within_s: int = 86400
+    gate: bool = False  # each further stage waits for a person
+    include_new: bool = False
+    promote: bool = True  # when complete, the channel points to the release
+
+    def __post_init__(self) -> None:
+        for name in ("success_percent", "failure_percent"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 100")
+        for name in ("min_sample", "max_concurrent", "timeout_s", "seen_within_s"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
+        if self.bake_s < 0:
+            raise ValueError(f"bake_s {self.bake_s}: expected 0 or more")
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Boards of the stages so far: by their newest attempt in this rollout."""
+
+    members: int = 0  # seen lately, or with an attempt: sleepers do not count
+    confirmed: int = 0
+    failed: int = 0
+    rolledback: int = 0
+    in_flight: int = 0
+
+    @property
+    def bad(self) -> int:
+        return self.failed + self.rolledback
+
+    @property
+    def finished(self) -> int:
+        return self.confirmed + self.bad
+
+    @property
+    def waiting(self) -> int:
+        return max(0, self.members - self.finished - self.in_flight)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a rollout stands."""
+
+    state: str
+    stage: int
+    stages: int
+    counts: Counts
+    passed_at: int | None = None
+    gate_open: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What to do now."""
+
+    action: Literal["hold", "passed", "advance", "complete", "pause"]
+    why: str
+
+
+def judge(progress: Progress, policy: Policy, now: int) -> Verdict:
+    """Say how a running rollout goes on. Errors are looked at first."""
+    counts = progress.counts
+    if failing(counts, policy):
+        return Verdict(
+            "pause",
+            f"{counts.bad} of {counts.finished} finished boards failed or rolled back"
+            f" (more than {policy.failure_percent:g} %)",
+        )
+    done = counts.confirmed * 100 >= policy.success_percent * counts.members
+    if not done:
+        if counts.waiting == 0 and counts.in_flight == 0:
+            return Verdict(
+                "pause",
+                f"{counts.confirmed} of {counts.members} boards confirmed, and none is left to"
+                f" reach {policy.success_percent:g} %",
+            )
+        return Verdict(
+            "hold",
+            f"{counts.confirmed} of {counts.members} boards confirmed"
+            f" ({policy.success_percent:g} % needed)",
+        )
+    if progress.passed_at is None:
+        return Verdict("passed", "enough boards confirmed; the bake time begins")
+    left = progress.passed_at + policy.bake_s - now
+    if left > 0:
+        return Verdict("hold", f"baking for another {left} s")
+    if progress.stage + 1 >= progress.stages:
+        return Verdict("complete", "the last stage has passed")
+    if policy.gate and not progress.gate_open:
+        return Verdict("hold", "waiting for a person to open the next stage")
+    return Verdict("advance", f"stage {progress.stage + 1} has passed")
+
+
+def failing(counts: Counts, policy: Policy) -> bool:
+    """True where more boards fail than may, with enough of them to tell."""
+    sample = min(policy.min_sample, max(1, counts.members))
+    return (
+        counts.finished >= sample and counts.bad * 100 > policy.failure_percent * counts.finished
+    )
+
+
+def free_places(counts: Counts, policy: Policy) -> int:
+    """How many more boards may begin now: a finished one gives its place to the next."""
+    return max(0, policy.max_concurrent - counts.in_flight)
+
+
+def bucket(seed: str, device_id: str) -> int:
+    """The place of a board in the order of a rollout, 0 to 9999 (``release.in_rollout``)."""
+    digest = hashlib.sha256((seed + device_id).encode()).digest()
+    return int.from_bytes(digest[:4], "big") % BUCKETS
+
+
+def members(
+    boards: Iterable[Board], stages: Sequence[Mapping[str, Any]], upto: int, seed: str
+) -> set[str]:
+    """The boards of the stages 0 to ``upto``."""
+    ordered = sorted(boards, key=lambda board: (bucket(seed, board[0]), board[0]))
+    return {
+        device_id
+        for place, (device_id, labels) in enumerate(ordered)
+        if any(_within(stage, place, device_id, labels, seed) for stage in stages[: upto + 1])
+    }
+
+
+def joins(board: Board, stages: Sequence[Mapping[str, Any]], upto: int, seed: str) -> bool:
+    """True if a newcomer belongs to the stages so far; counts are full, they take nobody."""
+    device_id, labels = board
+    return any(
+        "count" not in stage and _within(stage, 0, device_id, labels, seed)
+        for stage in stages[: upto + 1]
+    )
+
+
+def _within(
+    stage: Mapping[str, Any], place: int, device_id: str, labels: Mapping[str, str], seed: str
+) -> bool:
+    if "percent" in stage:
+        return bucket(seed, device_id) < stage["percent"] * (BUCKETS // 100)
+    if "count" in stage:
+        return place < stage["count"]
+    return matches({"label": stage["label"]}, labels)
+
+
+def check_stages(stages: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse stages that mean nothing, or that shrink.
+
+    Raises:
+        ValueError: which stage, and why.
+    """
+    if not stages:
+        raise ValueError("a rollout needs at least one stage")
+    before: dict[str, float] = {}
+    for number, stage in enumerate(stages, 1):
+        kinds = set(stage) & {"percent", "count", "label"}
+        if len(kinds) != 1 or len(stage) != 1:
+            raise ValueError(f"stage {number}: expected one of percent, count, label")
+        kind = kinds.pop()
+        value = stage[kind]
+        if kind == "label":
+            key, sign, _ = str(value).partition("=")
+            if not (key and sign):
+                raise ValueError(f"stage {number}: label {value!r}: expected key=value")
+            continue
+        if type(value) not in (int, float) or value <= 0 or (kind == "percent" and value > 100):
+            raise ValueError(f"stage {number}: {kind} {value!r} is out of range")
+        if value < before.get(kind, 0):
+            raise ValueError(f"stage {number}: {kind} {value} is less than before")
+        before[kind] = value
+
+
+def matches(target: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """True if a board with ``labels`` is meant: {} is everybody, ``label`` one or more k=v."""
+    wanted = target.get("label") or []
+    wanted = [wanted] if isinstance(wanted, str) else wanted
+    for text in wanted:
+        key, _, value = text.partition("=")
+        if labels.get(key) != value:
+            return False
+    return True
