@@ -37,7 +37,7 @@ def tries(connection: Connection, device_id: str, now: int) -> dict[str, int]:
         )
         .group_by(attempts.c.build)
     )
-    return dict(rows.tuples().all())
+    return dict(rows.all())
 
 
 def on_poll(connection: Connection, row: Any, build: str | None, version: str, now: int) -> Any:

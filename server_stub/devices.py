@@ -183,7 +183,7 @@ def labels_of(connection: Connection, device_id: str) -> dict[str, str]:
         .where(labels.c.device_id == device_id)
         .order_by(labels.c.key)
     )
-    return dict(rows.tuples().all())
+    return dict(rows.all())
 
 
 def labels_of_all(connection: Connection) -> dict[str, dict[str, str]]:
