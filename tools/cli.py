@@ -292,7 +292,8 @@ def inspect(
     from . import inspection
     from . import keys as key_files
 
-    found = inspection.inspect(file, key_files.load_public(keys) if keys else None)
+    roots, trusted = key_files.load_trusted(keys) if keys else (None, None)
+    found = inspection.inspect(file, trusted, roots)
     if as_json:
         _print_json({"file": str(file), **found})
     else:

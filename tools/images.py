@@ -12,12 +12,12 @@ from twinslot import espimage
 from twinslot.errors import ImageError
 from twinslot.release import SIZE_LIMIT
 
+from . import secure_boot
 from .virtual_esp32.chip import image as chip_image
 
 _TABLE_FLASH_OFFSET = 0x8000
 _BOOTLOADER_OFFSETS = (0x1000, 0x0, 0x2000)  # ESP32 and S2; S3, C3, ...; P4, C5
 _RECORD = struct.Struct("<2sBBLL16sL")
-_SIGNATURE_SECTOR = 4096
 _APP_FLASH_OFFSET = 0x10000  # application partitions start at multiples of this
 
 
@@ -183,8 +183,13 @@ def _refuse_trailing(path: Path, data: bytes, length: int) -> None:
     """Bytes behind the image would be signed, stored and never looked at by any bootloader."""
     if len(data) == length:
         return
-    padded = -(-length // _SIGNATURE_SECTOR) * _SIGNATURE_SECTOR
-    if len(data) == padded + _SIGNATURE_SECTOR and data[padded] == 0xE7:
-        return  # a Secure Boot v2 signature sector (ESP-IDF secure-boot-v2.rst)
+    try:
+        signatures = secure_boot.read(data, length)
+    except ImageError as exc:
+        raise ImageError(f"{path}: {exc}") from exc
+    if signatures is not None:
+        if any(signature.holds is False for signature in signatures):
+            raise ImageError(f"{path}: its Secure Boot signature does not hold")
+        return
     extra = len(data) - length
     raise ImageError(f"{path}: {extra} bytes behind the image's end", len(data), length)

@@ -6,14 +6,15 @@ shown as data, and a private key is named as one, never printed.
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from twinslot import espimage, jws, release
+from twinslot import espimage, jws, keyring, release
 from twinslot.errors import FormatError, ImageError, OtaError, SignatureError
 from twinslot.sources import parse_offer
 
-from . import images
+from . import images, secure_boot
 from .virtual_esp32.chip import image as chip_image
 from .virtual_esp32.chip import table
 from .virtual_esp32.layout import subtype_name, type_name
@@ -23,12 +24,15 @@ _SECTOR = 4096
 _RECORD = 32  # bytes of a partition table's entry
 
 
-def inspect(path: Path, keys: dict[str, bytes] | None = None) -> dict[str, Any]:
+def inspect(
+    path: Path, keys: dict[str, bytes] | None = None, roots: dict[str, bytes] | None = None
+) -> dict[str, Any]:
     """Describe a file.
 
     Args:
         path: the file.
         keys: trusted public keys, ``{kid: modulus}``; None: signatures are not judged.
+        roots: those that sign keyrings.
 
     Returns:
         dict with ``kind``, ``ok`` (False: something in it does not hold) and what was found,
@@ -51,7 +55,7 @@ def inspect(path: Path, keys: dict[str, bytes] | None = None) -> dict[str, Any]:
     if text[:1] == b"{":
         return _json(path, text)
     if text.count(b".") == 2 and text[:3] == b"eyJ" and text.isascii():
-        return _release(text, keys)
+        return _signed(text, keys, roots)
     raise FormatError(
         f"{path}: not an ESP image, release, pointer, key set, partition table or flash dump:"
         f" it starts with {data[:8].hex(' ') or 'nothing, it is empty'}"
@@ -80,7 +84,12 @@ def _image(data: bytes) -> dict[str, Any]:
         info = images.check_as_bootloader(data[:length], chip)
         found["app"] = _app(data, info)
         found["tree"] = _tree(data, info)
-        found["ok"] = bool(build)
+        signatures = secure_boot.read(data, length)
+        if signatures is not None:
+            found["secure_boot"] = [asdict(signature) for signature in signatures]
+        found["ok"] = bool(build) and all(s.holds is not False for s in signatures or ())
+        if not found["ok"] and build:
+            found["why"] = "its Secure Boot signature does not hold"
         if not build:
             found["why"] = "no SHA-256 is appended: it can't be published"
     except OtaError as exc:
@@ -142,19 +151,38 @@ def _files(payload: bytes, folder: str) -> Iterator[str]:
 # ---- release, pointer, keys
 
 
-def _release(token: bytes, keys: dict[str, bytes] | None) -> dict[str, Any]:
+def _signed(
+    token: bytes, keys: dict[str, bytes] | None, roots: dict[str, bytes] | None
+) -> dict[str, Any]:
     header, payload, _ = token.split(b".")
     found: dict[str, Any] = {"kind": "release", "ok": False}
     try:
         found["header"] = json.loads(jws.b64url_decode(header))
         raw = jws.b64url_decode(payload)
-        found["manifest"] = json.loads(raw)
+        content = json.loads(raw)
     except (ValueError, RecursionError) as exc:
         return {**found, "signature": "bad", "why": f"not a JWS around JSON: {exc}"}
+    if isinstance(found["header"], dict) and found["header"].get("typ") == keyring.TYPE:
+        return _keyring(token, content, found["header"], roots)
+    found["manifest"] = content
     found["signature"] = _signature(token, keys)
     try:
         release.parse(raw)
         found["ok"] = found["signature"] in ("good", "not checked")
+    except OtaError as exc:
+        found["why"] = str(exc)
+    return found
+
+
+def _keyring(
+    token: bytes, content: Any, header: Any, roots: dict[str, bytes] | None
+) -> dict[str, Any]:
+    signature = _signature(token, roots)
+    found = {"kind": "keyring", "ok": False, "header": header, "signature": signature}
+    try:
+        kids = list(jws.load_keys(content, demo=True))
+        found |= {k: content.get(k) for k in ("product", "version", "expires")} | {"keys": kids}
+        found["ok"] = signature in ("good", "not checked")
     except OtaError as exc:
         found["why"] = str(exc)
     return found
@@ -178,7 +206,7 @@ def _json(path: Path, text: bytes) -> dict[str, Any]:
         raise FormatError(f"{path}: not JSON: {exc}") from exc
     if "release" in content:
         return _pointer(content)
-    if content.get("kty") or "keys" in content:
+    if content.get("kty") or "keys" in content or "root" in content:
         return _keys(content)
     raise FormatError(f"{path}: JSON, but neither a pointer nor a key set")
 
@@ -195,13 +223,16 @@ def _pointer(content: dict[str, Any]) -> dict[str, Any]:
 def _keys(content: dict[str, Any]) -> dict[str, Any]:
     if "d" in content:
         return {"kind": "private key", "ok": True, "kid": content.get("kid")}
-    key_set = content if "keys" in content else {"keys": [content]}
+    key_set = {"keys": [content]} if "kty" in content else content
     try:
-        loaded = jws.load_keys(key_set)
+        roots, loaded = keyring.load(json.dumps(key_set).encode(), demo=True)
     except OtaError as exc:
         return {"kind": "key set", "ok": False, "why": str(exc)}
-    keys = [{"kid": kid, "bits": len(modulus) * 8} for kid, modulus in loaded.items()]
-    return {"kind": "key set", "ok": True, "keys": keys}
+    found: dict[str, Any] = {"kind": "key set", "ok": True}
+    for name, keys in (("root", roots), ("keys", loaded)):
+        if keys:
+            found[name] = [{"kid": kid, "bits": len(n) * 8} for kid, n in keys.items()]
+    return found
 
 
 # ---- partition table, flash

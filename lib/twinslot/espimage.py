@@ -2,9 +2,10 @@
 
     head = espimage.parse(first_288_bytes)       # refuse a wrong file before the first erase
     length, build = espimage.identify(read, limit)
+    walk.feed(block)                              # all of it, in order; then walk.finish()
 
-Checksum and appended digest are verified by the platform (``Partition.set_boot`` does both in C)
-and the whole image by the release's SHA-256; this module only finds its way through the format.
+``Walk`` verifies an image as its bytes pass: segments, checksum, appended SHA-256. What lies
+behind that digest (the signature sector of Secure Boot v2) is the bootloader's business.
 
 Source: ESP-IDF esp_app_format.h, esp_app_desc.h, esp_image_format.c.
 
@@ -16,6 +17,7 @@ Source: ESP-IDF esp_app_format.h, esp_app_desc.h, esp_image_format.c.
     24  8    first segment: address, length
 """
 
+import hashlib
 import struct
 
 from .errors import ImageError
@@ -37,6 +39,9 @@ _MAGIC = 0xE9
 _DESC_MAGIC = b"\x32\x54\xcd\xab"
 _MAX_SEGMENTS = 16
 _MAX_SEGMENT = 1 << 24
+_CHECKSUM_SEED = 0xEF
+_FOLD = 256  # bytes that are XORed at once
+_HEAD, _SEGMENT, _DATA, _PADDING, _DIGEST, _DONE = range(6)  # parts of an image, in order
 
 
 def chip_name(chip_id):
@@ -81,6 +86,93 @@ def parse(head):
         "version": _text(head[48:80]),
         "project": _text(head[80:112]),
     }
+
+
+class Walk:
+    """Verify an image while its bytes pass by, in order and in pieces of any size.
+
+    Nothing is raised before ``finish``: whether these are the bytes that were signed comes first.
+    Allocates two numbers of 256 bytes for each 256 bytes of image, and drops them at once.
+    """
+
+    def __init__(self):
+        self._sha = hashlib.sha256()
+        self._fold = 0  # of the segments' data, XORed in pieces of _FOLD bytes
+        self._part = _HEAD
+        self._left = 24  # bytes of the part that are still to come
+        self._kept = b""  # of a part that is looked at when it is whole
+        self._length = 0
+        self._segments = 0
+        self._checksum = 0
+        self._build = None
+        self.problem = "it ends early"
+
+    def feed(self, buf):
+        """Take the next bytes (bytes-like, at most a block)."""
+        view = memoryview(buf)
+        at = 0
+        while at < len(view) and self._part != _DONE:
+            piece = view[at : at + min(self._left, _FOLD)]
+            at += len(piece)
+            self._left -= len(piece)
+            if self._part != _DIGEST:
+                self._length += len(piece)
+                self._sha.update(piece)
+            if self._part == _DATA:
+                self._fold ^= int.from_bytes(piece, "little")
+            else:
+                self._kept += bytes(piece)
+            while not self._left and self._part != _DONE:
+                kept, self._kept = self._kept, b""
+                self._part, self._left = self._next(self._part, kept)
+
+    def _next(self, part, kept):
+        """Look at a whole part; return the next one and its length."""
+        if part == _HEAD:
+            if kept[0] != _MAGIC or not 1 <= kept[1] <= _MAX_SEGMENTS:
+                self.problem = "its first bytes are no image"
+                return _DONE, 0
+            if kept[23] != 1:
+                self.problem = "no SHA-256 is appended"
+                return _DONE, 0
+            self._segments = kept[1]
+            return _SEGMENT, 8
+        if part == _SEGMENT:
+            length = struct.unpack("<I", kept[4:])[0]
+            if length & 3 or length >= _MAX_SEGMENT:
+                self.problem = "a segment of %d bytes" % length
+                return _DONE, 0
+            return _DATA, length
+        if part == _DATA:
+            self._segments -= 1
+            # The checksum is the last byte of a 16-byte unit.
+            return (_SEGMENT, 8) if self._segments else (_PADDING, 16 - self._length % 16)
+        if part == _PADDING:
+            self._checksum = kept[-1]
+            return _DIGEST, 32
+        self._judge(kept)
+        return _DONE, 0
+
+    def _judge(self, digest):
+        checksum = _CHECKSUM_SEED
+        for byte in self._fold.to_bytes(_FOLD, "little"):
+            checksum ^= byte
+        if checksum != self._checksum:
+            self.problem = "checksum 0x%02x, 0x%02x is right" % (self._checksum, checksum)
+        elif self._sha.digest() != digest:
+            self.problem = "its appended SHA-256 belongs to another"
+        else:
+            self._build = "".join("%02x" % b for b in digest)
+
+    def finish(self):
+        """Return the image's build: its appended digest in hex, which holds.
+
+        Raises:
+            ImageError: the bytes that passed are no whole image.
+        """
+        if self._build is None:
+            raise ImageError("the image can't boot: " + self.problem)
+        return self._build
 
 
 def identify(read, limit):

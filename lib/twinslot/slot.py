@@ -33,6 +33,7 @@ from .errors import (
     OtaError,
     PartitionError,
     RollbackError,
+    SecurityVersionError,
     SpaceError,
 )
 
@@ -120,11 +121,17 @@ class FirmwareSlot:
         except ImageError:
             return ""
 
-    def _version(self):
+    def _running_head(self):
         head = bytearray(espimage.HEAD_LEN)
+        self._running.readblocks(0, head, 0)
         try:
-            self._running.readblocks(0, head, 0)
-            version = espimage.parse(head)["version"]
+            return espimage.parse(head)
+        except ImageError:  # it runs all the same
+            return {"version": "", "secure_version": 0}
+
+    def _version(self):
+        version = self._running_head()["version"]
+        try:
             semver.parse(version)
             return version
         except OtaError:
@@ -233,8 +240,8 @@ class FirmwareSlot:
         """Write the next bytes of the image: one block of 4096, or the last, shorter one.
 
         Raises:
-            ImageError, HardwareError: the first block is no image, or one for another chip;
-                nothing was erased.
+            ImageError, HardwareError, SecurityVersionError: the first block is no image, one for
+                another chip, or one below the running image's secure_version; nothing was erased.
             PartitionError: flash refused the write.
         """
         n = len(buf)
@@ -262,6 +269,12 @@ class FirmwareSlot:
             )
         if not head["hash_appended"]:
             raise ImageError("the image has no appended SHA-256, so its checksum is 8 bits")
+        # Where the bootloader's own anti-rollback is on, its eFuse stands at what runs, or below.
+        least = self._running_head()["secure_version"]
+        if head["secure_version"] < least:
+            raise SecurityVersionError(
+                "secure_version of the image", head["secure_version"], "%d or higher" % least
+            )
         self._header = bytes(buf[:_HEADER_LEN])
         # Always erased, even if it reads blank: an interrupted erase reads so too.
         self._target.ioctl(6, 0)
@@ -288,14 +301,17 @@ class FirmwareSlot:
         if offset == 0 and self._header:
             self._view[:_HEADER_LEN] = self._header
 
-    async def _digest(self):
-        """SHA-256 of the image in hex, as flash holds it."""
+    async def _digest(self, walk=None):
+        """SHA-256 of the image in hex, as flash holds it; ``walk`` sees the same bytes."""
         digest = hashlib.sha256()
         size = self._image.size
         for offset in range(0, size, BLOCK):
             n = min(BLOCK, size - offset)
             self._read_block(offset)
-            digest.update(self._block if n == BLOCK else self._view[:n])
+            piece = self._block if n == BLOCK else self._view[:n]
+            digest.update(piece)
+            if walk:
+                walk.feed(piece)
             await asyncio.sleep_ms(0)
         return "".join("%02x" % b for b in digest.digest())
 
@@ -303,19 +319,23 @@ class FirmwareSlot:
         """Read the slot back, verify it and make it bootable by programming its header.
 
         Raises:
-            ImageError: bytes are missing, or the build is not the one that was signed.
+            ImageError: bytes are missing, the image can't boot (its segments, checksum or own
+                digest don't hold), or its build is not the one that was signed.
             ChecksumError: what flash holds is not the image.
         """
         image = self._image
         if image is None or self._pos != image.size:
             raise ImageError("image", "%d bytes" % self._pos, image.size if image else "begin()")
         try:
-            seen = await self._digest()
+            walk = espimage.Walk()
+            seen = await self._digest(walk)
             if seen != image.sha256:
                 # Half of each is enough to tell them apart in a log.
                 raise ChecksumError("SHA-256 of the slot", seen[:32], image.sha256[:32])
+            build = walk.finish()
+            if build != image.build:
+                raise ImageError("build of the image", build[:32], image.build[:32])
             if self._header is not None:
-                self._check_build(self._read_held)
                 self._target.writeblocks(0, self._header, 0)
             self._check_build(self._read)
         except OSError as exc:
@@ -325,12 +345,6 @@ class FirmwareSlot:
 
     def _read(self, offset, buf):
         self._target.readblocks(0, buf, offset)
-
-    def _read_held(self, offset, buf):
-        self._read(offset, buf)
-        if offset < _HEADER_LEN:
-            n = min(len(buf), _HEADER_LEN - offset)
-            buf[:n] = self._header[offset : offset + n]
 
     def _check_build(self, read):
         length, build = espimage.identify(read, self._image.size)

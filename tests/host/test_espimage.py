@@ -9,6 +9,7 @@ import pytest
 
 from twinslot import espimage
 from twinslot.errors import ImageError
+from twinslot_tools import images
 from twinslot_tools.virtual_esp32.firmware import make_bootloader, make_firmware
 
 CHIPS = {"esp32": 0, "esp32s3": 9, "esp32c3": 5}
@@ -117,3 +118,95 @@ def test_random_damage_to_headers_gives_an_answer_or_an_image_error():
             length, build = identify(bytes(image), 70_001)
             assert length <= 70_001
             assert len(build) in (0, 64)
+
+
+# ---- the walk that verifies
+
+
+def walked(data, piece=4096):
+    walk = espimage.Walk()
+    for at in range(0, len(data), piece):
+        walk.feed(data[at : at + piece])
+    return walk.finish()
+
+
+@pytest.mark.parametrize("piece", [1, 7, 32, 255, 256, 257, 4095, 4096, 65536])
+def test_the_walk_gives_the_build_whatever_the_pieces(piece):
+    assert walked(IMAGE, piece) == IMAGE[-32:].hex()
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_walk_agrees_with_esptool_and_the_bootloader_model(chip, tmp_path):
+    for size in (30_000, 30_001, 30_015, 30_016, 50_000):
+        data = make_firmware(None, chip=chip, version="1.0.0", project="p", size=size)
+        images.check_with_esptool("image", chip, data)
+        images.check_as_bootloader(data, chip)
+        assert walked(data) == data[-32:].hex()
+
+
+def test_bytes_behind_the_image_are_not_the_walks_business():
+    assert walked(IMAGE + b"\xe7" + bytes(4095)) == IMAGE[-32:].hex()
+
+
+def test_every_truncation_of_an_image_is_refused():
+    small = make_firmware(None, chip="esp32", version="1.0.0", project="p", size=12_000)
+    assert walked(small)
+    for end in [*range(400), *range(400, len(small), 97), *range(len(small) - 60, len(small))]:
+        with pytest.raises(ImageError):
+            walked(small[:end])
+
+
+def test_every_changed_byte_of_an_image_is_refused():
+    """Each byte of the headers and the end, and a sample of the data, by one bit."""
+    small = bytearray(make_firmware(None, chip="esp32", version="1.0.0", project="p", size=12_000))
+    end = len(small)
+    for at in [*range(320), *range(320, end - 64, 53), *range(end - 64, end)]:
+        for bit in (1, 0x80):
+            small[at] ^= bit
+            with pytest.raises(ImageError):
+                walked(small)
+            small[at] ^= bit
+    assert walked(small)
+
+
+def resealed(image):
+    """The same image with the digest that belongs to it."""
+    body = bytes(image[:-32])
+    return body + hashlib.sha256(body).digest()
+
+
+def test_a_wrong_checksum_under_a_right_digest_is_refused():
+    image = bytearray(IMAGE)
+    image[-33] ^= 0x10
+    with pytest.raises(ImageError, match="checksum"):
+        walked(resealed(image))
+    # And a byte of data changed twice: the checksum holds, the digest does not.
+    image = bytearray(IMAGE)
+    image[4000] ^= 1
+    image[5000] ^= 1
+    with pytest.raises(ImageError, match="SHA-256"):
+        walked(image)
+    assert walked(resealed(image))
+
+
+def test_the_walk_needs_an_appended_digest():
+    image = bytearray(IMAGE)
+    image[23] = 0
+    with pytest.raises(ImageError, match="no SHA-256"):
+        walked(resealed(image))
+
+
+@pytest.mark.parametrize("length", [1, 2, 1 << 24, 0xFFFFFFFC, 0xFFFFFFFF])
+def test_a_segment_no_bootloader_takes_ends_the_walk(length):
+    image = bytearray(IMAGE)
+    image[28:32] = struct.pack("<I", length)
+    with pytest.raises(ImageError, match=r"segment|early"):
+        walked(resealed(image))
+
+
+def test_nothing_is_raised_before_the_end():
+    walk = espimage.Walk()
+    walk.feed(b"no image at all" * 100)
+    walk.feed(b"")
+    with pytest.raises(ImageError, match="first bytes"):
+        walk.finish()
