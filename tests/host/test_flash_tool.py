@@ -671,11 +671,6 @@ class FlashedLab(Lab):
 
     table = "4MiB"
 
-    def __init__(self, folder, **options):
-        # The library is in the heap, not in the firmware. A genuine ESP32 without PSRAM had 148 KB
-        # once Wi-Fi was up; objects are twice as large here.
-        super().__init__(folder, heap="296K", **options)
-
     def make_board(self, version="1.0.0"):
         desk = self.folder / "desk"
         (desk / "ota").mkdir(parents=True)
