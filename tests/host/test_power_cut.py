@@ -124,7 +124,7 @@ def test_F1_power_cut_before_every_operation(life):
 
 def test_F2_F3_F5_F6_F7_power_cut_in_the_middle_of_operations(life):
     good = life("good")
-    good.hold(good.torn(good.telling(20)))
+    good.hold(good.torn(good.telling(10)))
 
 
 def test_power_cut_right_after_operations(life):
@@ -141,20 +141,20 @@ def test_F5_F6_F7_every_shape_of_a_tear_from_set_boot_to_the_confirmation(life):
 
 def test_F4_power_cut_while_ota_0_itself_is_replaced(life):
     down = life("good-down")
-    down.hold(down.torn(down.telling(8)))
+    down.hold(down.torn(down.dice.sample(down.telling(8), 56)))
 
 
 def test_F12_power_cut_on_the_way_into_a_crash_and_back(life):
     down = life("crash-down")
-    down.hold(down.torn(down.dice.sample(down.telling(6), 60)))
+    down.hold(down.torn(down.dice.sample(down.telling(6), 44)))
     up = life("crash")
-    up.hold([Point(op) for op in up.dice.sample(up.telling(4), 16)])
+    up.hold([Point(op) for op in up.dice.sample(up.telling(4), 12)])
 
 
 @pytest.mark.parametrize("name", ["unarmed", "unarmed-crash", "unarmed-crash-down"])
 def test_F8_power_cut_in_a_trial_that_the_bootloader_does_not_watch(life, name):
     unarmed = life(name)
-    unarmed.hold(unarmed.torn(unarmed.all()))
+    unarmed.hold(unarmed.torn(unarmed.dice.sample(unarmed.all(), 32)))
 
 
 @pytest.mark.parametrize("name", ["good", "good-down", "crash-down"])
