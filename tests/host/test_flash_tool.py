@@ -39,7 +39,14 @@ class Done:
         self.code, self.stdout, self.stderr = code, stdout, stderr
 
 
-def twinslot(*args, code=0):
+class Person(io.StringIO):
+    """Somebody at the keyboard."""
+
+    def isatty(self):
+        return True
+
+
+def twinslot(*args, code=0, stdin=""):
     """Run the command line in this process: a new one takes a third of a second each time."""
     out, err = io.StringIO(), io.StringIO()
     seen = 0
@@ -49,7 +56,7 @@ def twinslot(*args, code=0):
         contextlib.redirect_stderr(err),
     ):
         patch.setattr(sys, "argv", ["twinslot", *map(str, args)])
-        patch.setattr(sys, "stdin", io.StringIO())
+        patch.setattr(sys, "stdin", Person(stdin) if stdin else io.StringIO())
         try:
             cli.main()
         except SystemExit as exc:
@@ -614,7 +621,12 @@ def test_a_board_that_holds_files_is_only_erased_with_consent(desk, chip):
     done = twinslot(*arguments(desk, "--port", board.url), code=1)
     assert "holds vfs: a littlefs filesystem of 448 KiB" in done.stderr
     assert "--yes" in done.stderr
+    done = twinslot(*arguments(desk, "--port", board.url), code=1, stdin="n\n")
+    assert "Erase all of it?" in done.stderr and "nothing was changed" in done.stderr
     assert board.flash == before and not board.ops
+    twinslot(*arguments(desk, "--port", board.url), stdin="y\n")
+    assert board.ops
+    board.ops.clear()
     twinslot(*arguments(desk, "--port", board.url, "--yes"))
     assert board.ops
 
