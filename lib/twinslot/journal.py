@@ -168,7 +168,11 @@ class Journal:
             now = int(time.time()) + (946684800 if time.gmtime(0)[0] == 2000 else 0)
         entries = self.log()[1 - _LOG_KEEP :]
         entries.append([now, version, status, reason[:80]])
+        body = json.dumps({"log": entries}).encode()
+        while len(body) + 5 > LIMIT:
+            del entries[0]
+            body = json.dumps({"log": entries}).encode()
         try:
-            self._store(_LOG, json.dumps({"log": entries}).encode())
+            self._store(_LOG, body)
         except SpaceError as exc:
             print("twinslot: not logged:", exc)
