@@ -1,0 +1,295 @@
+"""The journal: what survives, what is never an exception, what it costs."""
+
+import binascii
+import struct
+
+import workbench as bench
+from esp32 import NVS
+from harness import raises
+
+from twinslot.errors import SpaceError
+from twinslot.journal import LIMIT, Journal
+
+HEAP = "512K"
+BUILD = "0123456789abcdef" * 4
+OTHER = "fedcba9876543210" * 4
+
+
+class Flaky:
+    """The board's NVS; fails to order, and counts."""
+
+    def __init__(self, nvs):
+        self._nvs = nvs
+        self.full = False
+        self.sets = 0
+        self.commits = 0
+
+    def set_blob(self, key, value):
+        if self.full:
+            raise OSError(-4357, "ESP_ERR_NVS_NOT_ENOUGH_SPACE")
+        self.sets += 1
+        self._nvs.set_blob(key, value)
+
+    def commit(self):
+        self.commits += 1
+        self._nvs.commit()
+
+    def set_i32(self, key, value):
+        self.set_blob(key, b"")
+
+    def get_i32(self, key):
+        return self._nvs.get_i32(key)
+
+    def get_blob(self, key, buf):
+        return self._nvs.get_blob(key, buf)
+
+    def erase_key(self, key):
+        self._nvs.erase_key(key)
+
+
+def store(blob, key="journal"):
+    nvs = NVS("twinslot")
+    nvs.set_blob(key, blob)
+    return nvs
+
+
+def framed(body, version=1):
+    return struct.pack("<BI", version, binascii.crc32(body) & 0xFFFFFFFF) + body
+
+
+def read_back():
+    """What another boot would find."""
+    return Journal(NVS("twinslot"))
+
+
+def test_what_is_written_is_there_after_a_boot():
+    bench.new_journal(floor=7, confirmed=BUILD, reports=[{"status": "failed"}])
+    found = read_back()
+    assert found.get("floor", int) == 7
+    assert found.get("confirmed", str) == BUILD
+    assert found.get("reports", list) == [{"status": "failed"}]
+
+
+def test_none_deletes_a_key_and_leaves_the_others():
+    journal = bench.new_journal(floor=7, trial={"build": BUILD})
+    journal.update(trial=None)
+    assert read_back().get("trial") == {}
+    assert read_back().get("floor", int) == 7
+
+
+def test_F28_an_empty_nvs_is_nothing_known():
+    bench.new_journal()
+    found = read_back()
+    assert found.get("trial") == {} and found.get("failed", list) == []
+    assert found.get("floor", int) == 0 and found.get("confirmed", str) == ""
+
+
+def test_a_value_of_another_type_is_none():
+    store(framed(b'{"trial": 5, "floor": "3", "failed": {}, "confirmed": null, "reports": 1}'))
+    found = read_back()
+    assert found.get("trial") == {} and found.get("failed", list) == []
+    assert found.get("floor", int) == 0 and found.get("confirmed", str) == ""
+    assert found.get("reports", list) == []
+
+
+def test_true_is_no_number():
+    store(framed(b'{"floor": true}'))
+    assert read_back().get("floor", int) == 0
+
+
+def test_F29_every_truncation_is_nothing_known_and_no_exception():
+    whole = framed(b'{"floor": 7, "trial": {"build": "abc"}}')
+    for n in range(1, len(whole)):
+        store(whole[:n])
+        assert read_back().get("floor", int) == 0, n
+    store(whole)
+    assert read_back().get("floor", int) == 7
+
+
+def test_F29_any_changed_byte_is_nothing_known():
+    whole = framed(b'{"floor": 7, "trial": {"build": "abc"}}')
+    for i in range(len(whole)):
+        changed = bytearray(whole)
+        changed[i] ^= 0x20
+        store(changed)
+        assert read_back().get("floor", int) == 0, i
+
+
+def test_F29_a_newer_format_is_nothing_known():
+    store(framed(b'{"floor": 7}', version=2))
+    assert read_back().get("floor", int) == 0
+
+
+def test_garbage_with_a_right_crc_is_nothing_known():
+    for body in (b"", b"[]", b"5", b"null", b'"text"', b"{", b"\xff\xfe", b"[" * 300, b"{}" * 9):
+        store(framed(body))
+        assert read_back().get("floor", int) == 0, body[:9]
+
+
+def test_a_blob_larger_than_ever_written_is_nothing_known():
+    store(framed(b'{"floor": 7, "x": "' + b"y" * LIMIT + b'"}'))
+    assert read_back().get("floor", int) == 0
+    assert bench.new_journal(floor=8).get("floor", int) == 8
+
+
+def test_a_key_of_another_type_is_nothing_known_and_is_replaced():
+    nvs = NVS("twinslot")
+    nvs.erase_key("journal")
+    nvs.set_i32("journal", 5)
+    journal = read_back()
+    assert journal.get("floor", int) == 0
+    journal.update(floor=2)
+    assert read_back().get("floor", int) == 2
+
+
+def test_an_update_is_one_blob_and_nothing_when_nothing_changes():
+    bench.new_journal(floor=7)
+    nvs = Flaky(NVS("twinslot"))
+    journal = Journal(nvs)
+    journal.update(floor=7)
+    assert nvs.sets == 0
+    journal.update(floor=8, confirmed=BUILD, trial={"a": 1})
+    assert (nvs.sets, nvs.commits) == (1, 1)
+
+
+def test_F28_a_full_nvs_leaves_flash_and_memory_as_they_were():
+    bench.new_journal(floor=7)
+    nvs = Flaky(NVS("twinslot"))
+    journal = Journal(nvs)
+    nvs.full = True
+    raises(SpaceError, journal.update, floor=8)
+    assert journal.get("floor", int) == 7 and read_back().get("floor", int) == 7
+    nvs.full = False
+    journal.update(floor=8)
+    assert read_back().get("floor", int) == 8
+
+
+def test_F28_an_nvs_that_the_application_filled():
+    journal = bench.new_journal(floor=7)
+    mine = NVS("application")
+    keys = []
+    size = 1500
+    while size >= 32:
+        try:
+            key = "k%d" % len(keys)
+            mine.set_blob(key, bytes([len(keys)]) * size)
+            keys.append(key)
+        except OSError:
+            size //= 2
+    exc = raises(SpaceError, journal.update, trial={"build": BUILD, "version": "1.2.3"})
+    assert "written" in str(exc)
+    assert read_back().get("floor", int) == 7
+    assert read_back().get("trial") == {}
+    for key in keys:
+        mine.erase_key(key)
+    journal.update(trial={"build": BUILD})
+    assert read_back().get("trial") == {"build": BUILD}
+
+
+def test_lists_keep_the_newest():
+    journal = bench.new_journal()
+    journal.update(reports=[{"n": i} for i in range(9)])
+    assert [r["n"] for r in journal.get("reports", list)] == [5, 6, 7, 8]
+
+
+def report(n, message):
+    """As large as a report can get, by what OtaError.report() lets through."""
+    error = {"code": "security_version", "number": "OTA_014", "message": message}
+    return {
+        "attempt": "a1b2c3d4e5f6",
+        "version": "1." * 31 + str(n),
+        "build": BUILD,
+        "status": "rolledback",
+        "error": error,
+    }
+
+
+def test_old_news_makes_room_for_what_is_on_trial():
+    journal = bench.new_journal()
+    worst = "x" * 160
+    journal.update(
+        reports=[report(n, worst) for n in range(4)],
+        failed=[[BUILD[:-1] + str(n), "1." * 31 + str(n), worst, 3] for n in range(4)],
+    )
+    trial = {
+        "build": BUILD,
+        "version": "9." * 31 + "9",
+        "attempt": "a1b2c3d4e5f6",
+        "security": 1 << 29,
+        "back": BUILD,
+        "hang": 100000,
+        "boots": 1,
+        "confirming": True,
+    }
+    versions = {BUILD: "9." * 31 + "9", OTHER: "8." * 31 + "8"}
+    journal.update(trial=trial, confirmed=BUILD, versions=versions, floor=1 << 29, time=1 << 31)
+    found = read_back()
+    assert found.get("trial") == trial
+    assert found.get("versions") == versions
+    assert found.get("reports", list)[-1] == report(3, worst)
+    assert found.get("failed", list)[-1][0] == BUILD[:-1] + "3"
+
+
+def test_what_can_never_fit_is_refused_and_nothing_is_lost():
+    journal = bench.new_journal(floor=7)
+    exc = raises(SpaceError, journal.update, trial={"x": "y" * LIMIT})
+    assert str(LIMIT) in str(exc)
+    assert journal.get("trial") == {} and read_back().get("floor", int) == 7
+
+
+def test_the_board_has_one_journal():
+    bench.new_journal(floor=7)
+    assert Journal.shared() is Journal.shared()
+    Journal.shared().update(floor=9)
+    assert Journal.shared().get("floor", int) == 9
+
+
+# -- the checkpoint, the log, the starts: blobs of their own
+
+
+def test_a_checkpoint_comes_and_goes_without_the_journal():
+    journal = bench.new_journal(floor=7)
+    assert journal.checkpoint() == {}
+    journal.save_checkpoint({"offset": 65536, "header": "e9" * 32})
+    assert read_back().checkpoint() == {"offset": 65536, "header": "e9" * 32}
+    assert read_back().get("floor", int) == 7
+    journal.save_checkpoint()
+    journal.save_checkpoint()
+    assert read_back().checkpoint() == {}
+
+
+def test_a_damaged_checkpoint_is_none():
+    journal = bench.new_journal()
+    whole = framed(b'{"offset": 4096}')
+    for n in range(1, len(whole)):
+        store(whole[:n], "checkpoint")
+        assert journal.checkpoint() == {}
+
+
+def test_the_log_keeps_the_newest_however_long_they_are():
+    journal = bench.new_journal()
+    for n in range(40):
+        journal.add_to_log("1." * 31 + str(n % 10), "rolledback", "\x1b\u20ac" * 250)
+    entries = read_back().log()
+    assert entries, "an overlong log was lost"
+    assert entries[-1][1].endswith("9") and entries[-1][2] == "rolledback"
+    for n in range(40):
+        journal.add_to_log("1.0.%d" % n, "confirmed")
+    assert [e[1] for e in read_back().log()][-3:] == ["1.0.37", "1.0.38", "1.0.39"]
+    assert len(read_back().log()) == 16
+
+
+def test_a_log_that_can_not_be_written_is_no_error():
+    nvs = Flaky(NVS("twinslot"))
+    journal = Journal(nvs)
+    nvs.full = True
+    journal.add_to_log("1.0.0", "failed", "why")
+    journal.set_starts(3)
+
+
+def test_starts_are_counted_in_flash():
+    journal = bench.new_journal()
+    journal.set_starts(4)
+    assert read_back().starts() == 4
+    journal.set_starts(0)
+    assert read_back().starts() == 0
