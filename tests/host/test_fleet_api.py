@@ -1,0 +1,580 @@
+"""The fleet's API: audit, registry, firmware, jobs, users, webhooks, and what the tree allows."""
+
+import gzip
+import hashlib
+import hmac
+import http.server
+import io
+import json
+import re
+import threading
+import time
+
+import fleet as fleets
+import pytest
+import servers
+from fleet import FLEET, Board, running, upload_files
+
+from twinslot_server import devices, releases, settings, webhooks
+from twinslot_server.settings import SettingsError
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    with running(tmp_path) as found:
+        found.publish("1.0.0")
+        yield found
+
+
+def uploaded(fleet, tmp_path, version="1.1.0", **spec):
+    answer = fleet.upload(tmp_path, version, **spec)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def audit_lines(fleet):
+    return fleet.api("GET", "audit", params={"limit": 1000})["audit"]
+
+
+# ---- audit
+
+
+def requests_for_every_change(fleet, tmp_path):
+    """One valid request for each route that changes something."""
+    Board(fleet, "b1").poll()
+    made = uploaded(fleet, tmp_path)
+    number = made["id"]
+    flags = {"pilot_ready": True, "stable": True}
+    fleet.api("PATCH", f"firmware/{number}", flags)
+    rollout = fleet.api("POST", "rollouts", {"firmware_id": number})["id"]
+    job = fleet.api("POST", "ota/updates", {"firmware_id": number})["id"]
+    window = fleet.api("POST", "windows", {"start": "00:00", "end": "00:00"})["id"]
+    action = {"do": "gc"}
+    plan = {"name": "n", "cron": "0 3 * * *", "action": action}
+    schedule = fleet.api("POST", "schedules", plan)["id"]
+    hook = fleet.api("POST", "webhooks", {"url": "https://example.org/"})["id"]
+    old = uploaded(fleet, tmp_path, "0.9.0", downgrade=True)
+    fleet.api("PATCH", f"firmware/{old['id']}", {"pilot_ready": True})
+    spare = uploaded(fleet, tmp_path, "1.2.0")
+    site = tmp_path / "form" / "site"
+    site.mkdir(parents=True)
+    form = upload_files(site, servers.publish_version(site, "1.3.0"))
+    return {
+        ("POST", "/api/v1/devices/import"): {"content": b"device_id\nb2\n"},
+        ("PATCH", "/api/v1/devices/{device_id}"): ("b1", {"labels": {"site": "here"}}),
+        ("POST", "/api/v1/devices/{device_id}/token"): ("b1", None),
+        ("DELETE", "/api/v1/devices/{device_id}"): ("b1", None),
+        ("PUT", "/api/v1/labels/{key}"): ("site", {"description": "where it is"}),
+        ("POST", "/api/v1/firmware/upload"): {"files": form},
+        ("PATCH", "/api/v1/firmware/{firmware_id}"): (number, {"notes": "n"}),
+        ("POST", "/api/v1/firmware/{firmware_id}/promote"): (number, {"channel": "beta"}),
+        ("DELETE", "/api/v1/firmware/{firmware_id}"): (spare["id"], None),
+        ("POST", "/api/v1/firmware/gc"): (None, None),
+        ("POST", "/api/v1/ota/updates"): (None, {"firmware_id": number}),
+        ("POST", "/api/v1/ota/updates/{update_id}/progress"): (
+            job,
+            {"node_id": "b1", "current_part": 1},
+        ),
+        ("DELETE", "/api/v1/ota/updates/{update_id}"): (job, None),
+        ("POST", "/api/v1/rollouts"): (None, {"firmware_id": number}),
+        ("POST", "/api/v1/rollouts/{rollout_id}/{action}"): (f"{rollout}/start", {}),
+        ("POST", "/api/v1/rollouts/{rollout_id}/back"): (rollout, {"version": "0.9.0"}),
+        ("POST", "/api/v1/windows"): (None, {"start": "00:00", "end": "00:00"}),
+        ("DELETE", "/api/v1/windows/{window_id}"): (window, None),
+        ("POST", "/api/v1/schedules"): (None, {**plan, "name": "m"}),
+        ("DELETE", "/api/v1/schedules/{schedule_id}"): (schedule, None),
+        ("PUT", "/api/v1/users/{name}"): ("anna", {"role": "viewer"}),
+        ("DELETE", "/api/v1/users/{name}"): ("anna", None),
+        ("POST", "/api/v1/webhooks"): (None, {"url": "https://example.org/"}),
+        ("DELETE", "/api/v1/webhooks/{webhook_id}"): (hook, None),
+    }
+
+
+def test_every_change_leaves_one_line_in_the_audit_log(fleet, tmp_path):
+    """The routes are those of the application: one that is added must be added here."""
+    wanted = requests_for_every_change(fleet, tmp_path)
+    wanted_order = list(wanted)
+    wanted_order.sort(key=lambda route: (route[0] == "DELETE", "devices" in route[1]))
+    paths = fleet.client.get("/api/v1/openapi.json").json()["paths"]
+    changing = {(m.upper(), p) for p, item in paths.items() for m in item if m != "get"}
+    by_boards = {("POST", "/api/v1/check-update"), ("POST", "/api/v1/report-status")}
+    assert changing - by_boards == set(wanted)
+    for method, path in wanted_order:
+        request = wanted[method, path]
+        before = len(audit_lines(fleet))
+        if isinstance(request, dict):
+            headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+            answer = fleet.client.request(method, path, headers=headers, **request)
+            code = answer.status_code
+        else:
+            argument, body = request
+            filled = re.sub(r"\{.*\}", str(argument), path).removeprefix("/api/v1/")
+            if path.count("{") == 1:
+                filled = re.sub(r"\{\w+\}", str(argument), path).removeprefix("/api/v1/")
+            code = fleet.status(method, filled, body)
+        assert code in (200, 201), (method, path, code)
+        lines = audit_lines(fleet)
+        assert len(lines) == before + 1, (method, path)
+        assert (lines[0]["who"], lines[0]["role"]) == ("operator-token", "admin")
+    assert "Bearer" not in json.dumps(audit_lines(fleet))
+
+
+def test_a_change_that_fails_leaves_none(fleet):
+    before = audit_lines(fleet)
+    assert fleet.api("PATCH", "devices/nobody", {"pin": "1"})["code"] == "no_device"
+    assert audit_lines(fleet) == before
+
+
+def test_the_audit_says_what_was_and_what_is(fleet):
+    Board(fleet, "b1").poll()
+    fleet.api("PATCH", "devices/b1", {"pin": "1.0.0", "labels": {"site": "here"}})
+    line = audit_lines(fleet)[0]
+    assert line["before"] == {"pin": None, "label site": None}
+    assert line["after"] == {"pin": "1.0.0", "label site": "here"}
+
+
+def test_the_audit_can_not_be_changed(fleet):
+    Board(fleet, "b1").poll()
+    fleet.api("DELETE", "devices/b1")
+    for statement in ("UPDATE audit SET who = 'me'", "DELETE FROM audit"):
+        with pytest.raises(Exception, match="append-only"):
+            fleet.store.write(lambda c, s=statement: c.exec_driver_sql(s))
+
+
+# ---- registry
+
+
+def test_ten_thousand_boards_are_imported_within_ten_seconds(fleet):
+    lines = [f"board-{n:05},sensor-node,site=s{n % 7};node_type=pir" for n in range(10_000)]
+    text = "\n".join(["device_id,product,labels", *lines])
+    started = time.monotonic()
+    answer = fleet.api("POST", "devices/import", content=text.encode())
+    assert time.monotonic() - started < 10
+    assert (answer["imported"], answer["new"]) == (10_000, 10_000)
+    some = fleet.api("GET", "devices", params={"label": "site=s3", "limit": 1000})["devices"]
+    assert len(some) == 1000 and some[0]["device_id"] == "board-00003"
+    assert fleet.api("POST", "devices/import", content=text.encode())["new"] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("", "line 1"),
+        ("id\nx", "line 1"),
+        ("device_id,nose\nx,y", "line 1"),
+        ("device_id\na\n../b", "line 3"),
+        ("device_id,labels\na,site", "line 2"),
+        ("device_id,token\na,short", "line 2"),
+        ("device_id\na,b", "line 2"),
+        ("device_id\na\na", "twice"),
+    ],
+)
+def test_an_import_with_a_mistake_imports_nothing(fleet, text, where):
+    answer = fleet.api("POST", "devices/import", content=text.encode())
+    assert where in answer["detail"]
+    assert fleet.api("GET", "devices")["devices"] == []
+
+
+def test_a_board_with_its_own_token_is_spoken_for_by_nobody_else(fleet):
+    board = Board(fleet, "b1")
+    board.poll()
+    token = fleet.api("POST", "devices/b1/token")["token"]
+    body = {"device_id": "b1", "product": "p", "hardware": "h", "current_version": "1.0.0"}
+    assert fleet.status("POST", "check-update", body, FLEET) == 401
+    board.token = token
+    assert board.poll()["poll"]
+    other = Board(fleet, "b2")
+    other.poll()
+    fleet.api("POST", "devices/b2/token")
+    assert fleet.status("POST", "check-update", {**body, "device_id": "b2"}, token) == 401
+    assert token not in json.dumps(fleet.api("GET", "devices/b1"))
+    fleet.api("DELETE", "devices/b1")
+    assert fleet.status("POST", "check-update", body, token) == 401
+
+
+def test_pending_boards_wait_and_rules_accept(tmp_path):
+    enrolment = {"default": "pending", "accept": [{"hardware": "KNOWN"}]}
+    with running(tmp_path, enrolment=enrolment) as fleet:
+        fleet.publish("1.1.0")
+        board = Board(fleet, "b1")
+        assert board.poll()["reason"] == "pending"
+        assert fleet.api("GET", "devices/b1/explain")["reason"] == "pending"
+        fleet.api("PATCH", "devices/b1", {"enrolment": "accepted"})
+        assert board.poll()["update_available"]
+        assert Board(fleet, "b2", hardware="KNOWN").poll()["reason"] == "hardware"
+        fleet.api("DELETE", "devices/b1")
+        assert board.poll()["reason"] == "decommissioned"
+
+
+def test_where_the_tree_is_not_public_only_the_known_may_fetch(tmp_path):
+    enrolment = {"default": "pending"}
+    with running(tmp_path, downloads="token", enrolment=enrolment) as fleet:
+        fleet.publish("1.1.0")
+        Board(fleet, "b1").poll()
+        own = fleet.api("POST", "devices/b1/token")["token"]
+        url = f"/{servers.PRODUCT}/stable.json"
+        for token, status in ((None, 401), (FLEET, 401), (own, 200), (fleets.ADMIN, 200)):
+            headers = {"Authorization": f"Bearer {token}"} if token else {}
+            assert fleet.client.get(url, headers=headers).status_code == status
+
+
+def test_labels_of_an_operator_stand_above_the_boards_own(fleet):
+    Board(fleet, "b1", labels=["site=attic", "free text"]).poll()
+    assert fleet.api("GET", "devices/b1")["tags"] == {"site": "attic"}
+    fleet.api("PATCH", "devices/b1", {"labels": {"site": "cellar"}})
+    Board(fleet, "b1", labels=["site=attic", "floor=2"]).poll()
+    assert fleet.api("GET", "devices/b1")["tags"] == {"floor": "2", "site": "cellar"}
+    fleet.api("PUT", "labels/site", {"description": "the room"})
+    (floor, site) = fleet.api("GET", "labels")["labels"]
+    assert site == {"key": "site", "description": "the room", "values": {"cellar": 1}}
+    assert floor["values"] == {"2": 1}
+
+
+def test_an_unchanged_answer_costs_a_304_and_no_database(fleet):
+    board = Board(fleet, "b1")
+    board.poll()
+    body = {
+        "device_id": "b1",
+        "product": servers.PRODUCT,
+        "hardware": servers.HARDWARE,
+        "current_version": "1.0.0",
+    }
+    headers = {"Authorization": f"Bearer {FLEET}"}
+    first = fleet.client.post("/api/v1/check-update", headers=headers, json=body)
+    remembered = fleet.desk.remembered
+    headers["If-None-Match"] = first.headers["etag"]
+    again = fleet.client.post("/api/v1/check-update", headers=headers, json=body)
+    assert (again.status_code, again.content) == (304, b"")
+    assert fleet.desk.remembered == remembered + 1
+
+
+def test_poll_intervals_by_label(tmp_path):
+    with running(tmp_path, poll={"default": 60, "labels": {"power=battery": 86400}}) as fleet:
+        assert Board(fleet, "b1").poll()["poll"] == 60
+        assert Board(fleet, "b2", labels=["power=battery"]).poll()["poll"] == 86400
+
+
+def test_exports_are_whole_and_no_formulas(fleet):
+    Board(fleet, "b1", labels=["=cmd()"], agent="=HYPERLINK(1)").poll()
+    fleet.api("DELETE", "devices/b1")
+    for what in ("devices", "attempts", "downloads", "audit"):
+        rows = fleet.api("GET", f"export/{what}")
+        headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+        text = fleet.client.get(f"/api/v1/export/{what}?format=csv", headers=headers).text
+        assert len(text.splitlines()) == len(rows) + 1
+        assert ",=" not in text
+
+
+# ---- firmware
+
+
+def test_an_upload_is_stored_offered_and_found_again(fleet, tmp_path):
+    made = uploaded(fleet, tmp_path)
+    assert (made["version"], made["stable"], made["pilot_ready"]) == ("1.1.0", False, False)
+    image = servers.firmware("1.1.0")
+    assert made["sha256"] == hashlib.sha256(image).hexdigest()
+    assert made["md5"] == hashlib.md5(image).hexdigest()
+    headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+    url = f"/api/v1/firmware/{made['id']}/download"
+    where = fleet.client.get(url, headers=headers).headers["location"]
+    got = fleet.client.get(where, headers={"Range": "bytes=100-199"})
+    assert (got.status_code, got.content) == (206, image[100:200])
+    assert not Board(fleet, "b1").poll()["update_available"]  # nobody has said to offer it
+    assert fleet.api("POST", f"firmware/{made['id']}/promote", {"channel": "stable"})["code"]
+    fleet.api("PATCH", f"firmware/{made['id']}", {"stable": True})
+    fleet.api("POST", f"firmware/{made['id']}/promote", {"channel": "stable"})
+    assert Board(fleet, "b1").update() == "1.1.0"
+
+
+def test_the_same_upload_again_changes_nothing_and_another_is_refused(fleet, tmp_path):
+    site = tmp_path / "one" / "site"
+    site.mkdir(parents=True)
+    form = upload_files(site, servers.publish_version(site, "1.1.0"))
+    headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+    codes = [
+        fleet.client.post("/api/v1/firmware/upload", headers=headers, files=form).status_code
+        for _ in range(2)
+    ]
+    assert codes == [201, 200]
+    other = fleet.upload(tmp_path, "1.1.0", notes="other")
+    assert (other.status_code, other.json()["code"]) == (409, "exists")
+
+
+def spoilt(form, name, change):
+    return [(n, (f, change(c))) if n == name else (n, (f, c)) for n, (f, c) in form]
+
+
+def flip(content):
+    return content[:5000] + bytes([content[5000] ^ 1]) + content[5001:]
+
+
+BAD_UPLOADS = {
+    "a flipped bit": (lambda form: spoilt(form, "file", flip), 422),
+    "half a file": (lambda form: spoilt(form, "file", lambda c: c[:100]), 422),
+    "no payload": (lambda form: [f for f in form if f[0] == "release"], 422),
+    "no release": (lambda form: [f for f in form if f[0] == "file"], 422),
+    "garbage": (lambda form: spoilt(form, "release", lambda c: b"x.y.z"), 422),
+    "empty": (lambda form: spoilt(form, "release", lambda c: b""), 422),
+    "signature": (lambda form: spoilt(form, "release", lambda c: c[:-20] + b"A" * 20), 422),
+    "huge release": (lambda form: spoilt(form, "release", lambda c: c * 100), 413),
+}
+
+
+@pytest.mark.parametrize("name", BAD_UPLOADS)
+def test_what_a_board_would_refuse_is_never_stored(fleet, tmp_path, name):
+    """I16: judged by the device's own code and keys before a byte lies where it is offered."""
+    site = tmp_path / "bad" / "site"
+    site.mkdir(parents=True)
+    form = upload_files(site, servers.publish_version(site, "1.1.0"))
+    change, status = BAD_UPLOADS[name]
+    headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+    before = sorted(fleet.site_folder.rglob("*"))
+    answer = fleet.client.post("/api/v1/firmware/upload", headers=headers, files=change(form))
+    assert answer.status_code == status, answer.text
+    assert sorted(fleet.site_folder.rglob("*")) == before
+    assert len(fleet.api("GET", "firmware")["firmware"]) == 1
+
+
+def test_an_image_beyond_the_limit_is_refused(tmp_path):
+    with running(tmp_path, firmware_bytes=20_000) as fleet:
+        answer = fleet.upload(tmp_path, "1.1.0")
+        assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+
+
+def test_gunzip_stops_at_the_size_of_the_image():
+    """A bomb of a gigabyte is not unpacked."""
+    bomb = io.BytesIO(gzip.compress(bytes(50_000_000)))
+    assert releases._gunzipped_digest(bomb, 1000) is None
+    two = gzip.compress(b"a" * 700) + gzip.compress(b"b" * 300)
+    digest = hashlib.sha256(b"a" * 700 + b"b" * 300).hexdigest()
+    assert releases._gunzipped_digest(io.BytesIO(two), 1000) == digest
+    assert releases._gunzipped_digest(io.BytesIO(two[:-4]), 1000) is None
+
+
+def test_a_blocked_release_gives_way_to_the_last_good_one(fleet):
+    fleet.publish("1.1.0")
+    fleet.publish("1.2.0")
+    board = Board(fleet, "b1")
+    assert board.poll()["release"].endswith("1.2.0.jws")
+    number = fleet.release("1.2.0")["id"]
+    fleet.api("PATCH", f"firmware/{number}", {"blocked": "crashes"})
+    assert board.poll()["release"].endswith("1.1.0.jws")
+    on_it = Board(fleet, "b2", version="1.2.0")
+    assert on_it.poll()["reason"] == "blocked"  # 1.1.0 was not signed as a downgrade
+    fleet.api("PATCH", f"firmware/{number}", {"blocked": None})
+    assert board.poll()["release"].endswith("1.2.0.jws")
+
+
+def test_what_is_needed_stays_and_what_is_not_can_go(fleet, tmp_path):
+    made = uploaded(fleet, tmp_path)
+    assert (
+        "channel stable"
+        in fleet.api("DELETE", f"firmware/{fleet.release('1.0.0')['id']}")["detail"]
+    )
+    job = fleet.api("POST", "ota/updates", {"firmware_id": made["id"]})
+    assert job["code"] == "no_device"
+    fleet.api("DELETE", f"firmware/{made['id']}")
+    blob = next(p for p in fleet.site_folder.rglob("*.bin") if made["sha256"] in p.name)
+    assert releases.collect(fleet.site, time.time()) == {"removed": 0, "bytes": 0}  # too young
+    gone = releases.collect(fleet.site, time.time() + 7200)
+    assert gone == {"removed": 1, "bytes": made["size"]}
+    assert not blob.exists()
+    assert Board(fleet, "b1", version="0.9.0").poll()["update_available"]
+
+
+# ---- jobs
+
+
+def test_a_job_as_a_gateway_sees_it(fleet, tmp_path):
+    """The mesh API: pending, progress by part, errors, and its end."""
+    made = uploaded(fleet, tmp_path)
+    text = "device_id,product,labels\n" + "\n".join(
+        f"n{i},{servers.PRODUCT},node_type=pir;gateway=g{i % 2}" for i in range(4)
+    )
+    fleet.api("POST", "devices/import", content=text.encode())
+    body = {
+        "product": servers.PRODUCT,
+        "version": "1.1.0",
+        "target": {"node_type": "pir"},
+        "part_size": 1000,
+    }
+    job = fleet.api("POST", "ota/updates", body)
+    number = job["id"]
+    assert (job["status"], job["firmware_id"]) == ("pending", made["id"])
+    assert [n["total_parts"] for n in job["nodes"]] == [-(-made["size"] // 1000)] * 4
+    (mine,) = fleet.api("GET", "ota/updates/pending", params={"gateway": "g1"})["updates"]
+    assert mine["nodes"] == ["n1", "n3"]
+    step = {"node_id": "n1", "current_part": 7}
+    fleet.api("POST", f"ota/updates/{number}/progress", step)
+    fleet.api("POST", f"ota/updates/{number}/progress", {**step, "current_part": 3})  # late
+    node = fleet.api("GET", f"ota/updates/{number}")["nodes"][1]
+    assert (node["current_part"], node["status"]) == (7, "in_progress")
+    assert fleet.api("GET", "ota/updates?status=in_progress")["updates"][0]["id"] == number
+    error = {"node_id": "n1", "status": "failed", "error_message": "MD5 differs"}
+    fleet.api("POST", f"ota/updates/{number}/progress", error)
+    for node_id in ("n0", "n2", "n3"):
+        done = {"node_id": node_id, "status": "completed", "current_part": 99_999}
+        fleet.api("POST", f"ota/updates/{number}/progress", done)
+    ended = fleet.api("GET", f"ota/updates/{number}")
+    assert (ended["status"], ended["nodes"][1]["error_message"]) == ("failed", "MD5 differs")
+    assert fleet.api("GET", "ota/updates/pending")["updates"] == []
+    assert fleet.api("DELETE", f"ota/updates/{number}")["code"] == "state"
+
+
+def test_a_job_for_boards_that_poll_follows_their_attempts(fleet, tmp_path):
+    made = uploaded(fleet, tmp_path)
+    one, two = Board(fleet, "b1"), Board(fleet, "b2")
+    one.poll(), two.poll()
+    job = fleet.api("POST", "ota/updates", {"firmware_id": made["id"]})["id"]
+    assert one.update() == "1.1.0"
+    nodes = {n["node_id"]: n["status"] for n in fleet.api("GET", f"ota/updates/{job}")["nodes"]}
+    assert nodes == {"b1": "completed", "b2": "pending"}
+    fleet.api("DELETE", f"ota/updates/{job}")
+    assert not two.poll()["update_available"]
+    assert fleet.api("GET", f"ota/updates/{job}")["status"] == "cancelled"
+
+
+def test_force_update_goes_past_windows_and_failed_tries(fleet, tmp_path):
+    made = uploaded(fleet, tmp_path)
+    board = Board(fleet, "b1")
+    board.poll()
+    fleet.api("POST", "windows", {"start": "00:00", "end": "00:01", "days": [0]})
+    plain = {"firmware_id": made["id"], "target": {"nodes": ["b1"]}}
+    fleet.api("POST", "ota/updates", plain)
+    if board.poll()["update_available"]:
+        pytest.fail("the one minute of the week in which this test can't tell")
+    fleet.api("POST", "ota/updates", {**plain, "force_update": True})
+    assert board.poll()["update_available"]
+
+
+# ---- people
+
+
+def test_each_role_may_do_what_it_may(fleet):
+    tokens = {
+        role: fleet.api("PUT", f"users/{role}-anna", {"role": role})["token"]
+        for role in ("viewer", "operator", "admin")
+    }
+    Board(fleet, "b1").poll()
+    cases = [
+        ("GET", "devices", None, 0),
+        ("PATCH", "devices/b1", {"pin": None}, 1),
+        ("GET", "users", None, 2),
+        ("POST", "webhooks", {"url": "https://example.org/"}, 2),
+    ]
+    for method, path, body, rank in cases:
+        for number, token in enumerate(tokens.values()):
+            code = fleet.status(method, path, body, token)
+            assert (code < 300) == (number >= rank), (method, path, number)
+            assert code < 300 or code == 403
+    fleet.api("DELETE", "users/viewer-anna")
+    assert fleet.status("GET", "devices", None, tokens["viewer"]) == 401
+
+
+def test_secrets_are_hashed_and_never_shown_again(fleet):
+    made = fleet.api("PUT", "users/anna", {"role": "viewer", "password": "correct horse"})
+    dump = fleet.store.read(lambda c: str(c.exec_driver_sql("SELECT * FROM users").all()))
+    assert made["token"] not in dump and "correct horse" not in dump
+    assert devices.hash_token(made["token"]) in dump
+    assert "correct horse" not in json.dumps(audit_lines(fleet))
+    assert fleet.api("PUT", "users/bob", {"role": "viewer", "password": "short"})["code"]
+
+
+# ---- webhooks
+
+
+def test_a_webhook_is_signed_tried_again_and_told_once(tmp_path):
+    heard, answers = [], [500, 200, 200]
+
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            heard.append((dict(self.headers), body))
+            self.send_response(answers.pop(0))
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    receiver = http.server.HTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=receiver.serve_forever, daemon=True).start()
+    try:
+        with running(tmp_path) as fleet:
+            url = f"http://127.0.0.1:{receiver.server_port}/hook?x=1"
+            hook = fleet.api("POST", "webhooks", {"url": url, "events": ["device.*"]})
+            Board(fleet, "b1").poll()
+            assert webhooks.deliver_due(fleet.store, to_private=True) == 1
+            assert webhooks.deliver_due(fleet.store, to_private=True) == 0  # backs off
+            fleet.store.write(lambda c: c.exec_driver_sql("UPDATE deliveries SET due = 0"))
+            webhooks.deliver_due(fleet.store, to_private=True)
+            assert webhooks.deliver_due(fleet.store, to_private=True) == 0
+            assert len(heard) == 2 and heard[0][1] == heard[1][1]
+            headers, body = heard[1]
+            signed = headers["X-Twinslot-Timestamp"].encode() + b"." + body
+            mac = hmac.new(hook["secret"].encode(), signed, hashlib.sha256).hexdigest()
+            assert headers["X-Twinslot-Signature"] == f"sha256={mac}"
+            assert json.loads(body)["data"] == {"device_id": "b1"}
+            Board(fleet, "b2").poll()
+            webhooks.deliver_due(fleet.store, to_private=False)
+            error = fleet.store.read(
+                lambda c: c.exec_driver_sql(
+                    "SELECT error FROM deliveries ORDER BY id DESC"
+                ).scalar()
+            )
+            assert "address of this network" in error
+            assert len(heard) == 2
+    finally:
+        receiver.shutdown()
+        receiver.server_close()
+
+
+# ---- settings, metrics
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("port: 70000", ("port", "70000")),
+        ("poort: 8443", ("poort",)),
+        ("poll: {default: 0}", ("poll.default", "0")),
+        ("poll: {labels: {battery: 60}}", ("poll.labels", "key=value")),
+        ("- a", ("members",)),
+        ("a: [", ("YAML",)),
+        ("enrolment: {default: maybe}", ("enrolment.default", "maybe")),
+        ("device_token: [hidden-secret]", ("device_token",)),
+    ],
+)
+def test_a_wrong_configuration_says_where_and_what(tmp_path, text, names):
+    path = tmp_path / "server.yml"
+    path.write_text(text)
+    with pytest.raises(SettingsError) as caught:
+        settings.load(path, {}, {})
+    for name in (*names, "server.yml"):
+        assert name in str(caught.value)
+    assert "hidden-secret" not in str(caught.value)
+
+
+def test_the_command_line_stands_above_the_environment_and_that_above_the_file(tmp_path):
+    path = tmp_path / "server.yml"
+    path.write_text("port: 1\nhost: ::1\npoll: {default: 10}\ndata: inside\n")
+    environment = {
+        "TWINSLOT_PORT": "2",
+        "TWINSLOT_POLL__DEFAULT": "20",
+        "TWINSLOT_DEVICE_TOKEN": "x",
+    }
+    found = settings.load(path, {"port": 3}, environment)
+    assert (found.port, found.poll_s, found.host) == (3, 20, "::1")
+    assert found.data == tmp_path / "inside"
+
+
+def test_metrics_and_health(fleet):
+    fleet.publish("1.1.0")
+    Board(fleet, "b1").update()
+    assert fleet.client.get("/healthz").json() == {"ok": True}
+    assert fleet.client.get("/metrics").status_code == 401
+    headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+    text = fleet.client.get("/metrics", headers=headers).text
+    assert 'twinslot_devices{enrolment="accepted"} 1\n' in text
+    assert 'twinslot_attempts{state="confirmed"} 1\n' in text
+    for line in text.splitlines():
+        assert line.startswith("#") or re.fullmatch(r'\w+(\{\w+="[^"]*"\})? [0-9.]+', line), line

@@ -1,0 +1,475 @@
+"""Staged rollouts: the rules alone, and rollouts of small fleets to their end."""
+
+import datetime as dt
+import hashlib
+import itertools
+import time
+
+import pytest
+from fleet import Board, running
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twinslot import release as rules
+from twinslot_server import offers, rollouts, stages, windows
+from twinslot_server.stages import Counts, Policy, Progress
+from twinslot_server.windows import Window, WindowError
+
+# ---- the rules alone
+
+IDS = st.lists(st.text("abcdef0123456789", min_size=1, max_size=12), unique=True, max_size=60)
+PERCENT = st.integers(0, 10000).map(lambda n: n / 100)
+
+
+@given(IDS, PERCENT, PERCENT, st.text(max_size=8))
+def test_a_larger_share_only_adds_boards(ids, one, other, seed):
+    low, high = sorted((one or 0.01, other or 0.01))
+    boards = [(i, {}) for i in ids]
+    few = stages.members(boards, [{"percent": low}], 0, seed)
+    many = stages.members(boards, [{"percent": high}], 0, seed)
+    assert few <= many
+    assert stages.members(boards, [{"percent": 100}], 0, seed) == set(ids)
+
+
+@given(IDS, PERCENT, st.text(max_size=8))
+def test_the_server_and_the_board_agree_who_is_in(ids, percent, seed):
+    chosen = stages.members([(i, {}) for i in ids], [{"percent": percent or 0.01}], 0, seed)
+    by_board = {i for i in ids if rules.in_rollout(percent or 0.01, seed, i, hashlib.sha256)}
+    assert chosen == by_board
+
+
+@given(IDS, st.lists(st.integers(1, 100), min_size=1, max_size=5), st.text(max_size=8))
+def test_each_stage_holds_those_before_it(ids, counts, seed):
+    plan = [{"label": "ring=pilot"}, *({"count": c} for c in sorted(counts)), {"percent": 100}]
+    boards = [(i, {"ring": "pilot"} if i < "4" else {}) for i in ids]
+    sizes = [stages.members(boards, plan, n, seed) for n in range(len(plan))]
+    assert all(a <= b for a, b in itertools.pairwise(sizes))
+
+
+COUNTS = st.builds(
+    lambda c, f, r, i, w: Counts(c + f + r + i + w, c, f, r, i),
+    *[st.integers(0, 40)] * 5,
+)
+POLICY = st.builds(
+    Policy,
+    success_percent=st.integers(0, 100),
+    failure_percent=st.integers(0, 100),
+    min_sample=st.integers(1, 20),
+    bake_s=st.integers(0, 100),
+    max_concurrent=st.integers(1, 50),
+    gate=st.booleans(),
+)
+
+
+@given(COUNTS, POLICY, st.integers(0, 3), st.booleans(), st.integers(0, 200))
+def test_whatever_the_counts_the_verdict_is_safe(counts, policy, stage, gate_open, passed):
+    progress = Progress("expand", stage, 4, counts, passed or None, gate_open)
+    verdict = stages.judge(progress, policy, 150)
+    bad_share = counts.bad / counts.finished * 100 if counts.finished else 0
+    enough = counts.finished >= policy.min_sample
+    if enough and bad_share > policy.failure_percent:
+        assert verdict.action == "pause"
+    if verdict.action in ("advance", "complete", "passed"):
+        assert counts.confirmed * 100 >= policy.success_percent * counts.members
+        assert not (enough and bad_share > policy.failure_percent)
+    if verdict.action in ("advance", "complete"):
+        assert passed and passed + policy.bake_s <= 150
+        assert (verdict.action == "complete") == (stage == 3)
+        assert stage == 3 or not policy.gate or gate_open
+    assert 0 <= stages.free_places(counts, policy) <= policy.max_concurrent
+
+
+def test_a_small_sample_does_not_pause_and_a_finished_stage_does():
+    policy = Policy(min_sample=5, failure_percent=5)
+    assert not stages.failing(Counts(20, confirmed=2, failed=1), policy)
+    assert stages.failing(Counts(20, confirmed=4, failed=1), policy)
+    assert stages.failing(Counts(2, rolledback=2), policy)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        [],
+        [{}],
+        [{"percent": 0}],
+        [{"percent": 101}],
+        [{"percent": 50}, {"percent": 10}],
+        [{"count": 3, "percent": 5}],
+        [{"label": "pilot"}],
+        [{"percent": "5"}],
+        [{"percent": True}],
+    ],
+)
+def test_stages_that_mean_nothing_are_refused(plan):
+    with pytest.raises(ValueError):
+        stages.check_stages(plan)
+
+
+def at(text):
+    return int(dt.datetime.fromisoformat(text).timestamp())
+
+
+NIGHT = Window("site=berlin", "install", "Europe/Berlin", (0, 1, 2, 3, 4), "22:00", "04:00")
+
+
+@pytest.mark.parametrize(
+    ("moment", "open_in"),
+    [
+        ("2026-11-20T20:59:00+00:00", 60),  # Friday 21:59 in Berlin
+        ("2026-11-20T21:00:00+00:00", 0),
+        ("2026-11-21T02:59:59+00:00", 0),  # Saturday 03:59: opened on Friday
+        ("2026-11-21T03:00:00+00:00", 66 * 3600),  # Saturday 04:00 until Monday 22:00
+        ("2026-07-20T20:00:00+00:00", 0),  # summer time: 22:00 in Berlin
+    ],
+)
+def test_a_window_opens_by_its_own_clock(moment, open_in):
+    assert NIGHT.opens_in(at(moment)) == open_in
+
+
+def test_a_window_of_its_label_stands_above_the_one_for_all():
+    every = Window("*", "install", "UTC", tuple(range(7)), "00:00", "00:00")
+    noon = at("2026-11-18T12:00:00+00:00")
+    assert windows.opens_in([every, NIGHT], "install", {}, noon) == 0
+    assert windows.opens_in([every, NIGHT], "install", {"site": "berlin"}, noon) == 9 * 3600
+    assert windows.opens_in([every, NIGHT], "download", {"site": "berlin"}, noon) == 0
+
+
+@given(st.integers(0, 2 * 366 * 86400), st.sampled_from(["22:00", "00:00", "02:30", "09:15"]))
+def test_a_window_is_open_when_it_said_it_would_be(offset, start):
+    window = Window("*", "download", "Europe/Berlin", (1, 6), start, "05:45")
+    now = at("2026-01-01T00:00:00+00:00") + offset
+    wait = window.opens_in(now)
+    assert 0 <= wait <= 8 * 86400
+    assert window.opens_in(now + wait) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"kind": "x"}, {"label": "x"}, {"zone": "Mars/Base"}, {"days": ()}, {"start": "24:00"}],
+)
+def test_a_window_that_can_not_be_is_refused(change):
+    members = {"label": "*", "kind": "install", "zone": "UTC", "days": (1,)}
+    members |= {"start": "01:00", "end": "02:00"}
+    with pytest.raises(WindowError):
+        Window(**{**members, **change})
+
+
+# ---- on the wire
+
+
+@pytest.fixture
+def fleet(tmp_path):
+    """A fleet on 1.0.0, its channel at 1.0.0, and 1.1.0 uploaded for a pilot."""
+    with running(tmp_path) as found:
+        found.publish("1.0.0")
+        answer = found.upload(tmp_path, "1.1.0")
+        assert answer.status_code == 201, answer.text
+        number = answer.json()["id"]
+        found.api("PATCH", f"firmware/{number}", {"pilot_ready": True})
+        found.number = number
+        yield found
+
+
+QUICK = {"bake_s": 0, "min_sample": 3, "max_concurrent": 100}
+
+
+def boards(fleet, count):
+    made = [Board(fleet, f"board-{n:03}") for n in range(count)]
+    for board in made:
+        board.poll()
+    return made
+
+
+def rollout(fleet, plan, start=True, **policy):
+    body = {
+        "firmware_id": fleet.number,
+        "stages": plan,
+        "policy": {**QUICK, **policy},
+        "seed": "s",
+        "start": start,
+    }
+    made = fleet.api("POST", "rollouts", body)
+    assert "id" in made, made
+    return made["id"]
+
+
+def tick(fleet, number, times=1, ahead=0):
+    for _ in range(times):
+        now = int(time.time()) + ahead
+        found = fleet.store.write(lambda c, now=now: rollouts.tick(c, number, now))
+    return found
+
+
+def state(fleet, number):
+    return fleet.api("GET", f"rollouts/{number}")
+
+
+def test_a_rollout_goes_stage_by_stage_to_its_end(fleet):
+    all_boards = boards(fleet, 20)
+    number = rollout(fleet, [{"count": 2}, {"percent": 50}, {"percent": 100}], promote=False)
+    reached = []
+    for _ in range(3):
+        took = [b for b in all_boards if b.update()]
+        assert all(b.version == "1.1.0" for b in took)
+        reached.append(sum(b.version == "1.1.0" for b in all_boards))
+        tick(fleet, number, 2)
+    assert reached[0] == 2 and reached[0] < reached[1] < reached[2] == 20
+    done = state(fleet, number)
+    assert (done["state"], done["counts"]["confirmed"]) == ("complete", 20)
+    assert fleet.release("1.1.0")["stable"]
+
+
+def test_a_bad_build_stops_itself_within_the_pilot(fleet):
+    """F121, I20: what is bad reaches no more than the pilot, and offers stop at once."""
+    all_boards = boards(fleet, 40)
+    number = rollout(fleet, [{"count": 5}, {"percent": 100}], failure_percent=10)
+    met = [b for b in all_boards if b.update(good=False)]
+    assert len(met) == 3  # the third failure paused it before the fourth asked
+    paused = state(fleet, number)
+    assert paused["state"] == "paused"
+    assert "3 of 3" in paused["why"]
+    assert not any(b.poll()["update_available"] for b in all_boards)
+    tick(fleet, number, 3)
+    assert state(fleet, number)["state"] == "paused"
+
+
+def test_offers_made_but_not_begun_are_withdrawn_by_a_pause(fleet):
+    one, two = boards(fleet, 2)
+    number = rollout(fleet, [{"percent": 100}])
+    assert one.poll()["update_available"]
+    two.fetch()
+    fleet.api("POST", f"rollouts/{number}/pause", {"why": "lunch"})
+    assert not one.poll()["update_available"]
+    assert one.attempts()[0]["reason"] == "withdrawn"
+    assert two.attempts()[0]["state"] == "staged"  # in flight: it finishes
+    two.version = "1.1.0"
+    two.poll()
+    two.report("confirmed", "1.1.0")
+    fleet.api("POST", f"rollouts/{number}/resume", {})
+    assert one.update() == "1.1.0"
+    assert state(fleet, number)["counts"]["confirmed"] == 2
+
+
+def test_no_more_boards_begin_than_may_at_once(fleet):
+    all_boards = boards(fleet, 6)
+    rollout(fleet, [{"percent": 100}], max_concurrent=2)
+    offered = [b for b in all_boards if b.poll()["update_available"]]
+    assert len(offered) == 2
+    waiting = next(b for b in all_boards if b not in offered)
+    assert waiting.poll()["reason"] == "busy"
+    assert offered[0].update()
+    assert waiting.poll()["update_available"]
+
+
+def test_a_gate_waits_for_a_person_and_a_bake_for_time(fleet):
+    all_boards = boards(fleet, 4)
+    number = rollout(fleet, [{"count": 1}, {"percent": 100}], gate=True, bake_s=600)
+    assert [b.update() for b in all_boards].count("1.1.0") == 1
+    assert tick(fleet, number)[0] == "passed"
+    assert "baking" in tick(fleet, number)[1]
+    assert "person" in tick(fleet, number, ahead=700)[1]
+    fleet.api("POST", f"rollouts/{number}/expand", {"why": "looks good"})
+    assert tick(fleet, number, ahead=700)[0] == "advance"
+    assert state(fleet, number)["state"] == "expand"
+
+
+def test_sleeping_boards_hold_nobody_up(fleet):
+    awake, asleep = boards(fleet, 2)
+    fleet.store.write(
+        lambda c: c.exec_driver_sql("UPDATE devices SET last_seen = 5 WHERE device_id='board-001'")
+    )
+    number = rollout(fleet, [{"percent": 100}])
+    assert awake.update()
+    assert tick(fleet, number, 2)[0] == "complete"
+    assert asleep.device_id == "board-001"
+
+
+def test_a_lost_board_is_a_failure_after_its_time(fleet):
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}])
+    board.fetch()
+    tick(fleet, number, ahead=4000)
+    assert board.attempts()[0]["reason"] == "timed_out"
+    assert state(fleet, number)["state"] == "paused"
+    board.version = "1.1.0"
+    board.poll()
+    board.report("confirmed", "1.1.0")  # it was only slow: its word counts
+    assert board.attempts()[0]["state"] == "confirmed"
+
+
+def test_a_changed_label_moves_nobody_and_newcomers_join_where_asked(fleet):
+    """Golioth's lesson, and hawkbit#1548."""
+    boards(fleet, 2)
+    number = rollout(fleet, [{"label": "ring=pilot"}, {"percent": 100}])
+    fleet.api("PATCH", "devices/board-000", {"labels": {"ring": "pilot"}})
+    assert not Board(fleet, "board-000").poll()["update_available"]
+    fleet.api("POST", f"rollouts/{number}/abort", {})
+    rollout(fleet, [{"label": "ring=pilot"}], include_new=True)
+    fleet.api("PATCH", "devices/board-001", {"labels": {"ring": "pilot"}})
+    assert Board(fleet, "board-001").poll()["update_available"]
+    assert Board(fleet, "new", labels=["ring=pilot"]).poll()["update_available"]
+    assert not Board(fleet, "other").poll()["update_available"]
+
+
+def test_everyone_is_sent_back_by_a_new_rollout(fleet, tmp_path):
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}])
+    assert board.update() == "1.1.0"
+    refused = fleet.api("POST", f"rollouts/{number}/back", {"version": "1.0.0"})
+    assert refused["code"] == "no_downgrade"
+    made = fleet.upload(tmp_path, "0.9.0", downgrade=True).json()
+    fleet.api("PATCH", f"firmware/{made['id']}", {"pilot_ready": True})
+    back = fleet.api("POST", f"rollouts/{number}/back", {"version": "0.9.0"})
+    assert back["state"] == "pilot"
+    assert state(fleet, number)["state"] == "aborted"
+    assert board.update() == "0.9.0"
+
+
+def test_a_start_time_and_what_a_release_must_be(fleet):
+    boards(fleet, 1)
+    body = {"firmware_id": fleet.number, "starts_at": "2000-01-01T00:00:00Z"}
+    number = fleet.api("POST", "rollouts", body)["id"]
+    assert state(fleet, number)["state"] == "draft"
+    assert state(fleet, number)["preview"][-1] == 1
+    assert tick(fleet, number)[0] == "advance"
+    fleet.api("PATCH", f"firmware/{fleet.number}", {"pilot_ready": False})
+    other = fleet.api("POST", "rollouts", {"firmware_id": fleet.number})["id"]
+    assert fleet.api("POST", f"rollouts/{other}/start", {})["code"] == "not_ready"
+    assert fleet.api("POST", f"rollouts/{other}/resume", {})["code"] == "state"
+
+
+def test_blocking_a_release_pauses_its_rollouts(fleet):
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}])
+    fleet.api("PATCH", f"firmware/{fleet.number}", {"blocked": "burns the coffee"})
+    assert not board.poll()["update_available"]
+    assert "burns the coffee" in state(fleet, number)["why"]
+
+
+def test_complete_points_the_channel_at_the_release(fleet):
+    from twinslot_server.background import Background
+
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}])
+    board.update()
+    clock = Background(fleet.parts, fleet.data)
+    clock.tick()
+    clock.tick()
+    clock._leader.release()
+    assert state(fleet, number)["state"] == "complete"
+    assert Board(fleet, "later").poll()["release"].endswith("/1.1.0.jws")
+    last = fleet.api("GET", "audit")["audit"][0]
+    assert (last["who"], last["action"]) == ("scheduler", "rollout.complete")
+
+
+def test_outside_its_window_a_board_waits_and_asks_in_time(fleet):
+    (board,) = boards(fleet, 1)
+    rollout(fleet, [{"percent": 100}])
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=2)
+    window = {
+        "start": soon.strftime("%H:%M"),
+        "end": (soon + dt.timedelta(minutes=5)).strftime("%H:%M"),
+    }
+    made = fleet.api("POST", "windows", window)
+    answer = board.poll()
+    assert answer["reason"] == "window"
+    assert answer["poll"] <= 120
+    fleet.api("DELETE", f"windows/{made['id']}")
+    assert board.poll()["update_available"]
+
+
+# ---- explain agrees with the poll, whatever the fleet
+
+
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["pin", "unpin", "pause", "resume", "block", "unblock", "pending", "accept", "label",
+             "window", "no window", "job", "fail", "update", "promote"]
+        ),
+        st.integers(0, 2),
+    ),
+    max_size=8,
+)  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None)
+@given(STEPS)
+def test_explain_says_what_the_poll_answers(tmp_path_factory, steps):
+    folder = tmp_path_factory.mktemp("explain")
+    with running(folder) as fleet:
+        fleet.publish("1.0.0")
+        fleet.number = fleet.upload(folder, "1.1.0").json()["id"]
+        fleet.api("PATCH", f"firmware/{fleet.number}", {"pilot_ready": True, "stable": True})
+        three = boards(fleet, 3)
+        number = rollout(fleet, [{"count": 2}, {"percent": 100}], max_concurrent=1)
+        opened = []
+        for word, index in steps:
+            board = three[index]
+            path = f"devices/{board.device_id}"
+            if word in ("pin", "unpin"):
+                fleet.api("PATCH", path, {"pin": "1.1.0" if word == "pin" else None})
+            elif word in ("pause", "resume"):
+                fleet.api("POST", f"rollouts/{number}/{word}", {})
+            elif word in ("block", "unblock"):
+                why = "bad" if word == "block" else None
+                fleet.api("PATCH", f"firmware/{fleet.number}", {"blocked": why})
+            elif word in ("pending", "accept"):
+                wanted = "pending" if word == "pending" else "accepted"
+                fleet.api("PATCH", path, {"enrolment": wanted})
+            elif word == "label":
+                fleet.api("PATCH", path, {"labels": {"site": "here"}})
+            elif word == "window":
+                body = {"label": "site=here", "start": "00:00", "end": "00:01", "days": [0]}
+                opened.append(fleet.api("POST", "windows", body)["id"])
+            elif word == "no window" and opened:
+                fleet.api("DELETE", f"windows/{opened.pop()}")
+            elif word == "job":
+                body = {"firmware_id": fleet.number, "target": {"nodes": [board.device_id]}}
+                fleet.api("POST", "ota/updates", body)
+            elif word in ("fail", "update"):
+                board.update(good=word == "update")
+            elif word == "promote":
+                fleet.api("POST", f"firmware/{fleet.number}/promote", {"channel": "stable"})
+            for other in three:
+                told = fleet.api("GET", f"devices/{other.device_id}/explain")
+                answer = other.poll()
+                assert told["update_available"] == answer["update_available"], told
+                assert told["release"] == answer.get("release"), told
+                assert told["reason"] == answer.get("reason", "offered"), told
+                assert told["sentence"].endswith(".")
+
+
+def test_precedence_is_pin_then_job_then_rollout_then_channel(fleet, tmp_path):
+    (board,) = boards(fleet, 1)
+    numbers = {"1.1.0": fleet.number}
+    for version in ("1.2.0", "1.3.0", "1.4.0"):
+        numbers[version] = fleet.upload(tmp_path, version).json()["id"]
+        flags = {"pilot_ready": True, "stable": True}
+        fleet.api("PATCH", f"firmware/{numbers[version]}", flags)
+    fleet.api("PATCH", f"firmware/{fleet.number}", {"stable": True})
+    said = []
+
+    def ask():
+        said.append(board.poll()["release"].rpartition("/")[2])
+
+    fleet.api("POST", f"firmware/{fleet.number}/promote", {"channel": "stable"})
+    ask()
+    fleet.number = numbers["1.2.0"]
+    rollout(fleet, [{"percent": 100}])
+    ask()
+    fleet.api(
+        "POST",
+        "ota/updates",
+        {"firmware_id": numbers["1.3.0"], "target": {"nodes": ["board-000"]}},
+    )
+    ask()
+    fleet.api("PATCH", "devices/board-000", {"pin": "1.4.0"})
+    ask()
+    assert said == ["1.1.0.jws", "1.2.0.jws", "1.3.0.jws", "1.4.0.jws"]
+
+
+def test_a_decision_needs_no_database():
+    board = offers.Board("b", "p", "h", "1.0.0")
+    empty = offers.decide(offers.Situation(board, []), 0)
+    assert (empty.reason, empty.offer) == ("no_channel", None)
