@@ -1,0 +1,147 @@
+"""ota.json: what is taken, what is refused and in which words, and the copy that worked."""
+
+import json
+import os
+
+from harness import raises
+
+from twinslot import config
+from twinslot.errors import ConfigError
+
+HEAP = "256K"
+GOOD = {"product": "lamp", "url": "https://updates.example/", "keys": "/k.json", "ca": "/ca.pem"}
+
+
+def refused(**change):
+    """Check a configuration that differs from a good one; return the words of the refusal."""
+    settings = dict(GOOD)
+    for name, value in change.items():
+        if value is None:
+            del settings[name]
+        else:
+            settings[name] = value
+    return str(raises(ConfigError, config.check, settings))
+
+
+def write(path, content):
+    with open(path, "wb") as f:
+        f.write(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+def remove(*paths):
+    for path in paths:
+        try:
+            os.remove(path)
+        except OSError:
+            pass
+
+
+def test_a_short_configuration_is_completed():
+    full = config.check(GOOD)
+    assert full["product"] == "lamp" and full["channel"] == "stable"
+    assert full["hardware"] == "ESP32_GENERIC", "the name of the MicroPython build"
+    assert full["poll"] > 0 and full["stable"] > 0 and full["hang"] > 0
+    assert "source" in full and "source" not in GOOD
+
+
+def test_a_url_gets_its_slash():
+    assert config.check(dict(GOOD, url="https://a.example/tree"))["url"].endswith("/tree/")
+
+
+def test_each_required_member_is_missed_by_name():
+    for name in ("product", "url", "keys"):
+        assert name in refused(**{name: None})
+        assert name in refused(**{name: ""})
+
+
+def test_an_unknown_member_is_refused_and_the_known_ones_are_named():
+    text = refused(chanel="beta")
+    assert "chanel" in text and "channel" in text
+
+
+def test_each_member_has_one_type():
+    for name, value in (
+        ("product", 5),
+        ("poll", "60"),
+        ("poll", True),
+        ("poll", 1.5),
+        ("stable", None or []),
+        ("labels", "a"),
+        ("allow_http", 1),
+        ("keys", {}),
+        ("wifi", "home"),
+    ):
+        assert name in refused(**{name: value})
+
+
+def test_a_time_is_never_negative():
+    for name in ("poll", "timeout", "stable", "deadline", "hang", "wdt"):
+        assert name in refused(**{name: -1})
+
+
+def test_what_is_no_object_is_no_configuration():
+    for value in (None, [], "x", 5):
+        raises(ConfigError, config.check, value)
+
+
+def test_the_source_is_one_of_two():
+    assert "static or server" in refused(source="ftp")
+
+
+def test_transport_is_verified_or_refused():
+    assert "ca" in refused(ca=None)
+    config.check(dict(GOOD, ca="", fingerprint="ab" * 32))
+    assert "allow_http" in refused(url="http://a.example/")
+    config.check(dict(GOOD, url="http://a.example/", allow_http=True))
+    assert "token" in refused(url="http://a.example/", allow_http=True, token="secret")
+    for url in ("ftp://a.example/", "a.example", "//a.example/", "file:///etc/"):
+        refused(url=url, allow_http=True)
+    assert "client_key" in refused(client_cert="/c.pem")
+
+
+def test_F104_a_refusal_does_not_tell_the_token():
+    assert "s3cret" not in refused(url="http://a.example/", allow_http=True, token="s3cret")
+    assert "s3cret" not in refused(wifi={"ssid": "home", "ap_password": "s3cret"})
+
+
+def test_wifi_is_checked_too():
+    config.check(dict(GOOD, wifi={"ssid": "home", "password": "secret"}))
+    assert "ssid" in refused(wifi={"password": "secret"})
+    assert "pass" in refused(wifi={"ssid": "home", "pass": "secret"})
+    assert "8" in refused(wifi={"ssid": "home", "ap_password": "short"})
+
+
+def test_a_file_that_is_not_there_or_not_json():
+    remove("/c.json", "/c.json.good")
+    assert "/c.json" in str(raises(ConfigError, config.load, "/c.json"))
+    for content in (b"", b"{", b"\xff\xfe", b"[1"):
+        write("/c.json", content)
+        assert "/c.json" in str(raises(ConfigError, config.load, "/c.json"))
+    write("/c.json", GOOD)
+    assert config.load("/c.json")["product"] == "lamp"
+
+
+def test_the_last_one_that_worked_takes_the_place_of_a_damaged_one():
+    write("/c.json", GOOD)
+    config.keep("/c.json")
+    for content in (b"", b'{"product": "la', json.dumps(dict(GOOD, nosuch=1)).encode()):
+        write("/c.json", content)
+        assert config.load("/c.json")["product"] == "lamp"
+    remove("/c.json")
+    assert config.load("/c.json")["product"] == "lamp"
+
+
+def test_a_damaged_one_never_becomes_the_copy():
+    write("/c.json", GOOD)
+    config.keep("/c.json")
+    write("/c.json", b"{")
+    config.keep("/c.json")
+    assert config.load("/c.json")["product"] == "lamp"
+    write("/c.json", dict(GOOD, product="radio"))
+    config.keep("/c.json")
+    write("/c.json", b"{")
+    assert config.load("/c.json")["product"] == "radio"
+
+
+def test_a_key_file_that_is_not_there_is_named():
+    assert "/nosuch.pem" in str(raises(ConfigError, config.read, "/nosuch.pem"))
