@@ -1,0 +1,718 @@
+"""The agent's decisions, with the network replaced: a source, a trust and a client to order.
+
+Slot, journal, health and the guard are the board's own. machine.reset() ends an update.
+"""
+
+import asyncio
+import builtins
+import json
+import sys
+
+import machine
+import workbench as bench
+from harness import raises
+from workbench import BLOCK, NEW, PENDING, VALID
+
+import twinslot.agent
+from twinslot import health, release
+from twinslot.errors import (
+    BusyError,
+    ChecksumError,
+    HttpError,
+    KnownBadError,
+    NetworkError,
+    OtaError,
+    ProductError,
+    RefusedError,
+    UnreachableError,
+    VersionError,
+)
+from twinslot.slot import FirmwareSlot
+from twinslot.sources import parse_offer
+from twinslot.url import resolve
+
+HEAP = "2M"
+TIMEOUT = 90
+HOME = "http://tree.example/"
+OWN = FirmwareSlot().status()["build"]
+IMAGE = bench.make_image(3 * BLOCK + 512, version="2.0.0")
+OTHER = bench.signed(IMAGE).build
+SETTINGS = {
+    "product": "lamp",
+    "url": HOME,
+    "allow_http": True,
+    "keys": "/keys.json",
+    "ntp": "",
+    "version": "1.0.0",
+    "stable": 0,
+    "deadline": 0,
+    "poll": 60,
+}
+
+
+class Reset(BaseException):
+    """machine.reset() of these tests."""
+
+
+class Body:
+    status = 200
+    etag = retry_after = None
+
+    def __init__(self, content):
+        self.length = len(content)
+        self.received = 0
+        self._content = content
+
+    async def readinto(self, view):
+        n = min(len(view), self.length - self.received)
+        view[:n] = self._content[self.received : self.received + n]
+        self.received += n
+        return n
+
+    async def close(self):
+        pass
+
+
+class World:
+    """What is outside of the board: offers, releases, bytes, and who is told.
+
+    Attributes:
+        offer: the pointer a poll finds, or an exception.
+        manifest: the release it leads to, or an exception.
+        content: the payload, or an exception.
+        refuse: exceptions with which reports are answered, one by one.
+        reports, fetched: what reached the source; URLs of payloads asked for.
+    """
+
+    def __init__(self, **manifest):
+        self.offer = {"release": HOME + "lamp/r/2.0.0.jws"}
+        self.manifest = make_release(**manifest)
+        self.content = IMAGE
+        self.refuse = []
+        self.reports = []
+        self.fetched = []
+        self.released = []
+        self.polls = 0
+
+    async def poll(self, client, facts):
+        self.polls += 1
+        if isinstance(self.offer, Exception):
+            raise self.offer
+        return parse_offer(self.offer, HOME, resolve)
+
+    async def report(self, client, facts, report):
+        if self.refuse:
+            error = self.refuse.pop(0)
+            if error:
+                raise error
+        self.reports.append(dict(report))
+
+    async def release(self, client, url):
+        self.released.append(url)
+        if isinstance(self.manifest, Exception):
+            raise self.manifest
+        return self.manifest
+
+    async def renew(self, client, version, base=None):
+        return None
+
+    def verified(self):
+        pass
+
+    async def get(self, url, **kw):
+        self.fetched.append(url)
+        if isinstance(self.content, Exception):
+            raise self.content
+        return Body(self.content)
+
+    @property
+    def client(self):
+        return self
+
+    async def close(self):
+        pass
+
+
+def make_release(**change):
+    image = bench.signed(IMAGE)
+    payload = release.Payload("blobs/a.bin", "identity", len(IMAGE), 0, None, None)
+    values = {
+        "product": "lamp",
+        "version": "2.0.0",
+        "hardware": ["ESP32_GENERIC"],
+        "security_version": 4,
+        "downgrade": False,
+        "issued": 1795165200,
+        "expires": None,
+        "notes": "",
+        "firmware": release.Image("firmware", 0, image.size, image.sha256, OTHER, [payload]),
+    }
+    values.update(change)
+    return release.Release(*[values[name] for name in fields(values)])
+
+
+def fields(values):
+    """Names of release.Release in its order; None for what a later one has more."""
+    names = list(RELEASE_FIELDS)
+    for name in names:
+        values.setdefault(name, None)
+    return names
+
+
+RELEASE_FIELDS = (
+    "product",
+    "version",
+    "hardware",
+    "security_version",
+    "downgrade",
+    "issued",
+    "expires",
+    "notes",
+    "firmware",
+)
+
+
+def start(world, *entries, settings=None, **journal):
+    """Switch a board on, with this otadata and journal; return its agent and a list of events."""
+    bench.otadata(*(entries or ((1, VALID),)))
+    if not entries:
+        bench.erase()
+    bench.new_journal(**journal)
+    with open("/keys.json", "w") as f:
+        n = "v" + "7" * 340 + "Q"  # nobody's key
+        json.dump({"keys": [{"kty": "RSA", "n": n, "e": "AQAB", "alg": "PS256"}]}, f)
+    machine.reset = _reset
+    machine.reset_cause = lambda: machine.HARD_RESET
+    guard = sys.modules["twinslot.guard"]
+    guard._verdict = None
+    agent = twinslot.agent.Agent(dict(SETTINGS, **(settings or {})), source=world)
+    guard.stop()
+    agent._trust = agent._client = world
+    events = []
+    agent.on_event(lambda name, data: events.append((name, dict(data))))
+    return agent, events
+
+
+def _reset():
+    raise Reset
+
+
+def names(events):
+    return [name for name, _ in events]
+
+
+async def installs(agent, **kw):
+    """Await an update that ends in a reset."""
+    try:
+        await agent.update_now(**kw)
+    except Reset:
+        return
+    raise AssertionError("no reset")
+
+
+async def refuses(kind, agent, **kw):
+    try:
+        await agent.update_now(**kw)
+    except OtaError as exc:
+        assert isinstance(exc, kind), repr(exc)
+        return exc
+    raise AssertionError("nothing raised, expected %s" % kind.__name__)
+
+
+# -- one update
+
+
+async def test_an_offer_becomes_a_finished_slot_a_record_and_a_reset():
+    world = World()
+    agent, events = start(world)
+    await installs(agent)
+    assert bench.read(len(IMAGE)) == IMAGE
+    assert bench.states() == {0: VALID, 1: NEW}
+    trial = agent._journal.get("trial")
+    assert (trial["build"], trial["version"], trial["back"]) == (OTHER, "2.0.0", OWN)
+    assert agent._journal.get("confirmed", str) == OWN
+    assert agent._journal.get("floor", int) == 0, "not before it is confirmed"
+    assert names(events)[:2] == ["checking", "staging"] and "staged" in names(events)
+    assert [r["status"] for r in world.reports] == ["staging", "staged"]
+    assert world.fetched == [HOME + "lamp/blobs/a.bin"]
+
+
+async def test_F4_a_complete_slot_is_not_fetched_again():
+    world = World()
+    agent, _ = start(world)
+    bench.put(IMAGE)
+    await installs(agent)
+    assert world.fetched == []
+    assert bench.states()[1] == NEW
+
+
+async def test_no_offer_is_idle():
+    world = World()
+    world.offer = {}
+    agent, events = start(world)
+    assert await agent.update_now() is False
+    assert events[-1] == ("idle", {"version": "1.0.0"})
+    assert world.released == []
+
+
+async def test_F110_the_build_that_runs_is_not_installed_again():
+    running = make_release().firmware
+    running = release.Image("firmware", 0, 5000, running.sha256, OWN, running.payloads)
+    for version, known_as in (("1.3.0", "1.3.0"), ("1.3.0+b", "1.3.0"), ("0.9.0", "1.3.0")):
+        world = World(firmware=running, version=version)
+        agent, _ = start(world, versions={OWN: "1.3.0"})
+        assert await agent.update_now() is False
+        assert agent.version() == known_as, "a name may rise, or an old release could come in"
+        assert world.fetched == []
+        assert agent._journal.get("floor", int) == 4, "of what runs"
+        await agent.update_now()
+        assert len(world.released) == 1, "looked at once"
+
+
+async def test_F110_one_version_of_two_contents_is_refused_for_good():
+    world = World(version="1.0.0")
+    agent, events = start(world)
+    await refuses(VersionError, agent)
+    assert await agent.update_now() is False
+    assert names(events).count("failed") == 1
+
+
+async def test_the_running_build_under_another_products_name_is_refused():
+    firmware = make_release().firmware
+    firmware = release.Image("firmware", 0, 5000, firmware.sha256, OWN, firmware.payloads)
+    world = World(firmware=firmware, product="radio", security_version=99)
+    agent, _ = start(world)
+    await refuses(ProductError, agent)
+    assert agent._journal.get("floor", int) == 0
+
+
+async def test_a_refusal_is_reported_once_and_the_slot_is_untouched():
+    world = World(product="radio")
+    agent, _ = start(world)
+    bench.put(b"\x5a" * BLOCK)
+    await refuses(ProductError, agent)
+    await agent.update_now()
+    assert [r["status"] for r in world.reports] == ["failed"]
+    assert world.reports[0]["error"]["code"] == "product"
+    assert bench.read(BLOCK) == b"\x5a" * BLOCK
+    assert agent._failures == 0, "no back-off: it would not help"
+
+
+async def test_a_known_bad_build_is_left_alone_unless_forced():
+    failed = [[OTHER, "2.0.0", "it crashed", health.TRIES]]
+    world = World()
+    agent, _ = start(world, failed=failed)
+    await refuses(KnownBadError, agent)
+    assert world.reports == [], "that was told when it was rolled back"
+    assert await agent.update_now() is False
+    await installs(agent, force=True)
+    world = World()
+    agent, _ = start(world, failed=[[OTHER, "2.0.0", "power failed", health.TRIES - 1]])
+    await installs(agent)
+
+
+async def test_bytes_that_do_not_match_are_refused_and_may_come_right_later():
+    world = World()
+    world.content = bytearray(IMAGE)
+    world.content[2 * BLOCK] ^= 1
+    agent, _ = start(world)
+    await refuses(ChecksumError, agent)
+    assert bench.read(32) == b"\xff" * 32
+    assert bench.states() == {0: VALID}
+    world.content = IMAGE
+    await installs(agent)
+
+
+async def test_a_release_that_does_not_come_three_times_rests():
+    world = World()
+    world.content = UnreachableError("nobody there")
+    agent, _ = start(world)
+    for _ in range(3):
+        await refuses(UnreachableError, agent)
+    assert await agent.update_now() is False
+    assert len(world.fetched) == 3
+    world.offer = {"release": HOME + "lamp/r/2.0.1.jws"}
+    world.manifest = make_release(version="2.0.1")
+    world.content = IMAGE
+    await installs(agent)
+
+
+async def test_while_otadata_names_another_slot_nothing_is_installed():
+    world = World()
+    agent, _ = start(world)
+    bench.otadata((1, VALID), (2, VALID))
+    await refuses(BusyError, agent)
+    assert world.fetched == []
+    bench.otadata((1, VALID))
+
+
+async def test_a_trial_record_does_not_outlive_an_activation_that_failed():
+    world = World()
+    agent, _ = start(world)
+    activate = agent._slot.activate
+
+    def rotten():
+        bench.flip(BLOCK + 1)
+        activate()
+
+    agent._slot.activate = rotten
+    await refuses(ChecksumError, agent)
+    assert agent._journal.get("trial") == {}
+    assert bench.states() == {0: VALID}
+
+
+# -- boots that owe something
+
+
+async def test_update_now_proves_a_trial_first():
+    world = World()
+    world.offer = {}
+    agent, events = start(
+        world, (3, PENDING), (2, VALID), trial={"build": OWN, "version": "2.0.0"}, confirmed=OTHER
+    )
+    await agent.update_now()
+    assert names(events)[:2] == ["trial", "confirmed"]
+    assert bench.states()[0] == VALID
+    assert [r["status"] for r in world.reports] == ["confirmed"]
+
+
+async def test_F13_a_trial_without_network_is_not_confirmed():
+    world = World()
+    world.offer = NetworkError("no route")
+    bench.put(IMAGE)
+    agent, events = start(
+        world, (3, PENDING), (2, VALID), trial={"build": OWN, "version": "2.0.0"}, confirmed=OTHER
+    )
+    await installs(agent)
+    assert names(events)[-1] == "rolledback"
+    assert bench.states()[0] == PENDING
+    assert health.failed_builds(agent._journal) == [], "it may be the network's fault"
+
+
+async def test_F14_a_server_in_trouble_is_a_server_that_answers():
+    world = World()
+    world.offer = HttpError("down", 503, "200", status=503)
+    agent, events = start(
+        world, (3, PENDING), (2, VALID), trial={"build": OWN, "version": "2.0.0"}, confirmed=OTHER
+    )
+    await refuses(HttpError, agent)
+    assert names(events)[:2] == ["trial", "confirmed"]
+
+
+async def test_own_checks_come_before_the_network():
+    asked = []
+    world = World()
+    world.offer = NetworkError("no route")
+    bench.put(IMAGE)
+    agent, events = start(
+        world, (3, PENDING), (2, VALID), trial={"build": OWN, "version": "2.0.0"}, confirmed=OTHER
+    )
+    agent.check("lamp", lambda: asked.append(world.polls) or False)
+    await installs(agent)
+    assert asked == [0]
+    assert "lamp" in events[-1][1]["message"]
+
+
+async def test_an_activated_slot_gets_its_reset():
+    world = World()
+    bench.put(IMAGE)
+    agent, _ = start(world, (1, VALID), (2, NEW), trial={"build": OTHER}, confirmed=OWN)
+    await installs(agent)
+    assert world.polls == 0
+
+
+# -- the application's word
+
+
+async def test_the_application_may_refuse():
+    world = World()
+    agent, _ = start(world)
+    agent.on_install(lambda step, manifest: False)
+    exc = await refuses(RefusedError, agent)
+    assert "2.0.0" in str(exc)
+    assert world.fetched == []
+    assert await agent.update_now() is False, "the same release is not asked about again"
+
+
+async def test_the_application_is_asked_for_each_step_and_may_postpone():
+    asked = []
+
+    def ask(step, manifest):
+        asked.append((step, manifest.version))
+        return len(asked) % 2 == 0 or 0.01
+
+    world = World()
+    agent, events = start(world)
+    agent.on_install(ask)
+    await installs(agent)
+    assert asked == [("download", "2.0.0")] * 2 + [("activate", "2.0.0")] * 2
+    assert names(events).count("postponed") == 2
+
+
+async def test_F101_a_hook_that_hangs_or_raises_means_not_now():
+    waited = []
+    sleep, limit = asyncio.sleep, asyncio.wait_for
+    longest = twinslot.agent._POSTPONE_MAX_S
+    assert longest == 86400
+
+    async def hang(step, manifest):
+        await sleep(3600)
+
+    def boom(step, manifest):
+        return 1 // 0
+
+    async def no_sleep(seconds):
+        waited.append(seconds)
+
+    for hook in (hang, boom, lambda step, manifest: None, lambda step, manifest: -5):
+        waited.clear()
+        world = World()
+        agent, _ = start(world)
+        agent.on_install(hook)
+        asyncio.wait_for = lambda coroutine, seconds: limit(coroutine, seconds / 10000)
+        asyncio.sleep = no_sleep
+        twinslot.agent._POSTPONE_MAX_S = 300
+        try:
+            await installs(agent)
+        finally:
+            asyncio.wait_for, asyncio.sleep = limit, sleep
+            twinslot.agent._POSTPONE_MAX_S = longest
+        assert waited == [60] * (2 * 5), "for each step; then the update comes all the same"
+
+
+async def test_F101_no_answer_puts_an_update_off_for_more_than_a_day():
+    waited = []
+    sleep = asyncio.sleep
+
+    async def no_sleep(seconds):
+        waited.append(seconds)
+
+    world = World()
+    agent, _ = start(world)
+    agent.on_install(lambda step, manifest: 10**12)
+    asyncio.sleep = no_sleep
+    try:
+        await installs(agent)
+    finally:
+        asyncio.sleep = sleep
+    assert waited == [86400, 86400]
+
+
+# -- two at once, listeners, memory
+
+
+async def test_F100_a_second_update_is_refused_and_the_first_goes_on():
+    world = World()
+    agent, _ = start(world)
+    gate = asyncio.Event()
+
+    async def wait(step, manifest):
+        await gate.wait()
+        return True
+
+    agent.on_install(wait)
+    first = asyncio.create_task(installs(agent))
+    await asyncio.sleep_ms(5)
+    await refuses(BusyError, agent)
+    await refuses(BusyError, agent, force=True)
+    gate.set()
+    await first
+    assert bench.states()[1] == NEW
+
+
+async def test_F100_a_cancelled_update_leaves_the_agent_usable():
+    world = World()
+    agent, _ = start(world)
+
+    async def never(step, manifest):
+        await asyncio.sleep(3600)
+
+    agent.on_install(never)
+    first = asyncio.create_task(agent.update_now())
+    await asyncio.sleep_ms(5)
+    first.cancel()
+    try:
+        await first
+    except asyncio.CancelledError:
+        pass
+    agent.on_install(lambda step, manifest: True)
+    await installs(agent)
+
+
+async def test_a_listeners_fault_is_not_the_updates():
+    world = World()
+    agent, _ = start(world)
+    agent.on_event(lambda name, data: 1 // 0)
+    await installs(agent)
+
+
+async def test_F35_running_out_of_memory_is_an_error_like_others():
+    world = World()
+    world.content = MemoryError("memory allocation failed")
+    agent, events = start(world)
+    await refuses(BusyError, agent)
+    assert events[-1][0] == "failed" and events[-1][1]["code"] == "busy"
+    world.content = IMAGE
+    await installs(agent)
+
+
+async def test_a_heap_too_small_is_said_before_anything_is_asked():
+    import esp32
+
+    world = World()
+    agent, _ = start(world)
+    kept = esp32.idf_heap_info
+    esp32.idf_heap_info = lambda what: [(100_000, 30_000, 9_000, 9_000)]
+    try:
+        exc = await refuses(BusyError, agent)
+    finally:
+        esp32.idf_heap_info = kept
+    assert "9000" in str(exc) and world.polls == 0
+
+
+# -- reports
+
+
+def waiting(n):
+    return [
+        {"attempt": "a%d" % i, "version": "1.%d.0" % i, "build": OTHER, "status": "failed"}
+        for i in range(n)
+    ]
+
+
+async def test_F105_reports_wait_for_a_connection_and_are_told_once():
+    world = World()
+    world.offer = NetworkError("no route")
+    agent, _ = start(world, reports=waiting(2))
+    await refuses(NetworkError, agent)
+    assert len(agent._journal.get("reports", list)) == 2
+    world.offer = {}
+    await agent.update_now()
+    await agent.update_now()
+    assert [r["attempt"] for r in world.reports] == ["a0", "a1"]
+    assert agent._journal.get("reports", list) == []
+
+
+async def test_F105_a_report_nobody_takes_is_dropped():
+    for status in (400, 404, 410, 422):
+        world = World()
+        world.offer = {}
+        agent, _ = start(world, reports=waiting(2))
+        world.refuse = [HttpError("report", status, "200", status=status)]
+        await agent.update_now()
+        assert [r["attempt"] for r in world.reports] == ["a1"]
+        assert agent._journal.get("reports", list) == []
+
+
+async def test_F105_a_report_refused_for_now_is_kept_and_no_update_waits_for_it():
+    for error in (
+        HttpError("report", 500, "200", status=500),
+        HttpError("report", 429, "200", status=429),
+        HttpError("report", 408, "200", status=408),
+        NetworkError("reset by peer"),
+    ):
+        world = World()
+        agent, _ = start(world, reports=waiting(2))
+        world.refuse = [error] * 9
+        await installs(agent)
+        assert len(agent._journal.get("reports", list)) == 2
+        assert bench.states()[1] == NEW
+
+
+async def test_F105_a_failure_that_could_not_be_told_is_told_later():
+    world = World()
+    world.content = UnreachableError("nobody there")
+    agent, _ = start(world)
+    world.refuse = [NetworkError("no route")] * 2  # staging, failed
+    await refuses(UnreachableError, agent)
+    assert world.reports == []
+    world.offer = {}
+    await agent.update_now()
+    assert [r["status"] for r in world.reports] == ["failed"]
+    assert world.reports[0]["error"]["code"] == "unreachable"
+
+
+# -- pace
+
+
+def test_errors_back_off_with_full_jitter_and_a_ceiling():
+    agent, _ = start(World(), settings={"poll": 21600})
+    for failures, ceiling in ((1, 60), (2, 120), (4, 480), (7, 3600), (1000, 3600)):
+        agent._failures = failures
+        waits = [agent._delay_ms() for _ in range(40)]
+        assert 0 <= min(waits) and max(waits) <= ceiling * 1000
+        assert max(waits) > ceiling * 500, "spread over all of it"
+    agent._failures = 0
+    waits = [agent._delay_ms() for _ in range(40)]
+    assert 0.85 * 21600e3 < min(waits) < max(waits) < 1.15 * 21600e3
+
+
+def test_retry_after_is_obeyed_within_reason():
+    agent, _ = start(World())
+    agent._failures = 1
+    agent._retry_after = 600
+    assert 600_000 <= agent._delay_ms() <= 660_000
+    agent._retry_after = 10**9
+    assert agent._delay_ms() <= 7 * 3600 * 1000
+
+
+async def test_retry_after_of_one_answer_does_not_outlive_the_next():
+    world = World()
+    world.offer = HttpError("busy", 503, "200", status=503, retry_after=600)
+    agent, _ = start(world)
+    await refuses(HttpError, agent)
+    assert agent._delay_ms() >= 600_000
+    world.offer = NetworkError("no route")
+    await refuses(NetworkError, agent)
+    assert agent._delay_ms() < 600_000
+
+
+def test_the_first_poll_has_a_constant_place_of_its_own():
+    agent, _ = start(World(), settings={"poll": 21600})
+    first = agent._first_delay_ms()
+    assert first == agent._first_delay_ms() and 0 <= first <= 300_000
+    places = set()
+    for n in range(50):
+        agent.device_id = "24:0a:c4:00:00:%02x" % n
+        places.add(agent._first_delay_ms() // 30_000)
+    assert len(places) >= 8, places
+
+
+async def test_an_offer_may_set_the_pace():
+    world = World()
+    world.offer = {"poll": 5}
+    agent, _ = start(world)
+    await agent.update_now()
+    assert 4_000 <= agent._delay_ms() <= 6_000
+
+
+# -- what is printed
+
+
+def printed(name, data):
+    """Return what the console listener prints."""
+    lines = []
+    kept = builtins.print
+    builtins.print = lambda *args: lines.append(" ".join(str(a) for a in args))
+    try:
+        twinslot.agent._console(name, data)
+    finally:
+        builtins.print = kept
+    return lines
+
+
+def test_F103_text_of_a_server_can_not_pose_as_another_line():
+    evil = "\x1b[2J\r\ntwinslot: confirmed version=9\n%s%n\u2028\x00" + "x" * 10_000
+    lines = printed("failed", {"message": evil, "code": "http"})
+    assert len(lines) == 1 and len(lines[0]) < 300
+    assert lines[0].startswith("twinslot: failed ")
+    for c in lines[0]:
+        assert " " <= c <= "~", repr(c)
+
+
+def test_an_agent_without_its_files_says_which():
+    from twinslot.errors import ConfigError
+
+    start(World())
+    settings = dict(SETTINGS, keys="/nosuch.json")
+    assert "nosuch" in str(raises(ConfigError, twinslot.agent.Agent, settings))
