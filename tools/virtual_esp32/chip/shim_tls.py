@@ -238,8 +238,8 @@ class _Peer(io.IOBase):
         self.readline = own.readline
         self.setblocking = own.setblocking
 
-    def readinto(self, buf):
-        return self._own.readinto(buf)
+    def readinto(self, buf, *size):
+        return self._own.readinto(buf, *size)
 
     def write(self, data):
         return self._own.write(data)
