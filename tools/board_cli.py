@@ -17,6 +17,7 @@ from .virtual_esp32.chip import otadata, table
 from .virtual_esp32.chip.flash import Fault, Flash
 from .virtual_esp32.chip.image import CHIPS
 from .virtual_esp32.firmware import make_firmware
+from .virtual_esp32.port import open_port
 
 app = typer.Typer(
     help="Virtual ESP32 boards: make one, run it, look into it.",
@@ -24,6 +25,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_TIMEOUT_S = 60.0
+
 talk = Console(stderr=True, highlight=False)
 
 Chip = Enum("Chip", {name: name for name in CHIPS}, type=str)
@@ -104,6 +107,7 @@ def _slot_images(given: list[str], parts: list[table.Partition], chip: str) -> d
     epilog=_examples(
         "run flash.bin",
         "run flash.bin --max-boots 3 --timeout 20 --heap 128K --json",
+        "run flash.bin --repl tcp:8765",
         "run flash.bin --cut-at 40 --torn random --seed 7",
     )
 )
@@ -112,7 +116,12 @@ def run(
     max_boots: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many boots.", show_default="no limit")
     ] = None,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for the whole run.")] = 60.0,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1, help="Seconds for the whole run.", show_default="60; with --repl no limit"
+        ),
+    ] = None,
     heap: Annotated[
         str | None,
         typer.Option(help="What user code may allocate.", metavar="SIZE", show_default="256K"),
@@ -134,19 +143,32 @@ def run(
         typer.Option(help='"host" sets the clock at power-on; otherwise it reads 2000-01-01.'),
     ] = None,
     network: Annotated[bool, typer.Option(help="Whether Wi-Fi connects.")] = True,
+    repl: Annotated[
+        str | None,
+        typer.Option(
+            metavar="pty|tcp:PORT", help="Give it a serial port with a prompt; tcp:0 takes any."
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Switch a board on; its console goes to stdout.
 
     Ends when boot.py and main.py are done and nothing else can happen, at the last boot, or when
     the time is up. Exit code 1: nothing to boot, the chip crashed, or its program failed.
+
+    With --repl its first line names the serial port, for mpremote, twinslot push and all others,
+    and it runs until Ctrl-C.
     """
     if clock not in (None, "host"):
         raise typer.BadParameter(f"clock {clock!r}: expected host")
     board = boards.Board(flash, heap=heap, strict=strict, clock=clock, network=network)
+    port = open_port(repl) if repl else None
+    if port and not as_json:
+        _print_line(f"port {port.url}")
     result = board.run(
         max_boots,
-        timeout,
+        timeout or (math.inf if port else _TIMEOUT_S),
+        port=port,
         fault=None if cut_at is None else make_fault(cut_at, torn.value, seed),
         on_console=None if as_json else _print_line,
         on_event=None if as_json else _tell,

@@ -4,6 +4,9 @@
     result = board.run(max_boots=3, timeout=10, on_console=print)
     result.boots[0].partition, result.boots[-1].outcome
 
+With `port` (see `port.py`) the board has a UART, and its prompt is there after main.py, or after a
+Ctrl-C; without one its stdin is closed and it only prints.
+
 Each boot is the bootloader model, then a process of MicroPython's unix port that runs what the
 flash holds (`chip/start.py`). That process tells over a pipe what ends the boot and then stands
 still until it is killed here, so a reset is as final as on a board. Deep sleep is not slept: the
@@ -27,6 +30,7 @@ import queue
 import re
 import selectors
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -46,6 +50,7 @@ from .bootloader import RTC_RECORD_SIZE, BootResult
 from .bootloader import boot as run_bootloader
 from .chip import image, table
 from .chip.flash import Fault, Flash, PowerCut, Stats
+from .port import Port
 
 PWRON_RESET = 1
 HARD_RESET = 2
@@ -72,7 +77,11 @@ _FAKES_ROOM = 256 * 1024
 _SOURCES_ROOM = 768 * 1024  # where they can't be compiled beforehand
 
 EPOCH_2000 = 946684800  # seconds from 1970 to 2000
-_RTC_FILE_SIZE = 8 + 2 + 2048  # see chip/soc.py
+_RTC_FILE_SIZE = 8 + 2 + 2048 + 2  # see chip/soc.py
+_INTERRUPT, _NO_NETWORK = 2058, 2059
+
+# What waits heeds Ctrl-C at once; code that has computed for so long gets a signal.
+_PATIENCE_S = 1.0
 
 # Build name and sys.implementation._machine of MicroPython's generic boards.
 HARDWARE = {
@@ -204,9 +213,10 @@ def chip_modules() -> Path:
 class _Rtc:
     """The RTC domain: clock, user memory, and the bootloader's note of what it booted."""
 
-    def __init__(self, path: Path, clock: str | float | None):
+    def __init__(self, path: Path, clock: str | float | None, network: bool):
         self.path = path
         self.clock = clock
+        self.network = network
         self.bootloader = bytearray(RTC_RECORD_SIZE)
         self.lose_power()
 
@@ -218,8 +228,15 @@ class _Rtc:
         elif self.clock is not None:
             base = time.time() - float(self.clock)
         start = int((base + EPOCH_2000) * 1e6)
-        self.path.write_bytes(struct.pack("<q", start).ljust(_RTC_FILE_SIZE, b"\0"))
+        data = struct.pack("<q", start).ljust(_NO_NETWORK, b"\0")
+        self.path.write_bytes(data + bytes([not self.network]))
         self.bootloader[:] = bytes(len(self.bootloader))
+
+    def put(self, offset: int, value: int) -> None:
+        """Write a byte, also while the chip runs."""
+        with self.path.open("r+b", buffering=0) as f:
+            f.seek(offset)
+            f.write(bytes([value]))
 
     def sleep(self, ms: int) -> None:
         """Put the clock forward."""
@@ -238,7 +255,7 @@ class Board:
         clock: None: unset at power-on (2000-01-01); "host": set; a number: Unix time at power-on.
         hardware: sys.implementation._build, e.g. "ESP32_GENERIC".
         mac: 6 bytes; by default Espressif's prefix and three bytes of the file name's hash.
-        network: False: Wi-Fi never connects.
+        network: False: no Wi-Fi in reach, until `set_network`.
         strict: True: programming a 0 bit back to 1 is an error; False: the flash ANDs.
         idf6: set_boot of the active slot as IDF 6 does it.
         idf_heap: regions that esp32.idf_heap_info(HEAP_DATA) tells.
@@ -275,13 +292,12 @@ class Board:
             "hardware": hardware or build,
             "machine": machine if hardware in (None, build) else f"{hardware} with {self.chip}",
             "mac": list(mac or b"\x24\x0a\xc4" + tail),
-            "network": network,
             "strict": strict,
             "idf6": idf6,
             "idf_heap": idf_heap or _IDF_HEAP,
         }
         self._scratch = Path(tempfile.mkdtemp(prefix="virtual-esp32-"))
-        self._rtc = _Rtc(self._scratch / "rtc", clock)
+        self._rtc = _Rtc(self._scratch / "rtc", clock, network)
         self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._bell = os.pipe()
         os.set_blocking(self._bell[0], False)
@@ -312,6 +328,11 @@ class Board:
         """Take the power away and give it back."""
         self._press("power-cut")
 
+    def set_network(self, in_reach: bool) -> None:
+        """Switch the Wi-Fi network on or off; the board is in it, or is not, at once."""
+        self._rtc.network = in_reach
+        self._rtc.put(_NO_NETWORK, not in_reach)
+
     def _press(self, what: str) -> None:
         self._commands.put(what)
         os.write(self._bell[1], b"!")
@@ -329,6 +350,7 @@ class Board:
         fault: Fault | None = None,
         reset_cause: int = PWRON_RESET,
         stop_when_idle: bool = True,
+        port: Port | None = None,
     ) -> RunResult:
         """Switch the board on and let it run.
 
@@ -343,8 +365,10 @@ class Board:
             fault: where to cut the power; operations are counted from the start of this run.
             reset_cause: of the first boot. Anything but power-on finds the RTC as it was left.
             stop_when_idle: False: a board at its prompt goes on until the time is up.
+            port: the board's UART; with one it never counts as idle.
         """
-        run = _Run(self, timeout, on_event, on_console, until, fault, stop_when_idle)
+        stop_when_idle = stop_when_idle and port is None
+        run = _Run(self, timeout, on_event, on_console, until, fault, stop_when_idle, port)
         cause = reset_cause
         part: BootResult | None = None
         while True:
@@ -397,6 +421,7 @@ class _Process:
         cause: int,
         fault: Fault | None,
         tree_size: int,
+        stdin: int,
     ):
         wire_in, wire_out = os.pipe()
         config = {
@@ -418,7 +443,7 @@ class _Process:
         )
         self._popen = subprocess.Popen(
             [board.micropython, "-X", f"heapsize={heapsize}", "-c", code],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=(wire_out,),
@@ -429,6 +454,9 @@ class _Process:
         os.close(wire_out)
         self.wire = os.fdopen(wire_in, "rb", buffering=0)
         self.stdout = self._popen.stdout
+
+    def interrupt(self) -> None:
+        self._popen.send_signal(signal.SIGINT)
 
     def kill(self) -> None:
         self._popen.kill()
@@ -469,8 +497,9 @@ class _Lines:
 class _Run:
     """State of one `Board.run`."""
 
-    def __init__(self, board, timeout, on_event, on_console, until, fault, stop_when_idle):
+    def __init__(self, board, timeout, on_event, on_console, until, fault, stop_when_idle, port):
         self.board = board
+        self.port: Port | None = port
         self.deadline = time.monotonic() + timeout
         self.on_event = on_event
         self.on_console = on_console
@@ -488,6 +517,9 @@ class _Run:
             Stats(f, board.size)
         self.wdt_ms = 0  # 0: not armed
         self.wdt_deadline = 0.0
+        self.repl_mode = "friendly"
+        self.at_prompt = False
+        self.interrupt_at: float | None = None  # when to send a signal for a Ctrl-C
 
     def tell(self, event: dict[str, Any]) -> None:
         if self.on_event and event["event"] != "console":
@@ -545,10 +577,20 @@ class _Run:
             **self.board._config,
             "flash": str(self.board.path),
             "stats": str(self.stats_path),
+            "repl": self.repl_mode if self.port else None,
         }
+        stdin = subprocess.DEVNULL
+        if self.port:
+            stdin = self.port.stdin
+            if cause != SOFT_RESET:
+                self.port.drain()
         started = time.monotonic()
         tree_size = self.board._tree_size(booted)
-        process = _Process(self.board, config, booted.partition, cause, self.fault, tree_size)
+        self.at_prompt = False
+        self.interrupt_at = None
+        process = _Process(
+            self.board, config, booted.partition, cause, self.fault, tree_size, stdin
+        )
         try:
             self.watch(process, boot)
         except BaseException:
@@ -563,15 +605,22 @@ class _Run:
         selector.register(process.stdout, selectors.EVENT_READ, "console")
         selector.register(process.wire, selectors.EVENT_READ, "wire")
         selector.register(self.board._bell[0], selectors.EVENT_READ, "bell")
+        if self.port:
+            selector.register(self.port, selectors.EVENT_READ, "port")
         printed: list[bytes] = []
         with selector:
             while not boot.outcome:
-                wait = self.deadline - time.monotonic()
+                wait = min(self.deadline - time.monotonic(), 3600.0)
                 if self.wdt_ms:
                     wait = min(wait, self.wdt_deadline - time.monotonic())
+                if self.interrupt_at:
+                    wait = min(wait, self.interrupt_at - time.monotonic())
                 for key, _ in selector.select(max(0.0, wait)):
                     if key.data == "bell":
                         self.obey(boot)
+                        continue
+                    if key.data == "port":
+                        self.typed(self.port.receive())
                         continue
                     chunk = os.read(key.fd, 65536)
                     if not chunk:
@@ -580,6 +629,8 @@ class _Run:
                             boot.outcome = "crash"
                     elif key.data == "console":
                         printed.append(chunk)
+                        if self.port:
+                            self.port.send(chunk)
                         self.print(console.feed(chunk))
                     else:
                         for line in wire.feed(chunk):
@@ -587,8 +638,14 @@ class _Run:
                 if self.stopping and not boot.outcome:
                     boot.outcome = "stopped"
                 self.check_clocks(boot)
+                if self.interrupt_at and time.monotonic() >= self.interrupt_at:
+                    self.interrupt_at = None
+                    if not boot.outcome:
+                        process.interrupt()
         status, rest = process.kill_and_drain(boot.outcome == "crash")
         printed.append(rest)
+        if self.port:
+            self.port.send(rest)
         self.print(console.feed(rest) + console.rest())
         boot.console = b"".join(printed).decode(errors="replace")
         if boot.outcome == "crash":
@@ -596,6 +653,14 @@ class _Run:
                 f"the chip's process ended with status {status}: "
                 + (boot.console.strip().splitlines() or ["no output"])[-1]
             )
+
+    def typed(self, data: bytes) -> None:
+        """Hand over what somebody types. Ctrl-C is a character at the prompt only."""
+        if not self.at_prompt and b"\x03" in data:
+            data = data.replace(b"\x03", b"")
+            self.board._rtc.put(_INTERRUPT, 1)
+            self.interrupt_at = time.monotonic() + _PATIENCE_S
+        self.port.feed(data)
 
     def print(self, lines: list[bytes]) -> None:
         for line in lines:
@@ -641,9 +706,13 @@ class _Run:
             boot.error = event["error"]
             if self.stop_when_idle and not self.wdt_ms and not event.get("busy"):
                 boot.outcome = "idle"
+        elif name == "prompt":
+            self.at_prompt = event["open"]
+            self.interrupt_at = None
         elif name in _NEXT_CAUSE:
             boot.outcome = name
             self.next_cause = _NEXT_CAUSE[name]
+            self.repl_mode = event.get("repl") or "friendly"
             if name == "panic":
                 boot.why = event["why"]
             if name == "deepsleep":

@@ -42,7 +42,7 @@ def reset():
 
 def soft_reset():
     print("MPY: soft reboot")
-    soc.end("soft-reset")
+    soc.end("soft-reset", repl=soc.repl_mode)
 
 
 def reset_cause():

@@ -1,7 +1,8 @@
 """The `network` module of the virtual board: a WLAN that reaches the host's loopback.
 
-connect() succeeds at once, or never if the board's configuration has `"network": false`. Sockets
-are the host's own and do not ask this module. Not there: LAN, PPP, ESP-NOW.
+connect() succeeds as long as the parent says that a network is in reach. Sockets are the host's
+own and do not ask this module. The parent hears the event "wlan" when an interface is switched on
+or off, or an access point is configured. Not there: LAN, PPP, ESP-NOW.
 
 Source: MicroPython ports/esp32/network_wlan.c, extmod/modnetwork.c.
 """
@@ -78,6 +79,7 @@ class WLAN:
         if on is not None:
             self._active = bool(on)
             self._tried = self._tried and self._active
+            self._tell()
         return self._active
 
     def connect(self, ssid=None, key=None, *, bssid=None):
@@ -93,7 +95,7 @@ class WLAN:
     def isconnected(self):
         if self._id == AP_IF:
             return False
-        return self._active and self._tried and soc.config["network"]
+        return self._active and self._tried and soc.in_reach()
 
     def status(self, what=None):
         if what == "rssi":
@@ -127,6 +129,14 @@ class WLAN:
                 hostname(value)
             else:
                 self._settings["ssid" if name == "essid" else name] = value
+        if settings and self._id == AP_IF:
+            self._tell()
+
+    def _tell(self):
+        s = self._settings
+        security = s.get("security", s.get("authmode", AUTH_OPEN))
+        name = "ap" if self._id == AP_IF else "station"
+        soc.event("wlan", interface=name, active=self._active, ssid=s["ssid"], security=security)
 
     def _setting(self, name):
         if name == "mac":
@@ -144,6 +154,6 @@ class WLAN:
     def scan(self):
         if not self._active:
             raise OSError("STA must be active")
-        if not soc.config["network"]:
+        if not soc.in_reach():
             return []
         return [(b"loopback", b"\x02\0\0\0\0\x01", 1, -50, 3, False)]

@@ -1,4 +1,5 @@
-"""`select` whose poll lets machine.Timer callbacks run while it waits, as the ESP32's does."""
+"""`select` whose poll lets machine.Timer callbacks run, and heeds Ctrl-C, while it waits, as the
+ESP32's does."""
 
 import select as _select
 import time as _time
@@ -18,18 +19,21 @@ class _Poll:
         self.modify = poll.modify
 
     def ipoll(self, timeout=-1, flags=0):
-        if not soc.timers or timeout == 0:
+        if timeout == 0 or not (soc.timers or soc.attended):
+            soc.heed()
             return self._poll.ipoll(timeout, flags)
         return self._sliced(timeout)
 
     def poll(self, timeout=-1, flags=0):
-        if not soc.timers or timeout == 0:
+        if timeout == 0 or not (soc.timers or soc.attended):
+            soc.heed()
             return self._poll.poll(timeout)
         return self._sliced(timeout)
 
     def _sliced(self, timeout):
         end = _time.ticks_add(_time.ticks_ms(), max(timeout, 0))
         while True:
+            soc.heed()
             left = _SLICE_MS
             if timeout >= 0:
                 left = min(left, max(0, _time.ticks_diff(end, _time.ticks_ms())))

@@ -1,7 +1,8 @@
 """`time` as an ESP32 has it: epoch 2000, the board's own clock, whole seconds.
 
 Sleeps are cut in slices while a machine.Timer is armed: the unix port runs scheduled callbacks
-only between two bytecodes, the ESP32 also while it sleeps.
+only between two bytecodes, the ESP32 also while it sleeps. So they are while somebody may press
+Ctrl-C.
 """
 
 import time as _time
@@ -42,10 +43,11 @@ def mktime(value):
 
 
 def sleep_ms(ms):
-    if not soc.timers:
+    if not (soc.timers or soc.attended):
         return _time.sleep_ms(ms)
     end = ticks_add(ticks_ms(), ms)
     while True:
+        soc.heed()
         left = ticks_diff(end, ticks_ms())
         if left <= 0:
             return
@@ -53,12 +55,12 @@ def sleep_ms(ms):
 
 
 def sleep(seconds):
-    if not soc.timers:
+    if not (soc.timers or soc.attended):
         return _time.sleep(seconds)
     sleep_ms(int(seconds * 1000))
 
 
 def sleep_us(us):
-    if not soc.timers or us < 10000:
+    if us < 10000 or not (soc.timers or soc.attended):
         return _time.sleep_us(us)
     sleep_ms(us // 1000)

@@ -8,8 +8,11 @@ RTC domain: a small file that outlives the process, kept by the parent until pow
     0  8  host time (us since 1970) at which the board's clock reads 2000-01-01, i64
     8  2  length of the user memory, u16
     10 2048 user memory
+    2058 1  1: Ctrl-C was pressed while code ran, see `heed`
+    2059 1  1: no network is in reach
 """
 
+import _thread
 import json
 import struct
 import time
@@ -24,13 +27,18 @@ partitions = []  # the table's, then the synthesised vfs
 running = None  # the table.Partition that this firmware was loaded from
 threads = []  # one item for each thread that user code started
 timers = []  # armed machine.Timer objects; sleeps are sliced while there are any
+repl_mode = "friendly"  # of the prompt, kept over a soft reset; in "raw" main.py is not run
+attended = False  # somebody is at the prompt and may press Ctrl-C: sleeps are sliced too
 
 RTC_MEMORY = 2048
+_CONTROLS = 10 + RTC_MEMORY
 _PROTECTED_END = 0x8C00  # bootloader and partition table
 
 _sleep_ms = time.sleep_ms
 _wire = None
 _rtc = None
+_main_thread = None
+_flag = bytearray(1)
 _buf = bytearray(4096)  # for reading images: C code has no need of the user's heap
 
 
@@ -40,11 +48,13 @@ class Panic(Exception):
 
 def start(path):
     """Read the board's configuration and open what it names."""
-    global running, _wire, _rtc
+    global running, attended, _wire, _rtc, _main_thread
     with open(path) as f:
         open_flash(json.load(f))
     _wire = open(config["wire"], "wb")
     _rtc = open(config["rtc"], "r+b")
+    attended = config["repl"] is not None
+    _main_thread = _thread.get_ident()
     for part in partitions:
         if part.offset == config["running"] and part.type == table.TYPE_APP:
             running = part
@@ -145,15 +155,53 @@ def feed():
 def halt(*_):
     """Stand still until the parent kills this process."""
     while True:
-        _sleep_ms(1000)
+        try:
+            _sleep_ms(1000)
+        except KeyboardInterrupt:
+            pass
 
 
 def end(name, **fields):
     """End this boot: tell the parent, then stand still. Other threads lose the flash at once."""
-    flash.read = flash.program = flash.erase = halt
-    timers.clear()
-    event(name, **fields)
-    halt()
+    try:
+        flash.read = flash.program = flash.erase = halt
+        timers.clear()
+        event(name, **fields)
+    finally:
+        halt()
+
+
+# ---- what the parent may want at any time
+
+
+def _control(index):
+    _rtc.seek(_CONTROLS + index)
+    _rtc.readinto(_flag)
+    return _flag[0] != 0
+
+
+def heed():
+    """Raise KeyboardInterrupt if Ctrl-C was pressed. Called by whatever waits.
+
+    A signal would do without, but this interpreter raises from its handler, in the middle of
+    whatever C code runs; the parent resorts to one when code waits for nothing.
+    """
+    if attended and _thread.get_ident() == _main_thread and take_interrupt():
+        raise KeyboardInterrupt
+
+
+def take_interrupt():
+    """True if Ctrl-C was pressed since the last call."""
+    if not _control(0):
+        return False
+    _rtc.seek(_CONTROLS)
+    _rtc.write(b"\0")
+    return True
+
+
+def in_reach():
+    """True if there is a network to join."""
+    return not _control(1)
 
 
 def power_cut():

@@ -19,9 +19,9 @@ shared/runtime/pyexec.c.
 """
 
 import gc
-import io
 import sys
 
+import repl
 import shim_os
 import shim_time
 import soc
@@ -60,11 +60,20 @@ def main(config_path, reserve):
     namespace = _clean_namespace()
     frozen = _mount(bdev, tree)
     del tree, bdev
+    stdin = None
+    if soc.attended:
+        stdin = repl.Stdin()
+        sys.modules["sys"].stdin = repl.Text(stdin)
     _grow_qstr_pool()
     _hand_over_heap(reserve)
-    for name in ("boot", "main"):
-        _run(name, frozen, namespace)
-    _idle(None)
+    soc.repl_mode = soc.config["repl"]
+    error = _run("boot", frozen, namespace)
+    if error is None and soc.repl_mode != "raw":  # neither after a boot.py that failed
+        error = _run("main", frozen, namespace)
+    soc.event("heap", at="end", alloc=gc.mem_alloc(), free=gc.mem_free())
+    if stdin:
+        _prompt(stdin, namespace, error)
+    _idle(error)
 
 
 _plugs = [None] * 1000
@@ -180,38 +189,32 @@ def _corrupted():
 
 
 def _run(name, frozen, namespace):
-    """Run boot.py or main.py as __main__, from the frozen modules or from the volume."""
+    """Run boot.py or main.py as __main__, from the frozen modules or from the volume.
+
+    Returns the traceback that ended it, or None.
+    """
     try:
         if frozen and _exists("/%s/%s.mpy" % (frozen, name)):
             # A false fromlist is what the interpreter's own -m passes: the module is __main__.
             __import__("%s/%s" % (frozen, name), None, None, False)
-            return
+            return None
         path = name + ".py"
         if frozen and _exists("/%s/%s" % (frozen, path)):
             path = "/%s/%s" % (frozen, path)
         elif not _exists(path):
-            return
+            return None
         with open(path) as f:
             code = f.read()
         code = compile(code, name + ".py", "exec")
         gc.collect()
         exec(code, namespace)
+        return None
     except SystemExit:
         sys.modules["machine"].soft_reset()
     except BaseException as e:
-        text = _traceback(e)
+        text = repl.traceback(e)
         print(text, end="")
-        _idle(text)  # main.py doesn't run after a boot.py that failed
-
-
-def _traceback(error):
-    """Text of a traceback, without the frame of this file."""
-    text = io.StringIO()
-    sys.print_exception(error, text)
-    lines = text.getvalue().split("\n")
-    if len(lines) > 1 and "in _run" in lines[1]:
-        del lines[1]
-    return "\n".join(lines)
+        return text
 
 
 def _exists(path):
@@ -223,7 +226,6 @@ def _exists(path):
 
 def _idle(error):
     """Where a board shows its prompt: timers and threads go on, and so does the watchdog."""
-    soc.event("heap", at="end", alloc=gc.mem_alloc(), free=gc.mem_free())
     told = None
     while True:
         busy = bool(soc.timers or soc.threads)
@@ -231,3 +233,12 @@ def _idle(error):
             soc.event("idle", error=error, busy=busy)
             told = busy
         shim_time.sleep_ms(20)
+
+
+def _prompt(stdin, namespace, error):
+    """Serve the prompt, for ever."""
+    soc.event("idle", error=error, busy=True)
+    name = "; ".join((sys.version.split("; ")[-1], soc.config["machine"]))
+    banner = '%s\r\nType "help()" for more information.\r\n' % name
+    soft_reset = sys.modules["machine"].soft_reset
+    repl.Repl(stdin, namespace, soft_reset, banner.encode()).run()
