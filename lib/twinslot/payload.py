@@ -54,8 +54,7 @@ def heap(payload):
     """Bytes of heap that ``pump`` needs for a payload, its block included."""
     need = BLOCK
     if payload.encoding == "gzip":
-        # Ring and buffer; a new window while the old one is not collected yet; objects.
-        need += _AHEAD + 2 * _SLICE + (2 << payload.window) + 1024
+        need += _AHEAD + 2 * _SLICE + (1 << payload.window) + 2048  # ring, buffer, window, objects
     if payload.patch:
         need += _SLICE + 512
     return need

@@ -73,7 +73,7 @@ CAUSE_NAMES = {1: "power-on", 2: "hard", 3: "wdt", 4: "deep sleep", 5: "soft"}
 # 128 KiB, what a board without PSRAM has left once Wi-Fi is up.
 DEFAULT_HEAP = 256 * 1024
 # Bytes for launcher and fakes while they load; what is left of it is plugged afterwards.
-_FAKES_ROOM = 256 * 1024
+_FAKES_ROOM = 320 * 1024
 _SOURCES_ROOM = 768 * 1024  # where they can't be compiled beforehand
 
 EPOCH_2000 = 946684800  # seconds from 1970 to 2000

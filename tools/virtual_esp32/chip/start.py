@@ -77,7 +77,7 @@ def main(config_path, reserve):
 
 
 _plugs = [None] * 1000
-_QSTRS = 1200  # what this folder's modules intern, and then some: over 630, where a pool ends
+_QSTRS = 1400  # what this folder's modules intern, and then some: over 1260, where a pool ends
 
 
 def _grow_qstr_pool():
