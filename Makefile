@@ -23,7 +23,7 @@ demo: $(READY)
 	@$(BIN)/twinslot demo
 
 test: lint size
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY) $(STUBS)
 	@$(BIN)/ruff check $(LINTED)
