@@ -101,6 +101,9 @@ UNCUT = {
     "unarmed": (["ota_1"], 20),
     "unarmed-crash": (["ota_1", "ota_1", "ota_0"], 20),
     "unarmed-crash-down": (["ota_0", "ota_0", "ota_1"], 20),
+    "factory": (["factory", "ota_0"], 120),
+    "factory-crash": (["factory", "ota_0", "factory"], 120),
+    "factory-unarmed-crash": (["ota_0", "ota_0", "factory"], 20),
 }
 
 
@@ -151,13 +154,21 @@ def test_F12_power_cut_on_the_way_into_a_crash_and_back(life):
     up.hold([Point(op) for op in up.dice.sample(up.telling(4), 12)])
 
 
-@pytest.mark.parametrize("name", ["unarmed", "unarmed-crash", "unarmed-crash-down"])
+@pytest.mark.parametrize(
+    "name", ["unarmed", "unarmed-crash", "unarmed-crash-down", "factory-unarmed-crash"]
+)
 def test_F8_power_cut_in_a_trial_that_the_bootloader_does_not_watch(life, name):
     unarmed = life(name)
     unarmed.hold(unarmed.torn(unarmed.dice.sample(unarmed.all(), 32)))
 
 
-@pytest.mark.parametrize("name", ["good", "good-down", "crash-down"])
+@pytest.mark.parametrize("name", ["factory", "factory-crash"])
+def test_power_cut_in_the_first_update_of_a_board_with_a_factory_slot(life, name):
+    factory = life(name)
+    factory.hold(factory.torn(factory.dice.sample(factory.telling(4), 24)))
+
+
+@pytest.mark.parametrize("name", ["good", "good-down", "crash-down", "factory"])
 def test_F9_F18_otadata_lost_at_a_power_cut(life, name):
     lost = life(name)
     ops = lost.dice.sample(lost.telling(6), 14)
