@@ -248,11 +248,14 @@ class Trial:
             RollbackError: it failed and there is no way back; the running image stays.
         """
         start = time.ticks_ms()
+        build = self._slot.status()["build"]
         feeder = asyncio.create_task(self._keep_feeding())
         try:
             await asyncio.sleep(self._stable)
             while True:
                 complaint = await self._complaint()
+                if build and self._journal.get("confirmed", str) == build:
+                    return  # by hand, meanwhile
                 if complaint is None:
                     try:
                         return confirm(self._slot, self._journal)

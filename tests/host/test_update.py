@@ -338,3 +338,19 @@ def test_a_board_with_128_KB_of_heap_updates_a_image_of_1500_KB(make_lab):
     image = lab.firmware("1.1.0").read_bytes()
     assert len(image) >= 1_500_000
     assert slot_bytes(lab, "ota_1")[: len(image)] == image
+
+
+CONFIRM_BY_HAND = """    await asyncio.sleep(2)
+    twinslot.confirm()
+    await asyncio.sleep(60)
+"""
+
+
+def test_what_a_person_confirmed_stays_though_a_check_fails(make_lab):
+    lab = make_lab(settings={"deadline": 4})
+    lab.power_on()
+    install(lab, "1.1.0", CONFIRM_BY_HAND)  # beats stays 0: the application's own check fails
+    ended = lab.wait(lambda e: e.name in ("confirmed", "rolledback"))
+    assert ended.name == "confirmed"
+    lab.wait(lambda e: e.name == "idle", start=lab.events.index(ended))
+    assert entries(lab)[1].state == otadata.VALID
