@@ -110,7 +110,13 @@ class Download:
             if state and response.status == 200:  # no Range there, or another file by now
                 state, offset = None, await self._slot.begin(image)
             elif response.status != (206 if state else 200):
-                raise HttpError("payload", response.status, "200", status=response.status)
+                raise HttpError(
+                    "payload",
+                    response.status,
+                    "200",
+                    status=response.status,
+                    retry_after=response.retry_after,
+                )
             left = chosen.size - (state[0] if state else 0)
             if response.length not in (None, left):
                 raise HttpError("payload length", response.length, left, status=response.status)

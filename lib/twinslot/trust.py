@@ -141,7 +141,13 @@ class Trust:
         response = await client.get(url)
         try:
             if response.status != 200:
-                raise HttpError(url, response.status, "200", status=response.status)
+                raise HttpError(
+                    url,
+                    response.status,
+                    "200",
+                    status=response.status,
+                    retry_after=response.retry_after,
+                )
             return await response.read(jws.TOKEN_LIMIT)
         finally:
             await response.close()
