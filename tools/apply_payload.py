@@ -10,8 +10,11 @@ Each line of standard input is a job, a JSON object; each line of output is what
     out                 where to write the image (left out: nowhere)
     step                bytes that a read of the network brings at most (left out: as asked)
     resume              [offset in the image, offset in the payload, position in the base]
+    measure             "garbage" or "live": see below (left out: neither)
 
-    {"sha256": of what was written, "from": its offset, "boundaries": [resume, ...]}
+    {"sha256": of what was written, "from": its offset, "boundaries": [resume, ...], "ms": time}
+    "garbage": bytes allocated per 4 KiB block, those of reading the file taken off
+    "live": bytes of live objects at most, those before the payload was opened taken off
     {"error": text, "code": of the OtaError}
 
 An image of 16 MB passes through a few KB of buffers, as on a board.
@@ -19,9 +22,11 @@ An image of 16 MB passes through a few KB of buffers, as on a board.
 
 import asyncio
 import binascii
+import gc
 import hashlib
 import json
 import sys
+import time
 
 sys.path.insert(0, sys.argv[1])
 
@@ -36,26 +41,51 @@ class Body:
         self._file = file
         self._step = step
         self.received = 0
+        self.reads = 0
 
     async def readinto(self, buf):
         if self._step and len(buf) > self._step:
             buf = memoryview(buf)[: self._step]
         n = self._file.readinto(buf)
         self.received += n
+        self.reads += 1
         return n
 
 
 class Sink:
     """Takes the place of the slot."""
 
-    def __init__(self, out):
+    def __init__(self, out, measure):
         self._out = out
+        self._measure = measure
         self.hash = hashlib.sha256()
+        self.blocks = 0
+        self.live = 0
+        self.first = self.last = 0
 
     def write(self, buf):
         self.hash.update(buf)
         if self._out:
             self._out.write(buf)
+        if self._measure == "live":
+            gc.collect()
+            self.live = max(self.live, gc.mem_alloc())
+        elif self._measure:
+            self.last = gc.mem_alloc()
+            self.blocks += 1
+            if self.blocks == 1:
+                self.first = self.last
+
+
+async def cost_of_a_read(path, size):
+    """Bytes that one read of ``Body`` allocates, for nothing but being a coroutine."""
+    with open(path, "rb") as file:
+        body = Body(file, None)
+        buf = bytearray(min(size, 1024))
+        await body.readinto(buf)
+        before = gc.mem_alloc()
+        await body.readinto(buf)
+        return gc.mem_alloc() - before
 
 
 def reader(path):
@@ -79,9 +109,17 @@ async def apply(job):
     out = job.get("out")
     out = open(out, "wb") if out else None
     boundaries = []
+    measure = job.get("measure")
+    gc.collect()
+    read_cost = 0
+    if measure == "garbage":
+        gc.disable()
+        read_cost = await cost_of_a_read(job["payload"], job["size"])
+    before = gc.mem_alloc()
+    since = time.ticks_ms()
     with open(job["payload"], "rb") as file:
         file.seek(at)
-        sink = Sink(out)
+        sink = Sink(out, measure)
         writer = payload.Writer(sink, job["size"], offset)
         state = (at, position) if job.get("resume") else None
         body = Body(file, job.get("step"))
@@ -91,8 +129,16 @@ async def apply(job):
         )
     if out:
         out.close()
+    result = {"ms": time.ticks_diff(time.ticks_ms(), since)}
+    if measure == "garbage":
+        gc.enable()
+        taken = sink.last - sink.first - body.reads * read_cost
+        result["garbage"] = taken / max(1, sink.blocks - 1)
+    elif measure == "live":
+        result["live"] = sink.live - before
     digest = binascii.hexlify(sink.hash.digest()).decode()
-    return {"sha256": digest, "from": offset, "boundaries": boundaries}
+    result.update({"sha256": digest, "from": offset, "boundaries": boundaries})
+    return result
 
 
 def main():

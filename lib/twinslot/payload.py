@@ -4,9 +4,11 @@
     await payload.pump(stage, writer, boundary)
 
 A stage has ``await readinto(view)``, which puts image bytes straight into the free part of the
-one block buffer, and ``await boundary()``, asked at every 64 KiB of the image: it returns the
-stage's state, two small integers from which a download that was cut goes on, or None where it
-can't. Nothing else is kept of what went before: a gzip member, and a chunk of a patch, end there.
+one block buffer, ``take(view)``, which does the same where no waiting is needed and else returns
+0 (each await costs some 200 bytes of garbage), and ``await boundary()``, asked at every 64 KiB of
+the image: it returns the stage's state, two small integers from which a download that was cut
+goes on, or None where it can't. Nothing else is kept of what went before: a gzip member, and a
+chunk of a patch, end there.
 
     state    (offset in the payload, position in the base image)
 
@@ -111,7 +113,8 @@ async def pump(stage, writer, boundary):
     """
     reads = 0
     while writer.left():
-        n = await stage.readinto(writer.space())
+        space = writer.space()
+        n = stage.take(space) or await stage.readinto(space)
         if n == 0:
             raise FormatError("payload", "%d bytes missing" % writer.left(), "the whole image")
         reads += 1
@@ -164,6 +167,9 @@ class _Plain:
         self._offset = offset
         self.readinto = response.readinto  # not through a method: it would allocate per read
 
+    def take(self, view):
+        return 0
+
     async def boundary(self):
         return self._offset + self._response.received, 0
 
@@ -184,14 +190,19 @@ class _Inflate:
         self._spare = memoryview(bytearray(1))
         self._kept = 0  # 1 while _spare holds a byte that boundary() had to look at
 
-    async def _fill(self):
-        ring, buf = self._ring, self._buf
-        while not self._ended and ring.any() < _AHEAD:
-            n = await self._response.readinto(buf)
-            if n == 0:
-                self._ended = True
-            else:
-                ring.write(buf if n == _SLICE else buf[:n])
+    def _feed(self, n):
+        if n == 0:
+            self._ended = True
+        else:
+            self._ring.write(self._buf if n == _SLICE else self._buf[:n])
+
+    def take(self, view):
+        if self._member is None or self._kept or (not self._ended and self._ring.any() < _AHEAD):
+            return 0
+        n = self._read(view if len(view) <= _SLICE else view[:_SLICE])
+        if not n:
+            self._member = None
+        return n
 
     async def readinto(self, view):
         if self._kept:
@@ -199,8 +210,8 @@ class _Inflate:
             view[0] = self._spare[0]
             return 1
         for _ in range(_IDLE_STEPS):
-            if not self._ended and self._ring.any() < _AHEAD:
-                await self._fill()
+            while not self._ended and self._ring.any() < _AHEAD:
+                self._feed(await self._response.readinto(self._buf))
             if self._member is None:
                 if not self._ring.any():
                     return 0
@@ -227,7 +238,8 @@ class _Inflate:
             raise FormatError("gzip: malformed payload (error %s)" % exc.args[0])
 
     async def boundary(self):
-        await self._fill()
+        while not self._ended and self._ring.any() < _AHEAD:
+            self._feed(await self._response.readinto(self._buf))
         if self._member is not None:
             if self._read(self._spare):
                 self._kept = 1
@@ -251,7 +263,10 @@ def _adder():
         return plain_add
 
 
-_DIFF_SIZE, _DIFF, _EXTRA = 0, 1, 2
+# The numbers of a patch, in their order; those of a chunk recur. Diff bytes follow the first of
+# them, extra bytes the second.
+_TYPE, _IMAGE_SIZE, _FORMAT, _DIFF, _EXTRA, _SEEK = range(6)
+_DIGITS = 64  # bytes of numbers that may come without a byte of the image between them
 
 
 class _Patch:
@@ -269,92 +284,85 @@ class _Patch:
         self._byte = memoryview(bytearray(1))
         self._size = size
         self._position = position or 0
-        self._part = _DIFF_SIZE
-        self._left = 0
-        self._at_header = position is None
+        self._next = _TYPE if position is None else _DIFF
+        self._left = 0  # bytes of diff or extra that come before that number
+        self._value = self._shift = 0  # of the number that is being read
 
-    async def _varint(self):
-        """Read a signed varint: 6 bits and a sign first, then 7 bits each, least first."""
-        byte, value, shift = 0x80, 0, 0
-        negative = False
-        while byte & 0x80:
-            if not await self._stage.readinto(self._byte):
-                raise FormatError("patch: cut short")
-            byte = self._byte[0]
-            if shift == 0:
-                negative = bool(byte & 0x40)
-                value = byte & 0x3F
-                shift = 6
-            else:
-                value |= (byte & 0x7F) << shift
-                shift += 7
-            if shift > 34 or value >= 1 << 30:
-                raise FormatError("patch: a number above 30 bits")
-        return -value if negative else value
-
-    async def _length(self):
-        n = await self._varint()
-        if n < 0:
-            raise FormatError("patch: a size", n, "0 or more")
-        return n
-
-    async def _header(self):
-        await self._read_into(self._byte)
-        if self._byte[0]:
-            raise FormatError("patch type", self._byte[0], "0: sequential, not compressed")
-        size = await self._length()
-        if size != self._size:
-            raise FormatError("patch: size of its image", size, self._size)
-        if await self._varint():
-            raise FormatError("patch: a data format is not supported")
-        self._at_header = False
-
-    async def _read_into(self, view):
-        n = await self._stage.readinto(view)
-        if n == 0:
-            raise FormatError("patch: cut short")
-        return n
-
-    async def _step(self):
-        """Go on to the next part; it may be empty."""
-        if self._part == _DIFF_SIZE:
-            self._left = await self._length()
-            if self._position + self._left > self._base_size:
-                raise FormatError("patch: reads beyond the base image")
-            self._part = _DIFF
-        elif self._part == _DIFF:
-            self._left = await self._length()
-            self._part = _EXTRA
-        else:
-            self._position += await self._varint()
-            if not 0 <= self._position <= self._base_size:
-                raise FormatError("patch: leaves the base image")
-            self._part = _DIFF_SIZE
+    def take(self, view):
+        return 0
 
     async def readinto(self, view):
-        if self._at_header:
-            await self._header()
-        for _ in range(_IDLE_STEPS):
+        stage, byte = self._stage, self._byte
+        for _ in range(_DIGITS):
             if self._left:
                 break
-            await self._step()
+            self._digit(stage.take(byte) or await stage.readinto(byte))
         else:
-            raise FormatError("patch", "%d parts without content" % _IDLE_STEPS, "an image")
+            raise FormatError("patch", "%d bytes without content" % _DIGITS, "an image")
         n = min(len(view), self._left, _SLICE)
         if n < len(view):
             view = view[:n]
-        n = await self._read_into(view)
-        if self._part == _DIFF:
+        n = stage.take(view) or await stage.readinto(view)
+        if n == 0:
+            raise FormatError("patch: cut short")
+        if self._next == _EXTRA:
             self._base(self._position, self._buf if n == _SLICE else self._buf[:n])
             self._add(view, self._buf, n)  # pyright: ignore (viper)
             self._position += n
         self._left -= n
         return n
 
+    def _digit(self, n):
+        """Act on a byte of a signed number: sign and 6 bits first, then 7 bits each, least first.
+
+        Args:
+            n: 1, or 0 where there was no byte.
+        """
+        if not n:
+            raise FormatError("patch: cut short")
+        byte = self._byte[0]
+        if self._next == _TYPE:
+            if byte:
+                raise FormatError("patch type", byte, "0: sequential, not compressed")
+            self._next = _IMAGE_SIZE
+            return
+        if self._shift == 0:
+            self._negative = byte & 0x40
+            self._value = byte & 0x3F
+            self._shift = 6
+        else:
+            self._value |= (byte & 0x7F) << self._shift
+            self._shift += 7
+        if self._shift > 34 or self._value >= 1 << 30:
+            raise FormatError("patch: a number above 30 bits")
+        if not byte & 0x80:
+            self._shift = 0
+            self._number(-self._value if self._negative else self._value)
+
+    def _number(self, n):
+        """Act on a number that is complete."""
+        if self._next == _SEEK:
+            self._position += n
+            if not 0 <= self._position <= self._base_size:
+                raise FormatError("patch: leaves the base image")
+            self._next = _DIFF
+            return
+        if n < 0:
+            raise FormatError("patch: a size", n, "0 or more")
+        if self._next == _IMAGE_SIZE and n != self._size:
+            raise FormatError("patch: size of its image", n, self._size)
+        if self._next == _FORMAT and n:
+            raise FormatError("patch: a data format is not supported")
+        if self._next == _DIFF and self._position + n > self._base_size:
+            raise FormatError("patch: reads beyond the base image")
+        if self._next in (_DIFF, _EXTRA):
+            self._left = n
+        self._next += 1
+
     async def boundary(self):
-        while self._part != _DIFF_SIZE:
+        while self._next != _DIFF or self._left or self._shift:
             if self._left:
                 return None
-            await self._step()
+            self._digit(self._stage.take(self._byte) or await self._stage.readinto(self._byte))
         state = await self._stage.boundary()
         return None if state is None else (state[0], self._position)
