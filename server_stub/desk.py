@@ -33,7 +33,7 @@ from .store import Store, insert
 log = logging.getLogger("twinslot.server")
 
 REMEMBER_S = 15.0
-_UNPUBLISHED = ("no_channel", "bad_pointer", "bad_release")
+_UNPUBLISHED = ("no_channel", "bad_pointer", "bad_release", "bad_keyring")
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,8 @@ class Desk:
         _log_poll(device_id, decision)
         settled = (
             decision.offer is None
-            and decision.reason not in (*_UNPUBLISHED, "busy", "window")
+            and decision.reason
+            not in ("bad_pointer", "bad_release", "bad_keyring", "busy", "window")
             and (latest is None or not (latest.state in truth.OPEN or latest.presumed))
         )
         content = json.dumps(body, separators=(",", ":")).encode()

@@ -18,7 +18,7 @@ from .problems import Problem
 from .schema import attempts, devices, members, releases, rollouts
 from .store import bump, insert
 
-_TRANSITIONS = {
+ACTIONS = {
     "start": ("draft",),
     "pause": stages.ACTIVE,
     "resume": ("paused",),
@@ -120,7 +120,7 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
         Problem: 404, or 409 where the state doesn't allow it.
     """
     row = get(connection, rollout_id, lock=True)
-    if row.state not in _TRANSITIONS[action]:
+    if row.state not in ACTIONS[action]:
         raise Problem(409, "state", f"rollout {rollout_id} is {row.state}: can't {action}")
     if action == "start":
         release = connection.execute(select(releases).where(releases.c.id == row.release_id)).one()

@@ -29,6 +29,10 @@ _ELSEWHERE = {
     "keyring": ("trust_cli", "keyring_command", "Say who may sign releases, and who no longer."),
     "sign": ("trust_cli", "sign", "Sign a document made elsewhere."),
     "verify": ("trust_cli", "verify", "Judge a release or keyring as a board does."),
+    "device": ("fleet_cli", "device", "See and steer the boards of a fleet."),
+    "release": ("fleet_cli", "release", "Upload, flag, block and promote releases."),
+    "rollout": ("fleet_cli", "rollout", "Bring a release to a fleet, stage by stage."),
+    "fleet": ("fleet_cli", "fleet", "The server: audit, export, backup, simulation."),
     "demo": ("demo", "demo", "Watch a virtual board update itself and survive a bad release."),
 }
 
@@ -337,8 +341,12 @@ def _flat(found: Any, name: str = "") -> Iterator[tuple[str, Text]]:
 @app.command()
 def serve(
     site: Annotated[Path, typer.Argument(help="Folder made by publish.")],
-    host: Annotated[str, typer.Option(help="0.0.0.0 for every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8443,
+    host: Annotated[
+        str | None, typer.Option(help="0.0.0.0 for every network (127.0.0.1).")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0 takes any free one (8443).")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Private folder: certificate, tokens, database.")
     ] = None,
@@ -349,13 +357,15 @@ def serve(
     poll: Annotated[
         int | None, typer.Option(min=1, help="Seconds until a board asks again.")
     ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML: see docs/server.md.")] = None,
 ) -> None:
     """Hand out a published folder over HTTPS, decide who gets what, and keep reports."""
     from .serve import serve as run
 
     options: list[tuple[str, Any]] = [("--data", data), ("--keys", keys), ("--poll", poll)]
+    options += [("--host", host), ("--port", port), ("--config", config)]
     options += [("--name", n) for n in name or []]
-    arguments = [str(site), "--host", host, "--port", str(port)]
+    arguments = [str(site)]
     for option, value in options:
         if value is not None:
             arguments += [option, str(value)]

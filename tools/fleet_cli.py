@@ -1,0 +1,500 @@
+"""``twinslot device | release | rollout | fleet``: run a fleet from the command line.
+
+Which server, and as whom: ``--server``, ``--token``, ``--ca``, or the environment's
+``TWINSLOT_URL``, ``TWINSLOT_TOKEN``, ``TWINSLOT_CA``. ``--json`` prints the API's own answer.
+"""
+
+import asyncio
+import base64
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .fleet_http import Api, ApiError, Pool, multipart
+
+out = Console(highlight=False)
+talk = Console(stderr=True, highlight=False)
+
+device = typer.Typer(help="See and steer the boards of a fleet.", no_args_is_help=True)
+release = typer.Typer(help="Upload, flag, block and promote releases.", no_args_is_help=True)
+rollout = typer.Typer(help="Bring a release to a fleet, stage by stage.", no_args_is_help=True)
+fleet = typer.Typer(help="The server: state, audit, backup, simulation.", no_args_is_help=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the API's answer.")]
+Server = Annotated[str, typer.Option(envvar="TWINSLOT_URL", help="https://host:port")]
+Token = Annotated[str, typer.Option(envvar="TWINSLOT_TOKEN", help="An API token.")]
+Ca = Annotated[Path | None, typer.Option(envvar="TWINSLOT_CA", help="The server's certificate.")]
+
+
+def _connect(
+    context: typer.Context,
+    server: Server = "https://127.0.0.1:8443",
+    token: Token = "",
+    ca: Ca = None,
+) -> None:
+    context.obj = Api(server, token, ca)
+
+
+for _app in (device, release, rollout, fleet):
+    _app.callback()(_connect)
+
+
+def _print(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _table(rows: list[dict[str, Any]], columns: list[str]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for name in columns:
+        table.add_column(name.replace("_", " "))
+    for row in rows:
+        table.add_row(*(Text(_cell(row.get(name))) for name in columns))
+    out.print(table)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, dict):
+        return " ".join(f"{k}={v}" for k, v in value.items())
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def _query(**members: Any) -> str:
+    from urllib.parse import urlencode
+
+    return urlencode({k: v for k, v in members.items() if v not in (None, "")})
+
+
+# ---- device
+
+
+@device.command("list")
+def device_list(
+    context: typer.Context,
+    label: Annotated[str, typer.Option(help="key=value")] = "",
+    status: str = "",
+    product: str = "",
+    version: str = "",
+    search: Annotated[str, typer.Option(help="Part of an id or MAC.")] = "",
+    limit: int = 100,
+    as_json: Json = False,
+) -> None:
+    """List boards."""
+    query = _query(
+        label=label, status=status, product=product, version=version, q=search, limit=limit
+    )
+    found = context.obj.call("GET", f"devices?{query}")
+    if as_json:
+        _print(found)
+    else:
+        columns = ["device_id", "product", "current_version", "status", "enrolment", "last_seen"]
+        _table(found["devices"], columns)
+
+
+@device.command()
+def show(context: typer.Context, device_id: str, as_json: Json = False) -> None:
+    """Show one board and its attempts."""
+    found = context.obj.call("GET", f"devices/{device_id}")
+    if as_json:
+        _print(found)
+        return
+    for name, value in found.items():
+        if name not in ("history", "attempts"):
+            out.print(Text(f"{name:16} {_cell(value)}"))
+    columns = ["version", "state", "reason", "origin", "offered", "ended"]
+    _table(found["attempts"], columns)
+
+
+@device.command()
+def explain(context: typer.Context, device_id: str, as_json: Json = False) -> None:
+    """Say in one sentence what the board would be offered now, and why."""
+    found = context.obj.call("GET", f"devices/{device_id}/explain")
+    if as_json:
+        _print(found)
+    else:
+        print("\n".join([found["sentence"], *found["notes"]]))
+
+
+@device.command("label")
+def device_label(
+    context: typer.Context,
+    device_id: str,
+    labels: Annotated[list[str], typer.Argument(help="key=value, or key- to remove")],
+) -> None:
+    """Set or remove labels."""
+    wanted: dict[str, str | None] = {}
+    for text in labels:
+        key, sign, value = text.partition("=")
+        wanted[key if sign else text.removesuffix("-")] = value if sign else None
+    print(_cell(context.obj.call("PATCH", f"devices/{device_id}", {"labels": wanted})["tags"]))
+
+
+@device.command()
+def accept(context: typer.Context, device_ids: list[str]) -> None:
+    """Accept boards that wait."""
+    for device_id in device_ids:
+        context.obj.call("PATCH", f"devices/{device_id}", {"enrolment": "accepted"})
+        print(f"{device_id} accepted")
+
+
+@device.command()
+def pin(
+    context: typer.Context,
+    device_id: str,
+    version: Annotated[str | None, typer.Argument(help="None removes the pin.")] = None,
+) -> None:
+    """Hold one board to a version, or let it go."""
+    context.obj.call("PATCH", f"devices/{device_id}", {"pin": version})
+    print(f"{device_id} {'pinned to ' + version if version else 'is free'}")
+
+
+@device.command("token")
+def device_token(context: typer.Context, device_id: str) -> None:
+    """Make a token of its own for a board; it is shown this once."""
+    print(context.obj.call("POST", f"devices/{device_id}/token")["token"])
+
+
+@device.command()
+def decommission(context: typer.Context, device_id: str) -> None:
+    """Retire a board; its history stays."""
+    context.obj.call("DELETE", f"devices/{device_id}")
+    print(f"{device_id} decommissioned")
+
+
+@device.command("import")
+def device_import(context: typer.Context, file: Path) -> None:
+    """Register boards from a CSV file; new tokens go to stdout."""
+    found = context.obj.call("POST", "devices/import", raw=file.read_bytes(), kind="text/csv")
+    talk.print(f"{found['imported']} boards, {found['new']} of them new")
+    for device_id, token in found["tokens"].items():
+        print(f"{device_id},{token}")
+
+
+# ---- release
+
+
+@release.command("upload")
+def release_upload(
+    context: typer.Context,
+    site: Annotated[Path, typer.Argument(help="Folder made by publish.")],
+    product: str,
+    version: str,
+    channel: str = "stable",
+    pilot_ready: Annotated[bool, typer.Option("--pilot-ready")] = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a release that publish has made."""
+    signed = site / product / "r" / f"{version}.jws"
+    part = signed.read_bytes().split(b".")[1]
+    manifest = json.loads(base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4)))
+    files = [("release", signed)]
+    for image in manifest["images"]:
+        files += [("file", site / product / p["url"]) for p in image["payloads"]]
+    body, kind = multipart({"channel": channel}, files)
+    found = context.obj.call("POST", "firmware/upload", raw=body, kind=kind)
+    if pilot_ready:
+        found = context.obj.call("PATCH", f"firmware/{found['id']}", {"pilot_ready": True})
+    if as_json:
+        _print(found)
+    else:
+        print(f"firmware {found['id']}: {found['product']} {found['version']} {found['sha256']}")
+
+
+@release.command("list")
+def release_list(context: typer.Context, product: str = "", as_json: Json = False) -> None:
+    """List releases."""
+    found = context.obj.call("GET", f"firmware?{_query(product=product)}")
+    if as_json:
+        _print(found)
+    else:
+        columns = ["id", "product", "version", "channel", "size", "pilot_ready", "stable"]
+        _table(found["firmware"], [*columns, "blocked"])
+
+
+@release.command()
+def mark(
+    context: typer.Context,
+    number: int,
+    pilot_ready: Annotated[bool | None, typer.Option("--pilot-ready/--not-pilot-ready")] = None,
+    stable: Annotated[bool | None, typer.Option("--stable/--not-stable")] = None,
+) -> None:
+    """Say how far a release may go."""
+    flags = {"pilot_ready": pilot_ready, "stable": stable}
+    wanted = {name: value for name, value in flags.items() if value is not None}
+    _print(context.obj.call("PATCH", f"firmware/{number}", wanted))
+
+
+@release.command()
+def block(context: typer.Context, number: int, why: str) -> None:
+    """Stop offering a release at once, everywhere."""
+    context.obj.call("PATCH", f"firmware/{number}", {"blocked": why})
+    print(f"firmware {number} is blocked")
+
+
+@release.command()
+def unblock(context: typer.Context, number: int) -> None:
+    """Offer a release again."""
+    context.obj.call("PATCH", f"firmware/{number}", {"blocked": None})
+    print(f"firmware {number} may be offered")
+
+
+@release.command()
+def promote(context: typer.Context, number: int, channel: str) -> None:
+    """Make a channel offer a release."""
+    found = context.obj.call("POST", f"firmware/{number}/promote", {"channel": channel})
+    print(f"{found['product']}/{channel} -> {found['release']}")
+
+
+# ---- rollout
+
+
+@rollout.command("create")
+def rollout_create(
+    context: typer.Context,
+    product: str,
+    version: str,
+    stage: Annotated[
+        list[str] | None, typer.Option(help="5%, 20 (boards) or key=value (repeatable).")
+    ] = None,
+    label: Annotated[list[str] | None, typer.Option(help="Only these boards.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="name=value, as in bake_s=600.")] = None,
+    start: Annotated[bool, typer.Option("--start")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a rollout; without --start it waits as a draft that says how many it will move."""
+    body: dict[str, Any] = {"product": product, "version": version, "start": start}
+    if stage:
+        body["stages"] = [_stage(text) for text in stage]
+    if label:
+        body["target"] = {"label": label}
+    body["policy"] = {
+        name: json.loads(v) for name, _, v in (p.partition("=") for p in policy or ())
+    }
+    found = context.obj.call("POST", "rollouts", body)
+    _show_rollout(found, as_json)
+
+
+def _stage(text: str) -> dict[str, Any]:
+    if text.endswith("%"):
+        value = float(text[:-1])
+        return {"percent": int(value) if value == int(value) else value}
+    return {"count": int(text)} if text.isdigit() else {"label": text}
+
+
+def _show_rollout(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print(found)
+        return
+    counts = " ".join(f"{n}={v}" for n, v in found["counts"].items())
+    stage = f"stage {found['stage'] + 1} of {len(found['stages'])}"
+    print(f"rollout {found['id']} {found['name']}: {found['state']}, {stage}: {found['why']}")
+    print(f"  {counts}")
+    if "preview" in found:
+        print(f"  stages will move {', '.join(map(str, found['preview']))} boards")
+
+
+@rollout.command("list")
+def rollout_list(context: typer.Context, as_json: Json = False) -> None:
+    """List rollouts."""
+    found = context.obj.call("GET", "rollouts")
+    if as_json:
+        _print(found)
+    else:
+        _table(found["rollouts"], ["id", "name", "state", "stage", "why"])
+
+
+@rollout.command("show")
+def rollout_show(context: typer.Context, number: int, as_json: Json = False) -> None:
+    """Show how a rollout stands."""
+    _show_rollout(context.obj.call("GET", f"rollouts/{number}"), as_json)
+
+
+@rollout.command()
+def wait(context: typer.Context, number: int, timeout: float = 3600) -> None:
+    """Wait for the end: exit code 0 when complete, 1 when paused or aborted. For CI."""
+    deadline = time.monotonic() + timeout
+    while True:
+        found = context.obj.call("GET", f"rollouts/{number}")
+        if found["state"] in ("complete", "paused", "aborted"):
+            _show_rollout(found, False)
+            raise typer.Exit(0 if found["state"] == "complete" else 1)
+        if time.monotonic() > deadline:
+            raise ApiError(f"rollout {number} is still {found['state']}: {found['why']}")
+        time.sleep(1)
+
+
+def _action(name: str, text: str) -> None:
+    @rollout.command(name, help=text)
+    def act(context: typer.Context, number: int, why: str = "", as_json: Json = False) -> None:
+        _show_rollout(context.obj.call("POST", f"rollouts/{number}/{name}", {"why": why}), as_json)
+
+
+_action("start", "Start a draft.")
+_action("pause", "Stop offering at once; boards in flight finish.")
+_action("resume", "Go on.")
+_action("abort", "End it for good.")
+_action("expand", "Open the gate to the next stage.")
+
+
+@rollout.command()
+def back(context: typer.Context, number: int, version: str, as_json: Json = False) -> None:
+    """Send everyone back, to a version that was signed as a downgrade."""
+    _show_rollout(
+        context.obj.call("POST", f"rollouts/{number}/back", {"version": version}), as_json
+    )
+
+
+# ---- fleet
+
+
+@fleet.command()
+def audit(context: typer.Context, limit: int = 50, as_json: Json = False) -> None:
+    """Who changed what."""
+    found = context.obj.call("GET", f"audit?{_query(limit=limit)}")
+    if as_json:
+        _print(found)
+    else:
+        _table(found["audit"], ["at", "who", "action", "target", "before", "after"])
+
+
+@fleet.command()
+def export(
+    context: typer.Context,
+    what: Annotated[str, typer.Argument(help="devices, attempts, downloads or audit")],
+    as_json: Json = False,
+) -> None:
+    """Print everything as CSV or JSON."""
+    kind = "json" if as_json else "csv"
+    found = context.obj.call("GET", f"export/{what}?format={kind}")
+    if as_json:
+        _print(found)
+    else:
+        print(found, end="")
+
+
+@fleet.command()
+def call(
+    context: typer.Context,
+    method: str,
+    path: Annotated[str, typer.Argument(help="As in windows or users/anna.")],
+    body: Annotated[str | None, typer.Argument(help="JSON.")] = None,
+) -> None:
+    """Call the API: windows, schedules, users, webhooks, jobs."""
+    _print(context.obj.call(method.upper(), path, json.loads(body) if body else None))
+
+
+@fleet.command()
+def backup(
+    data: Annotated[Path, typer.Argument(help="The server's private folder.")], to: Path
+) -> None:
+    """Copy a running server's database, certificate and tokens into one file."""
+    command = [sys.executable, "-m", "twinslot_server.backup", str(data), str(to)]
+    raise typer.Exit(subprocess.call(command))
+
+
+@fleet.command()
+def sim(
+    context: typer.Context,
+    product: str,
+    version: Annotated[str, typer.Argument(help="The release to roll out.")],
+    hardware: Annotated[str, typer.Option("--hardware", "-H")] = "ESP32_GENERIC",
+    boards: int = 1000,
+    bad: Annotated[str, typer.Option(help="Share on which the release fails, as in 3%.")] = "0%",
+    asleep: Annotated[str, typer.Option(help="Share that calls once and never again.")] = "0%",
+    slow: Annotated[str, typer.Option(help="Share with slow links.")] = "0%",
+    poll: Annotated[float, typer.Option(help="Seconds between two polls of a board.")] = 10,
+    device_token: Annotated[str, typer.Option(envvar="TWINSLOT_DEVICE_TOKEN")] = "",
+    stage: Annotated[list[str] | None, typer.Option(help="As in rollout create.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="As in rollout create.")] = None,
+    connections: int = 64,
+    timeout: float = 1800,
+    start_version: Annotated[str, typer.Option(help="What the boards run at first.")] = "0.0.1",
+) -> None:
+    """Roll a release out to simulated boards and compare, at the end, what each of them runs with
+    what the server believes. Exit code 1: they differ, or it came to no end."""
+    from .fake_device import Behaviour, Fleet
+
+    api: Api = context.obj
+    plan = stage or ["1%", "5%", "10%", "25%", "50%", "100%"]
+    rules = {name: json.loads(v) for name, _, v in (p.partition("=") for p in policy or ())}
+    body = {
+        "product": product,
+        "version": version,
+        "stages": [_stage(text) for text in plan],
+        "policy": {"bake_s": 0, "max_concurrent": 500, "promote": False, **rules},
+    }
+    behaviour = Behaviour(bad=_share(bad), asleep=_share(asleep), slow=_share(slow), poll_s=poll)
+
+    async def play() -> dict[str, Any]:
+        pool = Pool(api.url, connections, api.tls())
+        simulated = Fleet(
+            pool, device_token, product, hardware, boards, start_version, "0" * 64, behaviour
+        )
+        started = time.monotonic()
+        done = asyncio.Event()
+        running = asyncio.create_task(simulated.until(done))
+        found = await asyncio.gather(running, _watch(api, body, boards, done, timeout))
+        result = {**simulated.summary(time.monotonic() - started), **found[1]}
+        await pool.close()
+        known = await asyncio.to_thread(api.call, "GET", "export/devices")
+        tried = await asyncio.to_thread(api.call, "GET", "export/attempts")
+        differences = simulated.differences(known, tried)
+        return {**result, "differences": len(differences), "examples": differences[:10]}
+
+    result = asyncio.run(play())
+    _print(result)
+    if result["differences"] or result["state"] not in ("complete", "paused"):
+        raise typer.Exit(1)
+
+
+def _share(text: str) -> float:
+    value = float(text.removesuffix("%")) / 100
+    if not 0 <= value <= 1:
+        raise typer.BadParameter(f"{text}: expected 0% to 100%")
+    return value
+
+
+async def _watch(
+    api: Api, body: dict[str, Any], boards: int, done: asyncio.Event, limit_s: float
+) -> dict[str, Any]:
+    """Wait for the boards to be known, roll out, wait for the end."""
+    started = time.monotonic()
+    try:
+        made = await asyncio.to_thread(api.call, "POST", "rollouts", body)
+        while made["preview"][-1] < boards and time.monotonic() - started < limit_s:
+            await asyncio.sleep(1)
+            made = await asyncio.to_thread(api.call, "GET", f"rollouts/{made['id']}")
+        number = made["id"]
+        talk.print(f"rollout {number} to {made['preview']} boards")
+        await asyncio.to_thread(api.call, "POST", f"rollouts/{number}/start", {})
+        seen = ""
+        while True:
+            found = await asyncio.to_thread(api.call, "GET", f"rollouts/{number}")
+            line = f"{found['state']} stage {found['stage'] + 1}: {found['why']}"
+            if line != seen:
+                talk.print(f"{time.monotonic() - started:6.1f} s  {line}")
+                seen = line
+            if found["state"] in ("complete", "paused", "aborted"):
+                break
+            if time.monotonic() - started > limit_s:
+                break
+            await asyncio.sleep(0.5)
+    finally:
+        done.set()
+    return {
+        "rollout": number,
+        "state": found["state"],
+        "stage": found["stage"] + 1,
+        "why": found["why"],
+        "planned": made["preview"],
+    }
