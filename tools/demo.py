@@ -179,8 +179,16 @@ def demo(
     keep: Annotated[
         Path | None, typer.Option(help="Keep flash, site and logs in this folder.")
     ] = None,
+    attacks: Annotated[
+        bool, typer.Option("--attacks", help="Play attacks on it, and show what it did.")
+    ] = False,
 ) -> None:
-    """Watch a virtual board update itself and survive a bad release."""
+    """Watch a virtual board update itself and survive a bad release, or attacks."""
+    if attacks:
+        from .attacks import attacks as play
+
+        play(as_json, keep)
+        return
     console = Console(stderr=as_json, highlight=False)
     start = time.monotonic()
     # The server is not told the keys: what it would refuse to offer, the board must refuse.
