@@ -47,6 +47,7 @@ _TRIES = 3  # downloads of one release, then it rests: flash wears and data cost
 _REST_S = 6 * 3600
 _DAY_S = 86400
 _POSTPONE_MAX_S = _DAY_S  # an application that is never ready gets its update all the same
+_WAIT_MAX_MS = 0x1FFFFFFF  # what the ticks of a 32-bit port can span: 6.2 days
 # Bytes of GC heap: modules of the download, two blocks, the JWS, headers, and room to run. What
 # `make bench` measures on a 64-bit port; objects of a 32-bit one are half as large.
 _HEAP_NEED = (28 if sys.maxsize > 1 << 32 else 20) * 1024
@@ -98,6 +99,7 @@ class Agent:
         self._ask = None
         self._path = None  # of the configuration, until it has worked
         self._busy = False
+        self._watch = None  # the task that feeds the guard
         self._base = s["url"]  # or that of a mirror, until the poll ends
         self._done = None  # release that needs no second look
         self._tried = (None, 0, 0)  # release, polls in which it failed to come, ticks_ms
@@ -108,8 +110,22 @@ class Agent:
 
     @classmethod
     def from_config(cls, path="/ota.json"):
-        """Make an agent from a configuration file. Raises ConfigError."""
-        agent = cls(config.load(path))
+        """Make an agent from a configuration file.
+
+        Without an agent nobody feeds the guard's watchdog, so it is stopped: an application that
+        can't be updated runs all the same. An image on trial that can't make one goes back.
+
+        Raises:
+            ConfigError, PartitionError: as the constructor.
+        """
+        try:
+            agent = cls(config.load(path))
+        except OtaError as exc:
+            print("twinslot: NO UPDATES:", exc)
+            if guard.start() == "trial":
+                _give_up("no agent: " + exc.message)
+            guard.stop()
+            raise
         agent._path = path
         return agent
 
@@ -235,7 +251,7 @@ class Agent:
             if seconds == self._settings["stable"]:
                 guard.started()
             seconds += 1
-            await asyncio.sleep(1)
+            await asyncio.sleep_ms(1000)
 
     def _first_delay_ms(self):
         """A constant place of this board within the interval spreads the fleet for good."""
@@ -245,7 +261,7 @@ class Agent:
 
     def _delay_ms(self):
         if self._failures == 0:
-            return int(self._poll_s * (900 + random.getrandbits(8) % 200))
+            return min(self._poll_s * (900 + random.getrandbits(8) % 200), _WAIT_MAX_MS)
         ceiling = min(_BACKOFF_S << min(self._failures - 1, 6), _BACKOFF_MAX_S)
         # Never slower after an error than a board that polls at leisure.
         ceiling = min(ceiling, max(self._poll_s, 1))
@@ -304,7 +320,7 @@ class Agent:
 
     async def update_now(self, force=False):
         """Poll once, and install what is offered: then the board resets and this never returns.
-        On a trial boot, prove the trial first.
+        On a trial boot, prove the trial first. Without ``run`` the guard's watch ends with it.
 
         Args:
             force: look again at a release that failed here before.
@@ -319,6 +335,7 @@ class Agent:
             raise BusyError("an update is under way")
         self._busy = True
         self._retry_after = None
+        alone = None if self._watch else asyncio.create_task(self._supervise())
         try:
             await self._finish_boot()
             await _without_memory_error(self._from_anywhere(force))
@@ -334,6 +351,10 @@ class Agent:
             raise
         finally:
             self._busy = False
+            if alone:
+                alone.cancel()
+                guard.stop()  # nobody is there to feed it
+                guard.started()
             self._slot.abandon()
             await self._client.close()  # TLS holds 20 KB and more that others may want meanwhile
             gc.collect()
@@ -375,6 +396,11 @@ class Agent:
         ):
             self._emit("idle", version=self.version())
             return
+        await self._take(url, name, force)
+
+    async def _take(self, url, name, force):
+        """Fetch a release, judge it and install it: then this never returns. It does if the
+        release runs already."""
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
         try:
             manifest = await self._trust.release(self._client, url)
@@ -581,6 +607,17 @@ class Agent:
             raise
         print("twinslot: reset into", self._running["inactive"])
         self._machine.reset()
+
+
+def _give_up(reason):
+    """End a trial that can't be proven: reset into the way back. Returns only without one."""
+    import machine
+
+    try:
+        health.give_up(FirmwareSlot(), Journal.shared(), reason, health.TRIES)
+        machine.reset()
+    except OtaError as exc:
+        print("twinslot:", exc)
 
 
 async def _without_memory_error(coroutine):
