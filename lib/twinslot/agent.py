@@ -338,7 +338,7 @@ class Agent:
         alone = None if self._watch else asyncio.create_task(self._supervise())
         try:
             await self._finish_boot()
-            await _without_memory_error(self._from_anywhere(force))
+            await without_memory_error(self._from_anywhere(force))
             self._failures = 0
             return False
         except OtaError as exc:
@@ -412,7 +412,7 @@ class Agent:
             report["build"] = manifest.firmware.build
             release.judge(manifest, self._board(force))
             await self._permit("download", manifest)
-            await _without_memory_error(self._install(report, manifest, url))
+            await without_memory_error(self._install(report, manifest, url))
         except OtaError as exc:
             # Said once: what the board can't take now it will not take at the next poll either.
             if not exc.retry:
@@ -620,7 +620,7 @@ def _give_up(reason):
         print("twinslot:", exc)
 
 
-async def _without_memory_error(coroutine):
+async def without_memory_error(coroutine):
     """Await it; running out of memory on the way is an OtaError like all others."""
     try:
         return await coroutine

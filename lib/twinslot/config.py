@@ -71,6 +71,7 @@ def check(config):
         full["hardware"] = getattr(sys.implementation, "_build", "")
         if not full["hardware"]:
             raise ConfigError("configuration member hardware", "nothing", "the board's name")
+    _check_watchdogs(full)
     _check_wifi(full["wifi"])
     full["url"] = _base(full["url"])
     full["mirrors"] = [_base(mirror) for mirror in full["mirrors"]]
@@ -82,6 +83,15 @@ def _base(url):
     if type(url) is not str or not url:
         raise ConfigError("a base URL", url, "text")
     return url if url.endswith("/") else url + "/"
+
+
+def _check_watchdogs(full):
+    # Fed once a second; the hardware one also has to wait for set_boot, which hashes an image.
+    for name, least in (("hang", 3), ("wdt", 10)):
+        if full[name] and full[name] < least:
+            raise ConfigError(
+                "configuration member " + name, full[name], "0, or %d and more" % least
+            )
 
 
 def _check_wifi(wifi):

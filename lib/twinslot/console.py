@@ -2,7 +2,7 @@
 ``rollback()``."""
 
 from . import health
-from .errors import RollbackError
+from .errors import PartitionError, RollbackError
 from .journal import Journal
 from .slot import FirmwareSlot
 
@@ -35,6 +35,16 @@ def status():
     return facts
 
 
+def on_trial():
+    """Return True while any reset would roll the running image back."""
+    try:
+        facts = FirmwareSlot().status()
+    except PartitionError:
+        return False
+    trial = Journal.shared().get("trial")
+    return facts["state"] == "pending" or (bool(trial) and trial.get("build") == facts["build"])
+
+
 def log():
     """Print and return the newest attempts to update: ``[time or 0, version, status, reason]``."""
     entries = Journal.shared().log()
@@ -64,4 +74,5 @@ def rollback():
     if slot.status()["build"] == slot.status()["inactive_build"]:
         raise RollbackError("both slots hold the same image")
     health.reject(slot, journal, "rolled back by hand")
+    print("twinslot: reset into", slot.status()["inactive"])
     machine.reset()

@@ -22,6 +22,10 @@ _SLOT_HEAP = 4096  # bytes that the slot takes in begin()
 # `make bench` measures on a 64-bit port.
 _SPARE_HEAP = 9 * 1024
 
+# A minute, and a second for each 1000 bytes: what did not come by then goes on from its checkpoint
+# at the next poll.
+_DEADLINE_MS = 60000
+
 
 class Download:
     """See the module.
@@ -103,6 +107,7 @@ class Download:
             resolve(base, chosen.url),
             start=state[0] if state else None,
             if_range=resume.get("etag") if state else None,
+            deadline_ms=_DEADLINE_MS + chosen.size,
             redirects=1,
         )
         self._booked = 0

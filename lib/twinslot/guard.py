@@ -26,6 +26,8 @@ _ALONE_S = 3600  # then the application gets another chance
 _GC_THRESHOLD = 8192  # bytes
 _PWRON = 1  # machine.PWRON_RESET
 _DEEPSLEEP = 4
+_SOFT = 5
+_UNKNOWN = 0  # also a reset over USB or JTAG
 
 _verdict = None
 _timer = None
@@ -79,7 +81,7 @@ def _boot(cause, config, patience):
     if _verdict == "trial":
         print("twinslot: guard: this boot is a trial")
         feed(journal.get("trial").get("hang") or patience)
-    elif cause not in (_PWRON, _DEEPSLEEP):
+    elif cause not in (_PWRON, _DEEPSLEEP, _SOFT, _UNKNOWN):
         # Counted only where something went wrong: power-on and wake-up cost no flash write.
         starts = journal.starts() + 1
         journal.set_starts(starts)
@@ -119,15 +121,16 @@ def _arm_wdt(seconds):
 
 def _run_timer():
     global _timer
-    # The highest numbers first: applications start with 0. The C3 has two timers.
-    for number in (3, 1, 0):
+    # Applications start with 0, and Timer(-1) was timer 3 up to MicroPython 1.24. Chips with two
+    # timers number them 0 and 2 up to 1.24, 0 and 1 since.
+    for number in (2, 1, 0):
         try:
             _timer = machine.Timer(number)
             _timer.init(period=1000, mode=machine.Timer.PERIODIC, callback=_tick)
             return
         except (ValueError, OSError):
             pass
-    _timer = None
+    _timer = 0  # there is none to be had: do not look again
     print("twinslot: guard: no timer is free; a hanging application will not be noticed")
 
 
@@ -156,5 +159,5 @@ def stop():
     global _timer
     feed(0)
     if _timer and not _wdt:
-        _timer.deinit()
+        _timer.deinit()  # pyright: ignore
         _timer = None

@@ -20,6 +20,8 @@ from .errors import HealthError, OtaError, RollbackError, SpaceError
 TRIES = 3  # failures of a build that may not be its own fault before it counts as bad
 _PWRON = 1  # machine.PWRON_RESET: also brown-out
 _DEEPSLEEP = 4
+_SOFT = 5
+_UNKNOWN = 0  # also a reset over USB or JTAG
 
 
 def _failed(journal):
@@ -72,13 +74,13 @@ def reconcile(slot, journal, reset_cause):
     status = slot.status()
     build = status["build"]
     unsettled = status["boot"] != status["running"]
-    if unsettled and status["inactive_state"] == "new":
-        return "armed"  # a wake from deep sleep: the bootloader has not looked at otadata
+    if unsettled and status["inactive_state"] == "new" and reset_cause in (_DEEPSLEEP, _SOFT):
+        return "armed"  # the bootloader has not looked at otadata since it was activated
     trial = journal.get("trial")
     if trial and trial.get("build") == build:
         return _on_trial(slot, journal, trial, reset_cause)
     if trial:
-        _not_running(journal, trial, unsettled, reset_cause)
+        _not_running(journal, trial, status, reset_cause)
     if unsettled:
         # What otadata names did not boot, and would be tried first at every reset.
         slot.settle()
@@ -101,7 +103,7 @@ def _on_trial(slot, journal, trial, reset_cause):
         slot.settle()  # proven; the power failed before all of it was written down
         _confirmed(journal, trial)
         return "idle"
-    boots = trial.get("boots", 0) + (reset_cause != _DEEPSLEEP)
+    boots = trial.get("boots", 0) + (reset_cause not in (_DEEPSLEEP, _SOFT))
     if boots > 1:
         # A second boot of an image on trial: the bootloader's rollback was not armed.
         try:
@@ -120,19 +122,22 @@ def _end_of_trial(reset_cause):
     """Reason and weight of a trial that a reset ended."""
     if reset_cause == _PWRON:
         return "power failed during the trial", 1
-    return "reset before it was confirmed (cause %d)" % reset_cause, TRIES
+    weight = 1 if reset_cause == _UNKNOWN else TRIES
+    return "reset before it was confirmed (cause %d)" % reset_cause, weight
 
 
-def _not_running(journal, trial, unsettled, reset_cause):
+def _not_running(journal, trial, status, reset_cause):
     if trial.get("confirming"):
         _fail(journal, trial, "power failed while it was confirmed", 1)
-    elif unsettled:
+    elif status["boot"] != status["running"]:
         _fail(journal, trial, "the bootloader refused the image", TRIES)
-    elif not trial.get("boots"):
-        # The power failed in set_boot or in the bootloader; or the image died at its very start.
+    elif trial.get("boots"):
+        _fail(journal, trial, *_end_of_trial(reset_cause))
+    elif status["inactive_state"] == "aborted":
         _fail(journal, trial, "the trial ended before the boot guard ran", 1)
     else:
-        _fail(journal, trial, *_end_of_trial(reset_cause))
+        # In set_boot, or while the bootloader rewrote the entry: it has never run.
+        _fail(journal, trial, "power failed before the trial began", 1, "failed")
 
 
 def _confirmed(journal, trial):

@@ -18,6 +18,7 @@ from . import release as releases
 from .certs import Tls, tls_error
 from .errors import HttpError
 from .keyring import Keyring
+from .sources import DEADLINE_MS
 
 _PATIENCE = 3  # polls that fail on dates alone before they are looked over
 
@@ -138,7 +139,7 @@ class Trust:
         return manifest
 
     async def _fetch(self, client, url):
-        response = await client.get(url)
+        response = await client.get(url, deadline_ms=DEADLINE_MS)
         try:
             if response.status != 200:
                 raise HttpError(

@@ -172,7 +172,7 @@ RELEASE_FIELDS = (
 )
 
 
-def start(world, *entries, settings=None, **journal):
+def start(world, *entries, settings=None, cause=machine.HARD_RESET, **journal):
     """Switch a board on, with this otadata and journal; return its agent and a list of events."""
     bench.otadata(*(entries or ((1, VALID),)))
     if not entries:
@@ -182,7 +182,7 @@ def start(world, *entries, settings=None, **journal):
         n = "v" + "7" * 340 + "Q"  # nobody's key
         json.dump({"keys": [{"kty": "RSA", "n": n, "e": "AQAB", "alg": "PS256"}]}, f)
     machine.reset = _reset
-    machine.reset_cause = lambda: machine.HARD_RESET
+    machine.reset_cause = lambda: cause
     guard = sys.modules["twinslot.guard"]
     guard._verdict = None
     agent = twinslot.agent.Agent(dict(SETTINGS, **(settings or {})), source=world)
@@ -416,7 +416,14 @@ async def test_own_checks_come_before_the_network():
 async def test_an_activated_slot_gets_its_reset():
     world = World()
     bench.put(IMAGE)
-    agent, _ = start(world, (1, VALID), (2, NEW), trial={"build": OTHER}, confirmed=OWN)
+    agent, _ = start(
+        world,
+        (1, VALID),
+        (2, NEW),
+        cause=machine.SOFT_RESET,
+        trial={"build": OTHER},
+        confirmed=OWN,
+    )
     await installs(agent)
     assert world.polls == 0
 
@@ -665,6 +672,12 @@ async def test_retry_after_of_one_answer_does_not_outlive_the_next():
     world.offer = NetworkError("no route")
     await refuses(NetworkError, agent)
     assert agent._delay_ms() < 600_000
+
+
+def test_the_longest_wait_fits_the_ticks_of_a_32_bit_port():
+    agent, _ = start(World(), settings={"poll": 7 * 86400})  # the longest an offer may ask for
+    for _ in range(20):
+        assert 5 * 86400_000 < agent._delay_ms() < 1 << 29
 
 
 def test_the_first_poll_has_a_constant_place_of_its_own():

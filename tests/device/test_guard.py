@@ -179,7 +179,7 @@ def test_the_hardware_watchdog_is_fed_by_the_timer_also_after_the_trial():
 
 
 def test_applications_may_take_the_first_timers():
-    mine = [machine.Timer(0), machine.Timer(2)]
+    mine = [machine.Timer(0), machine.Timer(1)]
     for timer in mine:
         timer.init(period=60_000, callback=lambda t: None)
     board((3, PENDING), (2, VALID), trial={"build": OWN, "hang": 1}, confirmed=OTHER)
@@ -197,6 +197,7 @@ def test_starts_are_counted_where_something_went_wrong():
     for cause, counts in (
         (machine.PWRON_RESET, 0),
         (machine.DEEPSLEEP_RESET, 0),
+        (machine.SOFT_RESET, 0),
         (machine.HARD_RESET, 1),
         (machine.WDT_RESET, 2),
     ):

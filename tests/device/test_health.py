@@ -495,3 +495,19 @@ async def test_the_watchdog_is_fed_no_longer_than_the_trial_lasts():
     count = len(fed)
     await asyncio.sleep_ms(1200)
     assert len(fed) == count
+
+
+def test_a_soft_reset_is_no_end_of_a_trial():
+    # Ctrl-D, or a tool that enters the raw REPL: the bootloader does not run.
+    slot, journal = board((3, PENDING), (2, VALID), trial=record(OWN, boots=1), confirmed=OTHER)
+    assert health.reconcile(slot, journal, SOFT) == "trial"
+    assert journal.get("trial").get("boots") == 1
+    assert bench.states()[0] == PENDING
+
+
+def test_a_bootloader_that_leaves_a_new_slot_aside_has_refused_it():
+    # Before rollback came (1.21) the bootloader left NEW as it was when an image did not verify.
+    slot, journal = board((1, VALID), (2, NEW), trial=record(OTHER), confirmed=OWN)
+    assert health.reconcile(slot, journal, HARD) == "idle"
+    assert journal.get("trial") == {}
+    assert "refused" in journal.get("failed", list)[-1][2]

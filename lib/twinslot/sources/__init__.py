@@ -14,6 +14,7 @@ from collections import namedtuple
 from ..errors import FormatError
 
 DOCUMENT_LIMIT = 2048  # bytes of a pointer or an answer
+DEADLINE_MS = 120000  # for one question and its whole answer
 _POLL_MIN = 1
 _POLL_MAX = 7 * 86400
 _KEYRING_MAX = (1 << 30) - 1

@@ -4,7 +4,7 @@ import json
 
 from ..errors import FormatError, HttpError
 from ..url import resolve
-from . import DOCUMENT_LIMIT, parse_offer
+from . import DEADLINE_MS, DOCUMENT_LIMIT, parse_offer
 
 
 class Server:
@@ -15,7 +15,7 @@ class Server:
         self._report = config["url"] + "api/v1/report-status"
 
     async def _post(self, client, url, obj):
-        response = await client.post_json(url, obj)
+        response = await client.post_json(url, obj, DEADLINE_MS)
         try:
             if response.status != 200:
                 raise HttpError(

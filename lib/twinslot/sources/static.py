@@ -4,7 +4,7 @@ import json
 
 from ..errors import FormatError, HttpError
 from ..url import resolve
-from . import DOCUMENT_LIMIT, parse_offer
+from . import DEADLINE_MS, DOCUMENT_LIMIT, parse_offer
 
 
 class Static:
@@ -17,7 +17,7 @@ class Static:
 
     async def poll(self, client, facts):
         """Return the channel's offer; an unchanged one costs a 304."""
-        response = await client.get(self._url, etag=self._etag)
+        response = await client.get(self._url, etag=self._etag, deadline_ms=DEADLINE_MS)
         try:
             if response.status == 304 and self._offer:
                 return self._offer
