@@ -132,7 +132,7 @@ def act_one(
     """Do one of the actions on a rollout; start, pause and so on."""
     now = int(time.time())
     before = rollouts.get(connection, rollout_id)
-    row = rollouts.act(connection, rollout_id, action, why or f"{action} by a person", now)
+    row = rollouts.act(connection, rollout_id, action, why or f"{action}: by hand", now)
     note(f"rollout {rollout_id}", {"state": before.state}, {"state": row.state, "why": why})
     events.emit(connection, f"rollout.{row.state}", {"rollout": rollout_id, "why": row.why}, now)
     return shown(connection, rollout_id)

@@ -1,0 +1,441 @@
+"""Running it: PostgreSQL and workers, migrations, kills, backup, simulated fleets."""
+
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import fleet as fleets
+import httpx
+import postgres
+import pytest
+import servers
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from fleet import Board, Fleet
+
+from twinslot_server import backup, schema
+from twinslot_server.background import Background, Leader
+from twinslot_server.store import Store, StoreError, bump
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pg():
+    with postgres.database() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def store(request, tmp_path):
+    url = f"sqlite:///{tmp_path / 'x.sqlite3'}"
+    if request.param == "postgres":
+        url = fresh(request.getfixturevalue("pg"), "s" + tmp_path.name)
+    found = Store(url, 5)
+    yield found
+    found.close()
+
+
+def fresh(url: str, name: str) -> str:
+    """Another empty database of the same server."""
+    import psycopg
+
+    name = "".join(c for c in name.lower() if c.isalnum())[:60]
+    with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return url.rpartition("/")[0] + "/" + name
+
+
+# ---- schema
+
+
+def test_the_migrations_make_what_the_server_uses(store):
+    context = {"compare_type": True}
+    found = store.read(
+        lambda c: compare_metadata(MigrationContext.configure(c, opts=context), schema.metadata)
+    )
+    assert [d for d in found if "alembic_version" not in str(d)] == []
+
+
+def test_a_database_of_the_first_server_is_brought_up_to_date(tmp_path):
+    path = tmp_path / "old.sqlite3"
+    with sqlite3.connect(path) as old:
+        old.executescript(
+            """
+            CREATE TABLE devices (device_id VARCHAR PRIMARY KEY, mac VARCHAR, product VARCHAR,
+              channel VARCHAR, hardware VARCHAR, chip_id INTEGER, current_version VARCHAR,
+              current_build VARCHAR, agent VARCHAR, micropython VARCHAR, labels JSON NOT NULL,
+              status VARCHAR, status_version VARCHAR, first_seen INTEGER NOT NULL,
+              last_seen INTEGER NOT NULL);
+            CREATE TABLE reports (id INTEGER PRIMARY KEY, device_id VARCHAR NOT NULL REFERENCES
+              devices(device_id) ON DELETE CASCADE, attempt VARCHAR NOT NULL, version VARCHAR,
+              build VARCHAR, status VARCHAR NOT NULL, error JSON, bytes BIGINT,
+              received INTEGER NOT NULL, UNIQUE (device_id, attempt, status));
+            INSERT INTO devices (device_id, labels, first_seen, last_seen)
+              VALUES ('old-board', '["attic"]', 5, 6);
+            PRAGMA user_version = 1;
+            """
+        )
+    old.close()
+    with pytest.raises(StoreError, match="no-migrate"):
+        Store(f"sqlite:///{path}", 5, migrate=False)
+    for _ in range(2):
+        store = Store(f"sqlite:///{path}", 5)
+        row = store.read(lambda c: c.execute(schema.devices.select()).one())
+        assert (row.device_id, row.labels, row.enrolment) == ("old-board", ["attic"], "accepted")
+        store.close()
+
+
+def test_a_schema_of_the_future_is_left_alone(tmp_path):
+    url = f"sqlite:///{tmp_path / 'x.sqlite3'}"
+    store = Store(url, 5)
+    store.write(lambda c: c.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'"))
+    store.close()
+    with pytest.raises(StoreError, match="9999"):
+        Store(url, 5)
+
+
+# ---- writing
+
+
+def test_one_change_that_fails_takes_no_other_with_it(store):
+    futures = [
+        store.submit(bump if n % 3 else (lambda c: c.exec_driver_sql("SELECT * FROM nowhere")))
+        for n in range(60)
+    ]
+    failed = [f for f in futures if f.exception(10)]
+    assert len(failed) == 20
+    assert store.generation == 40
+
+
+def test_at_most_one_leads(store, tmp_path):
+    one, two = Leader(store, tmp_path), Leader(store, tmp_path)
+    assert one.holds() and one.holds()
+    assert not two.holds()
+    one.release()
+    assert two.holds()
+    two.release()
+
+
+# ---- the same fleet on PostgreSQL
+
+
+def test_a_fleet_updates_on_postgresql(pg, tmp_path):
+    fleet = Fleet(tmp_path, fresh(pg, "fleet"))
+    try:
+        fleet.publish("1.0.0")
+        number = fleet.upload(tmp_path, "1.1.0").json()["id"]
+        fleet.api("PATCH", f"firmware/{number}", {"pilot_ready": True})
+        boards = [Board(fleet, f"b{n}", labels=["site=a"]) for n in range(6)]
+        for board in boards:
+            board.poll()
+        plan = {
+            "firmware_id": number,
+            "stages": [{"count": 2}, {"percent": 100}],
+            "policy": {"bake_s": 0},
+            "start": True,
+        }
+        rollout = fleet.api("POST", "rollouts", plan)["id"]
+        clock = Background(fleet.parts, fleet.data)
+        for _ in range(6):
+            for board in boards:
+                board.update()
+            clock.tick()
+        clock._leader.release()
+        done = fleet.api("GET", f"rollouts/{rollout}")
+        assert (done["state"], done["counts"]["confirmed"]) == ("complete", 6)
+        assert boards[0].attempts()[0]["state"] == "confirmed"
+        fleet.desk.flush()
+        with pytest.raises(Exception, match="append-only"):
+            fleet.store.write(lambda c: c.exec_driver_sql("DELETE FROM audit"))
+    finally:
+        fleet.close()
+
+
+def test_several_workers_serve_one_fleet(pg, tmp_path):
+    site = tmp_path / "site"
+    servers.publish_version(site, "1.1.0")
+    url = fresh(pg, "workers")
+    with servers.serving(site, "--database", url, "--workers", "3") as server:
+        remote = Remote(server)
+        boards = [Board(remote, f"b{n}") for n in range(12)]
+        threads = [threading.Thread(target=board.update) for board in boards]
+        for board in boards:
+            board.token = server.token("device")
+            board.fleet = Remote(server)  # a connection, and so perhaps a worker, of its own
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rows = remote.api("GET", "devices")["devices"]
+        assert [r["status"] for r in rows] == ["confirmed"] * 12
+        # A change made through one worker holds for all within a moment.
+        number = remote.api("GET", "firmware")["firmware"][0]["id"]
+        remote.api("PATCH", f"firmware/{number}", {"blocked": "no"})
+        time.sleep(1)
+        for n in range(12):
+            late = Board(Remote(server), f"late{n}")
+            late.token = server.token("device")
+            assert late.poll()["reason"] == "blocked"
+            late.fleet.client.close()
+        for board in boards:
+            board.fleet.client.close()
+        remote.client.close()
+        assert server.stop() == 0
+
+
+def test_sqlite_serves_one_process_and_says_so(tmp_path):
+    (tmp_path / "site").mkdir()
+    command = [sys.executable, "-m", "twinslot_server", str(tmp_path / "site"), "--workers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1 and "SQLite serves one process" in done.stderr
+
+
+# ---- kill -9
+
+
+class Remote(Fleet):
+    """The calls of a fleet, to a server process."""
+
+    def __init__(self, server):
+        self.server = server
+        self.client = server.client(timeout=20)
+        self.admin = server.token("operator")
+
+    def api(self, method, path, body=None, **options):
+        options = options if body is None else {**options, "json": body}
+        headers = {"Authorization": f"Bearer {self.admin}"}
+        return self.client.request(method, f"/api/v1/{path}", headers=headers, **options).json()
+
+
+def test_killed_while_uploading_nothing_half_is_offered(tmp_path):
+    """F111: kill -9 in the middle of uploads; what was acknowledged is whole, the rest absent."""
+    site = tmp_path / "site"
+    site.mkdir()
+    keys = str(servers.public_keys(tmp_path))
+    acknowledged, number = set(), 0
+    for round_ in range(3):
+        with servers.serving(site, "--keys", keys) as server:
+            remote = Remote(server)
+            timer = threading.Timer(0.08 * round_ + 0.03, server.process.kill)
+            timer.start()
+            with pytest.raises(httpx.TransportError):
+                while True:
+                    number += 1
+                    version = f"1.{number}.0"
+                    made = tmp_path / f"made-{number}" / "site"
+                    made.mkdir(parents=True)
+                    form = fleets.upload_files(made, servers.publish_version(made, version))
+                    headers = {"Authorization": f"Bearer {remote.admin}"}
+                    answer = remote.client.post(
+                        "/api/v1/firmware/upload", headers=headers, files=form
+                    )
+                    assert answer.status_code == 201
+                    acknowledged.add(version)
+            timer.join()
+            remote.client.close()
+    with servers.serving(site, "--keys", keys) as server:
+        remote = Remote(server)
+        known = {row["version"]: row for row in remote.api("GET", "firmware")["firmware"]}
+        assert acknowledged <= set(known)
+        for row in known.values():
+            blob = site / row["payloads"][0].lstrip("/")
+            assert blob.stat().st_size == row["size"]
+        assert not any(row["stable"] for v, row in known.items() if v in acknowledged)
+        remote.client.close()
+
+
+def test_killed_in_the_middle_of_a_rollout_it_goes_on(tmp_path):
+    """The server's belief is what the boards run, however often it was killed on the way."""
+    site = tmp_path / "site"
+    servers.publish_version(site, "1.1.0")
+    (site / servers.PRODUCT / "stable.json").unlink()
+    keys = str(servers.public_keys(tmp_path))
+    boards = [Board(None, f"b{n}") for n in range(12)]
+    rollout = None
+    for round_ in range(4):
+        with servers.serving(site, "--keys", keys) as server:
+            remote = Remote(server)
+            for board in boards:
+                board.fleet, board.token = remote, server.token("device")
+            if rollout is None:
+                for board in boards:
+                    board.poll()
+                body = {
+                    "product": servers.PRODUCT,
+                    "version": "1.1.0",
+                    "stages": [{"count": 6}, {"percent": 100}],
+                    "policy": {"bake_s": 0, "promote": False},
+                    "start": True,
+                }
+                rollout = remote.api("POST", "rollouts", body)["id"]
+            if round_ < 3:
+                timer = threading.Timer(0.15 * round_ + 0.05, server.process.kill)
+                timer.start()
+                try:
+                    for board in boards:
+                        board.update()
+                    time.sleep(1)
+                except httpx.TransportError:
+                    pass
+                timer.join()
+            else:
+                deadline = time.monotonic() + 40
+                while remote.api("GET", f"rollouts/{rollout}")["state"] != "complete":
+                    assert time.monotonic() < deadline, remote.api("GET", f"rollouts/{rollout}")
+                    for board in boards:
+                        board.update()
+                        board.poll()
+                        if board.attempt:  # what it could not say before it says now
+                            board.report("confirmed", "1.1.0")
+                    time.sleep(0.3)
+                rows = remote.api("GET", "devices")["devices"]
+                assert {r["device_id"]: r["current_version"] for r in rows} == {
+                    b.device_id: b.version for b in boards
+                }
+                for board in boards:
+                    assert board.attempts()[0]["state"] == "confirmed"
+            remote.client.close()
+
+
+# ---- backup, schedules
+
+
+def test_a_backup_of_a_running_server_is_a_server(tmp_path):
+    site = tmp_path / "site"
+    servers.publish_version(site, "1.1.0")
+    with servers.serving(site) as server:
+        remote = Remote(server)
+        board = Board(remote, "b1")
+        board.token = server.token("device")
+        board.update()
+        done = subprocess.run(
+            [Path(sys.executable).with_name("twinslot"), "fleet", "backup", server.data,
+             tmp_path / "kept" / "b.tar.gz"],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        token = server.token("operator")
+        remote.client.close()
+    kept = tmp_path / "kept" / "b.tar.gz"
+    assert kept.stat().st_mode & 0o777 == 0o600
+    restored = tmp_path / "restored"
+    with tarfile.open(kept) as tar:
+        tar.extractall(restored, filter="data")
+    with servers.serving(site, data=restored) as server:
+        assert server.token("operator") == token
+        remote = Remote(server)
+        assert remote.api("GET", "devices/b1")["status"] == "confirmed"
+        remote.client.close()
+
+
+def test_a_backup_that_can_not_be_made_says_why(tmp_path, capsys):
+    assert backup.main([str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+SCHEDULES = """
+- name: nightly
+  cron: "30 2 * * *"
+  zone: Europe/Berlin
+  action: {do: gc}
+- name: start
+  cron: "* * * * *"
+  action: {do: start_rollout, rollout: 1}
+"""
+
+
+def test_schedules_come_from_the_file_and_run(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "schedules.yaml").write_text(SCHEDULES)
+    (tmp_path / "server.yml").write_text("schedules: schedules.yaml\n")
+    config = str(tmp_path / "server.yml")
+    with servers.serving(tmp_path / "site", "--config", config) as server:
+        remote = Remote(server)
+        rows = remote.api("GET", "schedules")["schedules"]
+        assert [(r["name"], r["source"]) for r in rows] == [("nightly", "file"), ("start", "file")]
+        bad = {"name": "x", "cron": "61 * * * *", "action": {"do": "gc"}}
+        assert remote.api("POST", "schedules", bad)["code"] == "malformed"
+        remote.client.close()
+    (tmp_path / "schedules.yaml").write_text(SCHEDULES.replace("do: gc", "do: everything"))
+    command = [sys.executable, "-m", "twinslot_server", str(tmp_path / "site"), "--config", config]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    assert done.returncode == 1
+    assert "schedule 1 'nightly'" in done.stderr and "everything" in done.stderr
+
+
+def test_a_schedule_does_its_action_and_says_what_came_of_it(tmp_path):
+    with fleets.running(tmp_path) as fleet:
+        fleet.publish("1.0.0")
+        number = fleet.release("1.0.0")["id"]
+        rollout = fleet.api("POST", "rollouts", {"firmware_id": number})["id"]
+        action = {"do": "start_rollout", "rollout": rollout}
+        plan = {"name": "n", "cron": "0 0 1 1 *", "action": action}
+        made = fleet.api("POST", "schedules", plan)["id"]
+        clock = Background(fleet.parts, fleet.data)
+        clock._run(made, action)
+        assert fleet.api("GET", f"rollouts/{rollout}")["state"] == "pilot"
+        clock._run(made, action)
+        assert "can't start" in fleet.api("GET", "schedules")["schedules"][0]["last_result"]
+
+
+# ---- a simulated fleet
+
+
+def test_a_bad_build_stops_in_a_simulated_fleet_and_the_books_agree(tmp_path):
+    site = tmp_path / "site"
+    servers.publish_version(site, "1.1.0")
+    (site / servers.PRODUCT / "stable.json").unlink()
+    keys = str(servers.public_keys(tmp_path))
+    with servers.serving(site, "--keys", keys) as server:
+        environment = {
+            **os.environ,
+            "TWINSLOT_URL": server.url,
+            "TWINSLOT_CA": str(server.data / "server.crt"),
+            "TWINSLOT_TOKEN": server.token("operator"),
+            "TWINSLOT_DEVICE_TOKEN": server.token("device"),
+        }
+        command = [
+            Path(sys.executable).with_name("twinslot"), "fleet", "sim", servers.PRODUCT, "1.1.0",
+            "--boards", "60", "--bad", "50%", "--poll", "0.5", "--stage", "20%", "--stage", "100%",
+            "--policy", "max_concurrent=5", "--timeout", "60",
+        ]  # fmt: skip
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environment, timeout=120
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads(done.stdout)
+        assert found["state"] == "paused"
+        assert found["differences"] == 0, found["examples"]
+        assert found["met"]["1.1.0"] <= found["planned"][0] + 5
+
+
+def test_the_unit_the_container_and_the_examples_name_what_exists():
+    assert "python -m twinslot_server" in (ROOT / "server_stub/deploy/Containerfile").read_text()
+    assert "twinslot_server" in (ROOT / "server_stub/deploy/twinslot.service").read_text()
+    from twinslot_server import schedules, settings
+
+    settings.load(ROOT / "config/server.yml", {}, {})
+    schedules.read_file(ROOT / "config/schedules.yaml")
+    if shutil.which("systemd-analyze"):
+        unit = str(ROOT / "server_stub/deploy/twinslot.service")
+        done = subprocess.run(
+            ["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False
+        )
+        assert "Unknown" not in done.stderr
+
+
+def test_it_dies_at_once_when_killed_and_starts_again(tmp_path):
+    (tmp_path / "site").mkdir()
+    for _ in range(2):
+        with servers.serving(tmp_path / "site") as server:
+            server.process.send_signal(signal.SIGKILL)
+            assert server.process.wait(5) == -signal.SIGKILL
