@@ -14,6 +14,7 @@ help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
 	@echo "make test    lint, sizes, device tests on MicroPython, host tests"
 	@echo "make lint    ruff and pyright"
+	@echo "make bench   what an update costs, against targets; plots in docs/bench"
 	@echo "make size    bytes of each module of lib/twinslot on the device"
 	@echo "make compat  the device package against MicroPython 1.24 to 1.29 (needs PyPI)"
 	@echo "make packages  write package*.json, when a module came or went"
@@ -38,6 +39,9 @@ compat: $(READY)
 
 packages: $(READY)
 	@$(BIN)/python -m twinslot_tools.mip
+
+bench: $(READY)
+	@$(BIN)/python -m twinslot_tools.bench $(BENCH)
 
 setup: $(READY) $(STUBS)
 

@@ -124,9 +124,12 @@ async def apply(job):
         state = (at, position) if job.get("resume") else None
         body = Body(file, job.get("step"))
         stage = payload.open_stage(chosen, body, reader(job.get("base")), job["size"], state)
-        await payload.pump(
-            stage, writer, lambda done, state: boundaries.append((done,) + (state or ()))
-        )
+
+        def boundary(done, state):
+            if not measure:
+                boundaries.append((done,) + (state or ()))
+
+        await payload.pump(stage, writer, boundary)
     if out:
         out.close()
     result = {"ms": time.ticks_diff(time.ticks_ms(), since)}
