@@ -8,11 +8,12 @@ READY := $(VENV)/.ready
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo test lint size compat packages setup clean
+.PHONY: help demo load test lint size compat packages setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
 	@echo "make test    lint, sizes, device tests on MicroPython, host tests"
+	@echo "make load    what the fleet server carries here (python tools/load.py --help)"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   what an update costs, against targets; plots in docs/bench"
 	@echo "make size    bytes of each module of lib/twinslot on the device"
@@ -25,6 +26,9 @@ demo: $(READY)
 
 test: lint size
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
+
+load: $(READY)
+	@$(BIN)/python tools/load.py
 
 lint: $(READY) $(STUBS)
 	@$(BIN)/ruff check $(LINTED)
