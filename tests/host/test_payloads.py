@@ -384,7 +384,7 @@ def test_a_window_larger_than_announced_is_refused(cases):
     assert wide["sha256"] == hashlib.sha256(image).hexdigest()
 
 
-def test_bombs_end_at_the_size_of_the_image(cases):
+def test_F61_bombs_end_at_the_size_of_the_image(cases):
     bomb = gzip.compress(bytes(50_000_000), mtime=0)
     cases.add(bomb, size=10_000)
     cases.add(bomb, size=10_000, patch="detools", base=OLD)
@@ -441,7 +441,7 @@ def test_the_worst_honest_input_per_output_passes(cases):
         assert result.get("sha256") == expected, (number, result)
 
 
-def test_F33_a_payload_truncated_at_each_byte_is_refused(cases):
+def test_F71_a_payload_truncated_at_each_byte_is_refused(cases):
     image = NEW[:1500]
     content = member(image[:700]) + member(image[700:])
     for n in range(len(content)):
@@ -544,7 +544,7 @@ HOSTILE = {
 }
 
 
-def test_hostile_patches_are_refused(cases):
+def test_F92_hostile_patches_are_refused(cases):
     for content in HOSTILE.values():
         for how in ({"encoding": "identity"}, {}):
             packed = content if how else gzip.compress(content, mtime=0)
@@ -554,7 +554,7 @@ def test_hostile_patches_are_refused(cases):
         assert refused(result), (name, result)
 
 
-def test_a_wrong_base_gives_another_hash_never_the_image(cases):
+def test_F91_a_wrong_base_gives_another_hash_never_the_image(cases):
     near = bytearray(OLD)
     near[1000] ^= 1
     cases.add(DELTA, patch="detools", base=bytes(near))

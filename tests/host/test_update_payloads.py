@@ -179,7 +179,7 @@ def forge(lab, entry, content):
     path.write_bytes(content.ljust(entry["size"], b"\0"))
 
 
-def test_F36_a_tampered_delta_gives_way_to_the_gzip(make_lab):
+def test_F91_a_tampered_delta_gives_way_to_the_gzip(make_lab):
     """Whoever holds the server can make a patch that inflates and applies: the hash finds it."""
     lab = make_lab(settings=STATIC)
     found = publish(lab)
@@ -258,7 +258,7 @@ def large(lab, form):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_download_cut_by_a_reset_goes_on_there(make_lab, make_web, form):
+def test_F93_a_download_cut_by_a_reset_goes_on_there(make_lab, make_web, form):
     lab = make_lab(settings=STATIC, image_size=700_000)
     entry = large(lab, form)
     web = make_web(lab)
@@ -303,7 +303,7 @@ def test_a_download_cut_again_and_again_gets_there(make_lab, make_web):
     assert firsts == sorted(set(firsts)) and len(firsts) > 1
 
 
-def test_a_server_without_ranges_serves_all_of_it_again(make_lab, make_web):
+def test_F57_a_server_without_ranges_serves_all_of_it_again(make_lab, make_web):
     lab = make_lab(settings=STATIC, image_size=700_000)
     entry = large(lab, "gzip")
     web = make_web(lab)
@@ -317,7 +317,7 @@ def test_a_server_without_ranges_serves_all_of_it_again(make_lab, make_web):
     assert web.blobs() == [(0, entry["size"] * 6 // 10), (0, entry["size"])]
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(make_lab, make_web):
+def test_F59_a_file_that_changed_meanwhile_is_fetched_from_its_beginning(make_lab, make_web):
     lab = make_lab(settings=STATIC, image_size=700_000)
     entry = large(lab, "gzip")
     web = make_web(lab)
