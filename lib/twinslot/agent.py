@@ -345,6 +345,9 @@ class Agent:
             # What can't succeed later is no reason to poll at another pace.
             self._failures = self._failures + 1 if exc.retry else 0
             self._retry_after = getattr(exc, "retry_after", None)
+            forget = getattr(self._source, "forget", None)
+            if forget:
+                forget()
             if isinstance(exc, TlsError):
                 self._clock.doubt()  # perhaps the date is to blame: ask again
             self._emit("failed", **exc.report())
@@ -402,6 +405,7 @@ class Agent:
         """Fetch a release, judge it and install it: then this never returns. It does if the
         release runs already."""
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
+        manifest = None
         try:
             manifest = await self._trust.release(self._client, url)
             same = manifest.firmware.build == self._running["build"]
@@ -414,8 +418,11 @@ class Agent:
             await self._permit("download", manifest)
             await without_memory_error(self._install(report, manifest, url))
         except OtaError as exc:
-            # Said once: what the board can't take now it will not take at the next poll either.
-            if not exc.retry:
+            if manifest is None:
+                # Perhaps damaged on the way, or a portal's page: no word on the release itself.
+                self._count(name)
+            elif not exc.retry:
+                # Said once: what the board can't take now it will not take at the next poll.
                 self._done = name
             if not isinstance(exc, KnownBadError):  # that was told when it was rolled back
                 self._journal.add_to_log(report["version"], "failed", exc.message)
@@ -497,6 +504,7 @@ class Agent:
             return
         if taken:
             self._done = None  # what an unknown key has signed may hold now
+            self._tried = (None, 0, 0)
             self._emit("keyring", version=taken)
 
     def _board(self, force):
@@ -542,7 +550,7 @@ class Agent:
         self._emit("staging", version=manifest.version, size=image.size)
         await self._report(report, "staging")
         start = time.ticks_ms()
-        self._count(self._name(url), start)
+        self._count(self._name(url))
         from .download import Download
 
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
@@ -559,12 +567,12 @@ class Agent:
         await self._client.close()
         self._activate(report["attempt"], manifest)
 
-    def _count(self, name, now):
+    def _count(self, name):
         """Count the polls in which a release was fetched and did not come; mirrors don't count."""
         known, tries, _ = self._tried
         if name != known:
             tries = 0
-        self._tried = (name, tries if self._counted else tries + 1, now)
+        self._tried = (name, tries if self._counted else tries + 1, time.ticks_ms())
         self._counted = True
 
     def _spend(self, n):

@@ -5,8 +5,9 @@
 
 ``facts`` is a dict of what the device tells about itself: ``device_id``, ``product``,
 ``channel``, ``hardware``, ``chip_id``, ``current_version``, ``current_build``, ``labels``,
-``agent``, ``micropython``. An offer is not signed: it can make a device look at a release,
-wait, or poll at another pace, never run anything.
+``agent``, ``micropython``. A source that answers from memory has ``forget()`` as well: what it
+said led nowhere, and may have been damaged on the way. An offer is not signed: it can make a
+device look at a release, wait, or poll at another pace, never run anything.
 """
 
 from collections import namedtuple

@@ -34,11 +34,18 @@ class Static:
         finally:
             await response.close()
         try:
-            self._offer = parse_offer(json.loads(body), self._url, resolve)
+            found = json.loads(body)
         except ValueError:
             raise FormatError("channel %s is not JSON" % self._url)
+        self._offer = parse_offer(found, self._url, resolve)
+        if not any(name in found for name in ("release", "poll", "rollout", "keyring")):
+            raise FormatError("channel %s holds no offer" % self._url)  # a portal's JSON
         self._etag = etag
         return self._offer
+
+    def forget(self):
+        """Ask for the whole channel next time."""
+        self._etag = None
 
     async def report(self, client, facts, report):
         """Nobody to tell: a report counts as delivered."""
