@@ -213,20 +213,24 @@ def chip_modules() -> Path:
 class _Rtc:
     """The RTC domain: clock, user memory, and the bootloader's note of what it booted."""
 
-    def __init__(self, path: Path, clock: str | float | None, network: bool):
+    def __init__(self, path: Path, clock: str | float | None, network: bool, speed: int):
         self.path = path
         self.clock = clock
         self.network = network
+        self.speed = speed
+        self.origin = time.time()
         self.bootloader = bytearray(RTC_RECORD_SIZE)
         self.lose_power()
 
     def lose_power(self) -> None:
         """Memory gone, clock at 2000-01-01 (or as the board was configured)."""
-        base = time.time() - EPOCH_2000
+        now = time.time()
+        now += (now - self.origin) * (self.speed - 1)
+        base = now - EPOCH_2000
         if self.clock == "host":
             base = 0.0
         elif self.clock is not None:
-            base = time.time() - float(self.clock)
+            base = now - float(self.clock)
         start = int((base + EPOCH_2000) * 1e6)
         data = struct.pack("<q", start).ljust(_NO_NETWORK, b"\0")
         self.path.write_bytes(data + bytes([not self.network]))
@@ -259,6 +263,9 @@ class Board:
         strict: True: programming a 0 bit back to 1 is an error; False: the flash ANDs.
         idf6: set_boot of the active slot as IDF 6 does it.
         idf_heap: regions that esp32.idf_heap_info(HEAP_DATA) tells.
+        speed: how many seconds of the board pass in one of the host's.
+        wrap_in_ms: the ticks of each boot start so long before the 2**30 at which those of a
+            32-bit port start again from 0; None: as those of the host.
         micropython: the interpreter's path.
     """
 
@@ -275,6 +282,8 @@ class Board:
         strict: bool = True,
         idf6: bool = False,
         idf_heap: list[tuple[int, int, int, int]] | None = None,
+        speed: int = 1,
+        wrap_in_ms: int | None = None,
         micropython: str | None = None,
     ):
         self.path = Path(flash_path).resolve()
@@ -295,9 +304,12 @@ class Board:
             "strict": strict,
             "idf6": idf6,
             "idf_heap": idf_heap or _IDF_HEAP,
+            "speed": speed,
+            "wrap_in_ms": wrap_in_ms,
         }
         self._scratch = Path(tempfile.mkdtemp(prefix="virtual-esp32-"))
-        self._rtc = _Rtc(self._scratch / "rtc", clock, network)
+        self._rtc = _Rtc(self._scratch / "rtc", clock, network, speed)
+        self._config["origin"] = int(self._rtc.origin * 1e6)
         self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._bell = os.pipe()
         os.set_blocking(self._bell[0], False)

@@ -123,7 +123,7 @@ class WDT:
             raise ValueError
         if timeout <= 0:
             raise ValueError("WDT timeout too short")
-        soc.event("wdt", timeout=timeout)
+        soc.event("wdt", timeout=max(1, timeout // soc.config["speed"]))
 
     def feed(self):
         soc.feed()
@@ -200,10 +200,10 @@ class Timer:
             for other in list(soc.timers):
                 if other._id == self._id:
                     other.deinit()
-        self._period = period
+        self._period = max(1, period // soc.config["speed"])  # of the host
         self._mode = mode
         self._callback = callback
-        self._due = _ticks_add(_ticks_ms(), period)
+        self._due = _ticks_add(_ticks_ms(), self._period)
         soc.timers.append(self)
         _plan()
 
@@ -215,7 +215,7 @@ class Timer:
         """Milliseconds since the timer was armed or last fired."""
         if self not in soc.timers:
             return 0
-        return self._period - _ticks_diff(self._due, _ticks_ms())
+        return (self._period - _ticks_diff(self._due, _ticks_ms())) * soc.config["speed"]
 
     def _fire(self, now):
         if self._mode == self.ONE_SHOT:

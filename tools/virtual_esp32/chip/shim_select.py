@@ -10,6 +10,11 @@ import soc
 _SLICE_MS = 5
 
 
+def _real(timeout):
+    """What the host must wait where the board's time runs faster."""
+    return -(-timeout // soc.config["speed"]) if timeout > 0 else timeout
+
+
 class _Poll:
     def __init__(self):
         poll = _select.poll()
@@ -19,12 +24,14 @@ class _Poll:
         self.modify = poll.modify
 
     def ipoll(self, timeout=-1, flags=0):
+        timeout = _real(timeout)
         if timeout == 0 or not (soc.timers or soc.attended):
             soc.heed()
             return self._poll.ipoll(timeout, flags)
         return self._sliced(timeout)
 
     def poll(self, timeout=-1, flags=0):
+        timeout = _real(timeout)
         if timeout == 0 or not (soc.timers or soc.attended):
             soc.heed()
             return self._poll.poll(timeout)

@@ -228,15 +228,21 @@ def check_write(offset, size):
 # ---- RTC domain
 
 
+def _host_us():
+    """The host's time, us since 1970; where the board's runs faster, since `origin`."""
+    now = time.time_ns() // 1000
+    return now + (now - config["origin"]) * (config["speed"] - 1)
+
+
 def clock_us():
     """Microseconds since 2000-01-01 by the board's clock."""
     _rtc.seek(0)
-    return time.time_ns() // 1000 - struct.unpack("<q", _rtc.read(8))[0]
+    return _host_us() - struct.unpack("<q", _rtc.read(8))[0]
 
 
 def set_clock_us(value):
     _rtc.seek(0)
-    _rtc.write(struct.pack("<q", time.time_ns() // 1000 - value))
+    _rtc.write(struct.pack("<q", _host_us() - value))
 
 
 def rtc_memory():

@@ -54,7 +54,12 @@ def main(config_path, reserve):
         reserve: list with one bytearray, the user's heap.
     """
     soc.start(config_path)
+    bent = shim_time.configure(soc.config["speed"], soc.config["wrap_in_ms"])
     bdev = _install_modules()
+    if bent:
+        import shim_asyncio
+
+        sys.modules["_asyncio"] = shim_asyncio
     tree = soc.load_tree()
     sys.modules["esp32"]._start_nvs()
     namespace = _clean_namespace()
