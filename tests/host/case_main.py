@@ -1,0 +1,164 @@
+# main.py of the board of `station.py`: does what the host tells it, many updates in one boot.
+#
+# Commands are JSON lines over TCP, each is answered by one. The agent, its slot, journal and
+# client are the real ones; `machine.reset` alone is caught, and told as the end of an update.
+
+import asyncio
+import gc
+import json
+import socket
+import sys
+import time
+
+import machine
+from esp32 import NVS
+
+import twinslot
+from twinslot import guard
+from twinslot.errors import OtaError
+
+Journal = __import__("twinslot.journal", None, None, ("x",))
+link = __import__("twinslot.link", None, None, ("x",))
+
+
+class Reset(BaseException):
+    pass
+
+
+class Machine:
+    """`machine` as the agent sees it."""
+
+    unique_id = machine.unique_id
+    reset_cause = machine.reset_cause
+
+    @staticmethod
+    def reset():
+        raise Reset
+
+
+class Names:
+    """`socket` with a name service of our own."""
+
+    def __init__(self):
+        self.script = []
+
+    def __getattr__(self, name):
+        return getattr(socket, name)
+
+    def getaddrinfo(self, host, port, *rest):
+        if self.script:
+            said = self.script.pop(0)
+            if said == "unknown":
+                raise OSError(-2)
+            if said == "later":
+                raise OSError(-3)
+            if said == "empty":
+                return []
+            if said == "dead":  # two addresses where nobody listens, then the good one
+                good = socket.getaddrinfo(host, port, *rest)
+                bad = socket.getaddrinfo("127.0.0.1", 9, *rest)
+                return bad + bad + good
+            if said == "wrong":
+                return socket.getaddrinfo("127.0.0.1", 9, *rest)
+        return socket.getaddrinfo(host, port, *rest)
+
+
+names = Names()
+link.socket = names
+agent = None
+events = []
+
+
+def fresh(settings, **more):
+    """Forget all that was ever downloaded; the host has put the slot in order."""
+    nvs = NVS("twinslot")
+    for key in ("journal", "checkpoint", "log", "starts"):
+        try:
+            nvs.erase_key(key)
+        except OSError:
+            pass
+    return begin(settings, **more)
+
+
+def begin(settings, dns=(), jump=None):
+    """What a reboot does: a new agent, which knows what flash holds."""
+    global agent  # noqa: PLW0603
+    Journal._shared = None
+    names.script = list(dns)
+    agent = twinslot.Agent(settings)
+    agent._machine = Machine
+    agent.on_event(lambda name, data: events.append(name))
+    if jump:
+        agent.on_event(lambda name, data: jumped(jump.pop(0)) if jump else None)
+    guard.stop()
+    return {"version": agent.version()}
+
+
+def jumped(seconds):
+    rtc = machine.RTC()
+    t = time.gmtime(max(0, time.time() + seconds))
+    rtc.datetime((t[0], t[1], t[2], 0, t[3], t[4], t[5], 0))
+
+
+def update(force=False):
+    events.clear()
+    gc.collect()
+    began = time.ticks_ms()
+    out = {"code": None}
+    try:
+        asyncio.run(agent.update_now(force))
+        out["code"] = "idle"
+    except Reset:
+        out["code"] = "installed"
+    except OtaError as exc:
+        out["code"] = exc.code
+        out["message"] = str(exc)
+        out["retry"] = exc.retry
+    except Exception as exc:
+        out["code"] = "LEAKED"
+        sys.print_exception(exc)
+        out["message"] = repr(exc)
+    asyncio.new_event_loop()
+    out["events"] = list(events)
+    out["ms"] = time.ticks_diff(time.ticks_ms(), began)
+    out["retry_after"] = agent._retry_after
+    out["delay_ms"] = agent._delay_ms()
+    try:
+        asyncio.run(agent._client.close())
+    except OtaError:
+        pass
+    asyncio.new_event_loop()
+    gc.collect()
+    out["heap"] = gc.mem_alloc()
+    return out
+
+
+def log():
+    return Journal.Journal.shared().log()
+
+
+def evaluate(code):
+    """For what only one test wants: run code, give back `result`."""
+    space = {"agent": agent, "result": None}
+    exec(code, space)
+    return space["result"]
+
+
+DO = {f.__name__: f for f in (fresh, begin, update, log, evaluate)}
+
+
+def serve():
+    with open("/station.json") as f:
+        port = json.load(f)["port"]
+    host = socket.socket()
+    host.connect(socket.getaddrinfo("127.0.0.1", port)[0][-1])
+    while True:
+        line = host.readline()
+        if not line:
+            return
+        command = json.loads(line)
+        answer = DO[command.pop("do")](**command)
+        host.write(json.dumps(answer) + "\n")
+
+
+serve()
