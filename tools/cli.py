@@ -27,6 +27,7 @@ _ELSEWHERE = {
     "board": ("board_cli", "app", "Make, run and look into virtual boards and flash dumps."),
     "flash": ("flash_cli", "flash", "Put MicroPython, Twinslot and your files onto a board."),
     "keyring": ("trust_cli", "keyring_command", "Say who may sign releases, and who no longer."),
+    "log": ("log_cli", "log", "Show what a board noted of its updates, out of its flash."),
     "sign": ("trust_cli", "sign", "Sign a document made elsewhere."),
     "verify": ("trust_cli", "verify", "Judge a release or keyring as a board does."),
     "device": ("fleet_cli", "device", "See and steer the boards of a fleet."),
