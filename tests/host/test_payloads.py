@@ -259,6 +259,34 @@ def test_publish_from_a_version_and_from_a_file(released, tmp_path):
     assert release.payloads(image, entries[2]["base"], encodings)[0].url == entries[2]["url"]
 
 
+def test_the_command_tells_what_each_payload_saves(tmp_path):
+    twinslot = Path(sys.executable).with_name("twinslot")
+    subprocess.run(
+        [twinslot, "keygen", "--no-passphrase", "--bits", "2048", "r.key"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    told = {}
+    for version, changes, more in (
+        ("1.0.0", 0, []),
+        ("1.1.0", 8, ["--from", "1.0.0", "--from", "far.bin"]),
+    ):
+        (tmp_path / "far.bin").write_bytes(firmware("0.1.0", 900))
+        (tmp_path / f"{version}.bin").write_bytes(firmware(version, changes))
+        command = ["publish", f"{version}.bin", "--version", version, "--product", PRODUCT]
+        command += ["--hardware", HARDWARE, "--key", "r.key", "--to", "site", "--json", *more]
+        done = subprocess.run(
+            [twinslot, *command], cwd=tmp_path, check=True, capture_output=True, text=True
+        )
+        told[version] = json.loads(done.stdout)
+    assert [row["payload"] for row in told["1.0.0"]["sizes"]] == ["identity", "gzip"]
+    rows = {row["payload"]: row for row in told["1.1.0"]["sizes"]}
+    assert rows["delta from 1.0.0"]["bytes"] < rows["gzip"]["bytes"] < rows["identity"]["bytes"]
+    assert len(told["1.1.0"]["payloads"]) == sum(row["kept"] for row in rows.values())
+    assert rows.keys() == {"identity", "gzip", "delta from 1.0.0", "delta from far.bin"}
+
+
 def test_publishing_again_keeps_the_payloads_of_the_release(released):
     released("1.0.0", 0)
     first = released("1.1.0", 8, ["1.0.0"])
