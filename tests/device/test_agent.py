@@ -10,6 +10,7 @@ import sys
 
 import machine
 import workbench as bench
+from esp32 import NVS
 from harness import raises
 from workbench import BLOCK, NEW, PENDING, VALID
 
@@ -235,6 +236,22 @@ async def test_an_offer_becomes_a_finished_slot_a_record_and_a_reset():
     assert names(events)[:2] == ["checking", "staging"] and "staged" in names(events)
     assert [r["status"] for r in world.reports] == ["staging", "staged"]
     assert world.fetched == [HOME + "lamp/blobs/a.bin"]
+
+
+async def test_the_record_is_written_before_the_slot_is_activated():
+    world = World()
+    agent, _ = start(world)
+    activate = agent._slot.activate
+    seen = []
+
+    def noted():
+        seen.append(twinslot.agent.Journal(NVS("twinslot")).get("trial").get("build"))
+        seen.append(bench.states())
+        activate()
+
+    agent._slot.activate = noted
+    await installs(agent)
+    assert seen == [OTHER, {0: VALID}]
 
 
 async def test_F4_a_complete_slot_is_not_fetched_again():
