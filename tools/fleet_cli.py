@@ -52,6 +52,10 @@ def _print(value: Any) -> None:
 
 
 def _table(rows: list[dict[str, Any]], columns: list[str]) -> None:
+    if not out.is_terminal:  # for other programs: nothing is cut to a width
+        for row in rows:
+            print("\t".join(_cell(row.get(name)) for name in columns))
+        return
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(name.replace("_", " "))
