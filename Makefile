@@ -19,6 +19,10 @@ help:
 	@echo "make size    bytes of each module of lib/twinslot on the device"
 	@echo "make compat  the device package against MicroPython 1.24 to 1.29 (needs PyPI)"
 	@echo "make packages  write package*.json, when a module came or went"
+	@echo "make faults  every fault and attack of the catalogue, with the tests that cover it"
+	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
+	@echo "make mutants break each line of the trusted code, see that a test notices"
+	@echo "make bench   what a signature costs: time and heap"
 	@echo "make clean   remove .venv and build"
 
 demo: $(READY)
@@ -66,6 +70,21 @@ $(READY): pyproject.toml
 $(STUBS): $(READY)
 	@$(BIN)/python tools/stubs.py build/typings
 	@touch $@
+
+.PHONY: faults fuzz mutants bench
+SECONDS ?= 60
+
+faults: $(READY)
+	@$(BIN)/python tools/coverage_of_faults.py
+
+fuzz: $(READY)
+	@$(BIN)/python tests/fuzz/run.py $(SECONDS)
+
+mutants: $(READY)
+	@$(BIN)/python tests/mutants/run.py $(MODULE)
+
+bench: $(READY)
+	@$(BIN)/python tools/bench_trust.py
 
 clean:
 	rm -rf $(VENV) build

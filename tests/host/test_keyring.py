@@ -342,7 +342,7 @@ def test_rubbish_under_the_temporary_name_is_ignored(device):
         assert device.trusts() == {kid("second")}
 
 
-def test_a_volume_that_is_full_keeps_the_keyring_before(device, monkeypatch):
+def test_F24_a_volume_that_is_full_keeps_the_keyring_before(device, monkeypatch):
     ring = device.boot()
     ring.take(keyring(1, "second"))
 

