@@ -422,6 +422,13 @@ def _at(file, start: int) -> Callable[[int, bytearray], None]:
     return read
 
 
+def _leash() -> list[str]:
+    """What makes the kernel kill the chip when its board dies before it, where there is such a
+    thing (util-linux): a program that hangs would burn a processor for ever."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+
+
 class _Process:
     """The chip's process and its two pipes."""
 
@@ -454,7 +461,7 @@ class _Process:
             f"import start;start.main({str(path)!r},r)"
         )
         self._popen = subprocess.Popen(
-            [board.micropython, "-X", f"heapsize={heapsize}", "-c", code],
+            [*_leash(), board.micropython, "-X", f"heapsize={heapsize}", "-c", code],
             stdin=stdin,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
