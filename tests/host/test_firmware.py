@@ -175,7 +175,7 @@ def test_flash_holds_everything_in_its_place(chip, name):
     boot_at = {"esp32": 0x1000, "esp32s3": 0, "esp32c3": 0}[chip]
     bootloader = LoadFirmwareImage(chip, bytes(flash[boot_at:0x8000]))
     assert bootloader.stored_digest == bootloader.calc_digest
-    assert bootloader.flash_size_freq >> 4 == {4: 2, 8: 3, 16: 4}[size >> 20]
+    assert bootloader.flash_size_freq >> 4 == {4: 2, 8: 3, 16: 4, 32: 5}[size >> 20]
     assert table.parse(flash[0x8000:0x8C00], require_md5=True) == partitions
     ota_1 = table.ota_slots(partitions)[1]
     assert flash[ota_1.offset :].startswith(app)
@@ -190,7 +190,7 @@ def test_flash_holds_everything_in_its_place(chip, name):
     [
         ({"chip": "esp32c6"}, "unknown chip 'esp32c6'"),
         ({"flash_size": 3 << 20}, "flash of 3145728 bytes"),
-        ({"flash_size": 32 << 20}, "flash of 33554432 bytes"),
+        ({"flash_size": 64 << 20}, "flash of 67108864 bytes"),
         ({"flash_size": 2 << 20}, "partition ota_1 ends at 0x390000, the flash at 0x200000"),
         ({"slots": {"ota_2": b""}}, "no slot 'ota_2' in the table, which has ota_0, ota_1"),
         ({"slots": {"vfs": b""}}, "no slot 'vfs'"),

@@ -217,8 +217,7 @@ def test_curl_fetches_a_range_and_trusts_the_certificate(server, tmp_path):
 
 # ---- nothing beside the tree
 
-OUTSIDE = [
-    "/",
+OUTSIDE = [  # "/" itself is the operators' page
     "//",
     f"/{PRODUCT}",
     f"/{PRODUCT}/",

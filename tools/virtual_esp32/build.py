@@ -16,7 +16,7 @@ from .chip.table import Partition
 from .firmware import SIZE_CODES, make_bootloader
 from .layout import APP_ALIGN, subtype_name
 
-MAX_FLASH = 16 << 20
+MAX_FLASH = 32 << 20
 
 
 class BuildError(ValueError):
@@ -37,7 +37,7 @@ def make_flash(
 
     Args:
         chip: esp32, esp32s3 or esp32c3.
-        flash_size: bytes: 1, 2, 4, 8 or 16 MiB.
+        flash_size: bytes: 1, 2, 4, 8, 16 or 32 MiB.
         partitions: the table, e.g. of `layout.load_layout`.
         slots: image by partition label; a combined release .bin stands for the app in it.
         entries: otadata entries 0 and 1 to begin with; none: blank.
@@ -50,7 +50,7 @@ def make_flash(
     if chip not in CHIPS:
         raise BuildError(f"unknown chip {chip!r}, expected one of {', '.join(CHIPS)}")
     if flash_size not in SIZE_CODES or flash_size > MAX_FLASH:
-        raise BuildError(f"flash of {flash_size} bytes, expected 1, 2, 4, 8 or 16 MiB")
+        raise BuildError(f"flash of {flash_size} bytes, expected 1, 2, 4, 8, 16 or 32 MiB")
     flash = bytearray(b"\xff") * flash_size
     _put(flash, CHIPS[chip].bootloader, make_bootloader(chip, header_size or flash_size))
     _put(flash, table.TABLE_OFFSET, table.build(list(partitions)))
