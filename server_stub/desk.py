@@ -32,7 +32,9 @@ from .store import Store, insert
 
 log = logging.getLogger("twinslot.server")
 
-REMEMBER_S = 15.0
+REMEMBER_S = 3600.0
+"""Only the age of failed tries and the expiry of a release change an answer by time alone."""
+
 _UNPUBLISHED = ("no_channel", "bad_pointer", "bad_release", "bad_keyring")
 
 
@@ -127,6 +129,7 @@ class Desk:
             now,
             self._settings.enrolment_of(facts),
             self._limits.devices,
+            before,
         )
         if before is None:
             events.emit(connection, "device.new", {"device_id": device_id}, now)
@@ -468,6 +471,7 @@ class Desk:
             now,
             self._settings.enrolment_of({}),
             self._limits.devices,
+            before,
         )
         kept = report.model_dump(exclude={"device_id", "current_version", "current_build"})
         added = connection.execute(

@@ -49,13 +49,15 @@ def touch(
     now: int,
     enrolment: str,
     limit: int,
+    row: Any,
 ) -> Any:
     """Register a board or renew what is known of it; None in ``facts`` overwrites too.
+
+    ``row`` is what :func:`find` found, None for a new board.
 
     Raises:
         StoreError: it is new and the registry is full.
     """
-    row = find(connection, device_id)
     if row is None:
         count = connection.execute(select(func.count()).select_from(devices)).scalar_one()
         if count >= limit:
