@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 
 def programs() -> Path:
     """Where initdb and postgres lie."""
@@ -16,7 +18,9 @@ def programs() -> Path:
     if found:
         return found[-1].parent
     path = shutil.which("postgres")
-    assert path, "postgresql is missing: apt install postgresql (.ci/run does)"
+    if not path and not os.environ.get("CI"):
+        pytest.skip("postgresql is missing: apt install postgresql (.ci/run does)")
+    assert path, "postgresql is missing: .ci/run installs it"
     return Path(path).parent
 
 

@@ -121,7 +121,9 @@ def test_log_out_ends_the_session_for_good(fleet):
 @pytest.fixture
 def page():
     path = browser_path()
-    assert path, "chromium is missing: apt install chromium (.ci/run does)"
+    if not path and not os.environ.get("CI"):
+        pytest.skip("chromium is missing: apt install chromium (.ci/run does)")
+    assert path, "chromium is missing: .ci/run installs it"
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         context = browser.new_context(ignore_https_errors=True)
