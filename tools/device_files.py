@@ -31,7 +31,8 @@ LIBRARY = Path(twinslot.__path__[0])
 
 # What a board may do without: {extra: files of the package}. The rest is the core.
 EXTRAS = {
-    "console": ("console.py", "doctor.py"),  # what a person types at the prompt
+    # What a person types at the prompt, and what `twinslot push` and its like use.
+    "console": ("console.py", "doctor.py", "push.py"),
     "blink": ("blink.py",),
 }
 

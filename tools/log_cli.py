@@ -1,8 +1,8 @@
-"""``twinslot log FLASH``: what a board has noted of its updates, out of its flash.
+"""``twinslot log``: what a board has noted of its updates, out of its flash or over its prompt.
 
-FLASH is a virtual board's flash file, or a dump of a real one (``esptool read_flash 0 ALL``).
-Reads the NVS partition; writes nothing. A journal that can't be read is told as such: on the
-board it would mean "nothing known".
+FLASH is a virtual board's flash file, or a dump of a real one (``esptool read_flash 0 ALL``);
+``--port`` asks the board itself. Reads the NVS partition; writes nothing. A journal that can't be
+read is told as such: on the board it would mean "nothing known".
 """
 
 import datetime as dt
@@ -101,17 +101,48 @@ def read(flash: bytes) -> Notes:
     return Notes(found.log(), found._data, found.checkpoint(), found.starts(), damaged)
 
 
+_ASK = """\
+import json
+from twinslot.journal import Journal
+_j = Journal.shared()
+print(json.dumps([_j.log(), _j._data, _j.checkpoint(), _j.starts(), []]))
+"""
+
+
+def ask(port: str) -> Notes:
+    """Return the notes of the board at a serial port.
+
+    Raises:
+        RemoteError: there is none, or it has no Twinslot.
+    """
+    from .remote import Device
+
+    with Device.open(port) as device:
+        return Notes(*device.ask(_ASK))
+
+
 def log(
-    flash: Annotated[Path, typer.Argument(help="Flash file of a board, or a dump of one.")],
+    flash: Annotated[
+        Path | None, typer.Argument(help="Flash file of a board, or a dump of one.")
+    ] = None,
+    port: Annotated[
+        str | None,
+        typer.Option(help="Instead of a flash: serial port, or socket:// or rfc2217:// URL."),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object on stdout.")
     ] = False,
 ) -> None:
     """Show what a board has noted of its attempts to update."""
-    content = flash.read_bytes()
-    if not content or len(content) % 4096:
-        raise FormatError(f"{flash}", f"{len(content)} bytes", "a whole flash")
-    notes = read(content)
+    if (flash is None) == (port is None):
+        raise typer.BadParameter("give one of FLASH and --port")
+    if flash is None:
+        notes = ask(port or "")
+    else:
+        content = flash.read_bytes()
+        if not content or len(content) % 4096:
+            raise FormatError(f"{flash}", f"{len(content)} bytes", "a whole flash")
+        notes = read(content)
     if as_json:
         print(json.dumps(notes.__dict__, indent=2))
         return

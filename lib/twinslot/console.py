@@ -36,7 +36,7 @@ def status():
 
 
 def on_trial():
-    """Return True while any reset would roll the running image back."""
+    """Return True while the running image is not confirmed: a reset would roll it back."""
     try:
         facts = FirmwareSlot().status()
     except PartitionError:
