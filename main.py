@@ -13,12 +13,18 @@ async def application():
         await asyncio.sleep_ms(100)
 
 
-async def main():
-    # Join your network before this line, for example with network.WLAN().
-    agent = twinslot.Agent.from_config("/ota.json")
+async def updates():
+    try:
+        agent = twinslot.Agent.from_config("/ota.json")
+    except twinslot.OtaError:  # it has said why; the application runs all the same
+        return
     agent.check("application runs", lambda: beats > 0)
     agent.on_event(twinslot.Blink(pin=2))
-    update = asyncio.create_task(agent.run())
+    await agent.run()  # joins the Wi-Fi network too, if ota.json names one
+
+
+async def main():
+    update = asyncio.create_task(updates())
     await application()
     await update
 
