@@ -203,7 +203,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("members", BAD, ids=lambda m: "-".join(m))
+@pytest.mark.parametrize("members", BAD, ids="-".join)
 def test_a_member_of_the_wrong_type_or_range_is_refused(device, members):
     token = keyring(1, "first", **members)
     with pytest.raises(KeyringError):

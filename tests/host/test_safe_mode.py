@@ -1,0 +1,146 @@
+"""docs/keys.md is true: its commands are run against a virtual board, lost and stolen keys too."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from twinslot_tools import keys
+from twinslot_tools.lab import Lab
+from twinslot_tools.virtual_esp32 import vfs
+
+DOCS = Path(__file__).parents[2] / "docs"
+TEXT = (DOCS / "keys.md").read_text()
+SECRET = "correct horse"
+
+
+def section(title: str) -> list[tuple[str, list[str]]]:
+    """The commands of a section, each with the lines it is said to print."""
+    text = TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    steps: list[tuple[str, list[str]]] = []
+    for block in re.findall(r"^```console\n(.*?)^```", text, re.S | re.M):
+        for line in block.splitlines():
+            if line.startswith("$ "):
+                steps.append((line[2:], []))
+            else:
+                steps[-1][1].append(line)
+    return steps
+
+
+def follow(lab: Lab, title: str) -> str:
+    """Type the commands of a section where the lab's site is; return what went to stderr."""
+    said = ""
+    steps = section(title)
+    assert steps, title
+    for command, lines in steps:
+        done = subprocess.run(
+            command + " --passphrase-fd 0",
+            input=SECRET,
+            shell=True,
+            cwd=lab.folder,
+            env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        said += done.stderr
+        position = 0
+        for line in lines:
+            pattern = r"\s+".join(
+                ".*?".join(re.escape(part) for part in word.split("…")) for word in line.split()
+            )
+            match = re.compile(pattern).search(done.stdout, position)
+            assert match, (command, line, done.stdout)
+            position = match.end()
+    return said
+
+
+@pytest.fixture
+def lab(tmp_path):
+    with Lab(tmp_path / "lab", keys_known=False) as made:
+        for version in ("1.1.0", "1.2.0", "1.3.0"):
+            made.firmware(version).rename(made.folder / f"node-{version}.bin")
+        yield made
+
+
+def test_F97_stolen_and_lost_release_keys_are_survived_as_the_guide_says(lab):
+    follow(lab, "A root key and keyrings")
+    key_file = (lab.folder / "root.pub.json").read_bytes()
+    vfs.write_files(lab.flash, {"/ota/keys.json": key_file})
+    lab.power_on(timeout=240)
+    taken = [lab.wait(lambda e: e.name == "keyring").data]
+    lab.wait(lambda e: e.name == "confirmed")
+    marker = len(lab.events)
+    follow(lab, "Every year: renew")
+    taken.append(lab.wait(lambda e: e.name == "keyring", start=marker).data)
+
+    marker = len(lab.events)
+    warned = follow(lab, "The release key is stolen")
+    assert "channel stable" in warned and "new version" in warned
+    taken.append(lab.wait(lambda e: e.name == "keyring", start=marker).data)
+    lab.wait(lambda e: e.name == "confirmed", start=marker)
+    assert [t["version"] for t in taken] == ["1", "2", "3"]
+
+    # The thief, who has the server too, offers his release and an older keyring.
+    marker = len(lab.events)
+    thief = keys.load_private(lab.folder / "release-1.key", SECRET.encode)
+    ring = lab.site / "sensor-node" / "keyring.jws"
+    kept = ring.read_bytes()
+    ring.unlink()
+    pointer = lab.site / "sensor-node" / "stable.json"
+    honest = pointer.read_bytes()
+    lab.publish(lab.firmware("9.0.0"), "9.0.0", key=thief)
+    refused = lab.wait(lambda e: e.name == "failed", start=marker).data
+    assert refused["code"] == "signature" and "signing key" in refused["message"]
+    ring.write_bytes(kept)
+    pointer.write_bytes(honest)
+
+    marker = len(lab.events)
+    follow(lab, "The release key is lost")
+    lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "1.3.0", start=marker)
+    lab.power_off()
+    stored = vfs.read_files(lab.flash)["/ota/keyring.jws"]
+    assert stored == ring.read_bytes()
+
+
+def test_a_poll_with_nothing_new_stays_one_request(lab):
+    follow(lab, "A root key and keyrings")
+    settings = {"source": "static", "token": ""}
+    ota = json.loads(vfs.read_files(lab.flash)["/ota.json"])
+    vfs.write_files(
+        lab.flash,
+        {
+            "/ota.json": json.dumps({**ota, **settings}).encode(),
+            "/ota/keys.json": (lab.folder / "root.pub.json").read_bytes(),
+        },
+    )
+    lab.power_on()
+    lab.wait(lambda e: e.name == "confirmed")
+    marker = len(lab.events)
+    for _ in range(3):
+        lab.wait(lambda e: e.name == "idle", start=marker)
+        marker = len(lab.events)
+    lab.power_off()
+    assert [e.name for e in lab.events].count("keyring") == 1
+
+
+def test_the_guide_names_only_commands_and_options_that_exist():
+    for words in re.findall(r"twinslot (\w+) ([^\n`]*)", TEXT):
+        command, rest = words
+        options = set(re.findall(r"--[a-z-]+", rest))
+        if command in ("keygen", "keyring", "publish"):
+            text = subprocess.run(
+                [sys.executable, "-m", "twinslot_tools.cli", command, "--help"],
+                capture_output=True,
+                text=True,
+                check=True,
+                env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"},
+            ).stdout
+            for option in options - {"--passphrase-fd"}:
+                assert option in text, (command, option)
