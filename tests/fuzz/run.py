@@ -136,7 +136,15 @@ def run(target: str, path: Path, seed: int, count: int, seconds: int) -> dict[st
         dict with ``cases``, ``outcomes``, ``slowest_us``, and ``crash`` and ``error`` if an input
         got through.
     """
-    command = [MICROPYTHON, "-X", f"heapsize={HEAPS.get(target, HEAP)}", HERE / "targets.py", LIB, CHIP, path]
+    command = [
+        MICROPYTHON,
+        "-X",
+        f"heapsize={HEAPS.get(target, HEAP)}",
+        HERE / "targets.py",
+        LIB,
+        CHIP,
+        path,
+    ]
     command += [target, str(seed), str(count), str(seconds)]
     done = subprocess.run(
         [str(word) for word in command],
