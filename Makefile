@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint size compat packages setup clean
+.PHONY: help demo load test lint bench size compat packages faults fuzz mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -22,7 +22,6 @@ help:
 	@echo "make faults  every fault and attack of the catalogue, with the tests that cover it"
 	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
 	@echo "make mutants break each line of the trusted code, see that a test notices"
-	@echo "make bench   what a signature costs: time and heap"
 	@echo "make clean   remove .venv and build"
 
 demo: $(READY)
@@ -50,6 +49,7 @@ packages: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m twinslot_tools.bench $(BENCH)
+	@$(BIN)/python tools/bench_trust.py
 
 setup: $(READY) $(STUBS)
 
@@ -71,7 +71,6 @@ $(STUBS): $(READY)
 	@$(BIN)/python tools/stubs.py build/typings
 	@touch $@
 
-.PHONY: faults fuzz mutants bench
 SECONDS ?= 60
 
 faults: $(READY)
@@ -82,9 +81,6 @@ fuzz: $(READY)
 
 mutants: $(READY)
 	@$(BIN)/python tests/mutants/run.py $(MODULE)
-
-bench: $(READY)
-	@$(BIN)/python tools/bench_trust.py
 
 clean:
 	rm -rf $(VENV) build
