@@ -13,7 +13,7 @@ that no bootloader can take a slot half done for a bootable one; what counts is 
 when read back; the only fallback of an image on trial is never overwritten.
 
 ``write`` blocks for one erase and write of a block (typically 50 ms, at most 1 s); ``activate``
-for a hash of the whole image (the bootloader's own check). The rest yields every block.
+for a hash of the whole image (the bootloader's own check). The rest yields every few blocks.
 Allocates two blocks of 4 KiB in ``begin``, gives them back in ``finish``.
 
 Source: ESP-IDF esp_ota_ops.c, bootloader_common_loader.c; MicroPython esp32_partition.c.
@@ -38,6 +38,7 @@ from .errors import (
 )
 
 BLOCK = 4096
+_TURN = 4 * BLOCK  # read back in one go, some 10 ms, then other tasks run
 _HEADER_LEN = 32
 _FACTORY = 0x00
 _OTA_MIN = 0x10
@@ -223,7 +224,8 @@ class FirmwareSlot:
         for at in range(0, offset, BLOCK):
             self._read_block(at)
             crc = binascii.crc32(self._block, crc)
-            await asyncio.sleep_ms(0)
+            if at % _TURN == 0:
+                await asyncio.sleep_ms(0)
         if crc == checkpoint.get("crc"):
             self._pos = offset
             self._crc = crc
