@@ -123,8 +123,6 @@ class _Reader:
         # -0 would be another spelling of 0, and a leading zero of the rest.
         if not 0 < count <= _DIGITS or (raw[digits] == 48 and (count > 1 or start < digits)):
             raise self._error("number malformed or too long")
-        if raw[self._at : self._at + 1] in (b".", b"e", b"E"):
-            raise self._error("number not whole")
         return int(raw[start : self._at])
 
     def _string(self):

@@ -137,6 +137,70 @@ def test_taken(raw):
     assert strict.loads(memoryview(raw)) == GOOD[raw]
 
 
+def refused(raw):
+    try:
+        strict.loads(raw)
+    except ValueError:
+        return True
+    return False
+
+
+def test_each_byte_alone_at_each_kind_of_place():
+    printable = set(range(32, 127))
+    for c in range(256):
+        byte = bytes([c])
+        assert refused(b'"' + byte + b'"') == (c not in printable - {34, 92}), c
+        assert refused(b'"\\n' + byte + b'"') == (c not in printable - {34, 92}), c
+        assert refused(byte) == (byte not in b"0123456789" or c == 0 or byte == b""), c
+        assert refused(b"1" + byte) == (byte not in b"0123456789 \t\r\n"), c
+        assert refused(b"[1" + byte + b"2]") == (byte not in b"0123456789,"), c
+        assert refused(b"-" + byte) == (byte not in b"123456789"), c
+        assert refused(b'"\\' + byte + b'"') == (byte not in b'"\\/bfnrt'), c
+        for at in range(4):
+            digits = bytearray(b"0041")
+            digits[at] = c
+            hexadecimal = byte in b"0123456789abcdefABCDEF"
+            assert refused(b'"\\u' + digits + b'"') == (not hexadecimal), (c, at)
+
+
+def test_every_code_point_of_16_bits_is_itself_or_a_surrogate():
+    for code in range(0x10000):
+        text = b'"\\u%04x"' % code
+        if 0xD800 <= code < 0xE000:
+            assert refused(text)
+        else:
+            assert strict.loads(text) == chr(code)
+
+
+def test_surrogates_pair_at_their_limits_and_nowhere_else():
+    for high in (0xD7FF, 0xD800, 0xD801, 0xDBFF, 0xDC00, 0xDFFF, 0xE000):
+        for low in (0xDBFF, 0xDC00, 0xDC01, 0xDFFF, 0xE000):
+            text = b'"\\u%04x\\u%04x"' % (high, low)
+            pair = 0xD800 <= high < 0xDC00 and 0xDC00 <= low < 0xE000
+            if pair:
+                assert strict.loads(text) == json.loads(text)
+            else:
+                alone = 0xD800 <= high < 0xE000 or 0xD800 <= low < 0xE000
+                assert refused(text) == alone, text
+
+
+@pytest.mark.parametrize(("opening", "closing"), [(b"[", b"]"), (b'{"a":', b"}")])
+def test_nesting_is_taken_to_its_limit_and_no_further(opening, closing):
+    for levels in range(1, 12):
+        text = opening * levels + b"1" + closing * levels
+        assert refused(text) == (levels > 8), levels
+    mixed = b'[{"a":' * 4 + b"1" + b"}]" * 4
+    assert not refused(mixed)
+    assert refused(b"[" + mixed + b"]")
+
+
+def test_what_ends_early_says_so():
+    whole = b'{"a": ["b\\u00e4", -12, true]}'
+    for end in range(len(whole)):
+        with pytest.raises(ValueError):
+            strict.loads(whole[:end])
+
+
 def mutants(count, seed):
     """Texts near JSON: pieces of it in any order, and JSON with bytes changed."""
     rng = random.Random(seed)
