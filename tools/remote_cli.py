@@ -166,7 +166,7 @@ def status(port: Port, as_json: Json = False) -> None:
     table = Table("slot", "version", "build", "state", "", box=None, pad_edge=False)
     for prefix, name in (("", facts["running"]), ("inactive_", facts["inactive"])):
         build = facts[prefix + "build"]
-        version = facts["versions"].get(build) or ("" if prefix else facts["version"])
+        version = facts["versions"].get(build) if prefix else facts["version"]
         where = "" if prefix else "runs"
         if facts["boot"] == name:
             where = "runs, boots next" if where else "boots next"
@@ -205,7 +205,7 @@ def confirm(port: Port, as_json: Json = False) -> None:
     with _opened(port) as device:
         device.call("twinslot.confirm()")
         facts = device.call("twinslot.status()")
-    version = facts["versions"].get(facts["build"]) or facts["version"] or "?"
+    version = facts["version"] or "?"
     if as_json:
         print(json.dumps({"confirmed": facts["build"], "version": version}))
     else:

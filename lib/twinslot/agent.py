@@ -161,7 +161,7 @@ class Agent:
         """Version of the running image: as installed, else as in its descriptor, else as in
         the configuration, else 0.0.0."""
         running = self._running
-        known = self._journal.get("versions").get(running["build"])
+        known = self._journal.version(running["build"])
         return known or running["version"] or self._settings["version"] or "0.0.0"
 
     def facts(self):

@@ -2,13 +2,16 @@
 ``rollback()``."""
 
 from . import health
-from .errors import PartitionError, RollbackError
+from .errors import OtaError, PartitionError, RollbackError
 from .journal import Journal
 from .slot import FirmwareSlot
 
 
-def status():
+def status(path="/ota.json"):
     """Print and return slots, versions, states and the last failures.
+
+    Args:
+        path: the configuration; it may name the version of what was flashed by cable.
 
     Raises:
         PartitionError: the board has no second slot.
@@ -17,10 +20,12 @@ def status():
     journal = Journal.shared()
     versions = journal.get("versions")
     trial = journal.get("trial")
+    known = journal.version(facts["build"])
+    facts["version"] = known or facts["version"] or _flashed(path)
     for which in ("running", "inactive"):
         prefix = "" if which == "running" else "inactive_"
         build = facts[prefix + "build"]
-        version = versions.get(build) or (facts["version"] if not prefix else "")
+        version = versions.get(build) if prefix else facts["version"]
         print(
             "%-9s %s  version %s  build %s  %s"
             % (which, facts[which], version or "?", build[:12] or "none", facts[prefix + "state"])
@@ -33,6 +38,15 @@ def status():
     facts["trial"] = trial
     facts["failed"] = journal.get("failed", list)
     return facts
+
+
+def _flashed(path):
+    from . import config
+
+    try:
+        return config.load(path)["version"]
+    except OtaError:
+        return ""
 
 
 def on_trial():

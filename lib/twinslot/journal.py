@@ -86,6 +86,12 @@ class Journal:
             return self._data[key]
         return kind()
 
+    def version(self, build):
+        """Return the version by which an image came here, on trial or before; "" if unknown."""
+        trial = self.get("trial")
+        on_trial = trial.get("version", "") if trial.get("build") == build else ""
+        return on_trial or self.get("versions").get(build, "")
+
     def update(self, **changes):
         """Set keys (None deletes one) and write the journal, in one step, if anything changed.
 
