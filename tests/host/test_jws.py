@@ -224,3 +224,93 @@ def test_keys_that_are_not_what_we_trust_are_refused(change, message):
 def test_what_is_no_key_set_is_refused(jwk_set):
     with pytest.raises(ConfigError):
         jws.load_keys(jwk_set)
+
+
+# ---- limits, on both sides of each
+
+
+@pytest.mark.parametrize(
+    ("length", "first", "taken"),
+    [
+        (255, 0xFF, False),
+        (256, 0x80, True),
+        (256, 0x81, True),
+        (256, 0x7F, False),
+        (257, 0x80, True),
+        (512, 0x80, True),
+        (513, 0x80, False),
+    ],
+)
+def test_a_modulus_has_2048_to_4096_bits_and_its_highest_is_set(length, first, taken):
+    n = b64(bytes([first]) + b"\x5a" * (length - 2) + b"\x01").decode()
+    key = {"kty": "RSA", "n": n, "e": "AQAB"}
+    if taken:
+        assert next(iter(jws.load_keys({"keys": [key]}).values()))[0] == first
+    else:
+        with pytest.raises(ConfigError, match="modulus"):
+            jws.load_keys({"keys": [key]})
+
+
+@pytest.mark.parametrize("last", range(0, 256, 15))
+def test_a_modulus_is_odd(last):
+    n = b64(b"\xc0" + b"\x5a" * 254 + bytes([last])).decode()
+    key = {"kty": "RSA", "n": n, "e": "AQAB"}
+    if last & 1:
+        assert jws.load_keys({"keys": [key]})
+    else:
+        with pytest.raises(ConfigError, match="odd"):
+            jws.load_keys({"keys": [key]})
+
+
+def test_a_header_of_512_characters_is_taken_and_no_longer_one():
+    text = json.dumps(HEADER)
+    assert jws.verify(forge(text.ljust(384).encode()), KEYS) == b"{}"  # 512 characters of base64
+    with pytest.raises(SignatureError, match="at most 512"):
+        jws.verify(forge(text.ljust(385).encode()), KEYS)
+
+
+def test_a_token_of_the_limit_is_taken_and_no_longer_one():
+    seen = set()
+    for spaces in range(8):
+        header = (json.dumps(HEADER) + " " * spaces).encode()
+        for length in range(8650, 8800):
+            size = len(b64(header)) + len(b64(bytes(length))) + 2 + 512
+            if size in (jws.TOKEN_LIMIT, jws.TOKEN_LIMIT + 1):
+                token = forge(header, b"x" * length)
+                assert len(token) == size
+                seen.add(size)
+                if size == jws.TOKEN_LIMIT:
+                    assert jws.verify(token, KEYS) == b"x" * length
+                else:
+                    with pytest.raises(SignatureError, match="at most 12288"):
+                        jws.verify(token, KEYS)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview])
+def test_a_token_may_be_any_bytes(kind):
+    assert jws.verify(kind(sign(b'{"a":1}')), KEYS) == b'{"a":1}'
+
+
+@pytest.mark.parametrize("token", [b"", b"a", b"a.b", b"a.b.c.d", b"....", b"."])
+def test_what_has_not_three_parts_is_no_compact_jws(token):
+    with pytest.raises(SignatureError, match=r"parts, expected header\.payload"):
+        jws.verify(token, KEYS)
+
+
+def test_F74_a_type_that_is_asked_for_must_be_there_and_otherwise_may_be_anything():
+    assert jws.verify(sign(b"{}", typ="x"), KEYS) == b"{}"
+    assert jws.verify(sign(b"{}", typ="x"), KEYS, "x") == b"{}"
+    for header in ({}, {"typ": "y"}, {"typ": ""}, {"typ": "X"}):
+        with pytest.raises(SignatureError, match="JWS type"):
+            jws.verify(sign(b"{}", **header), KEYS, "x")
+
+
+@pytest.mark.parametrize("length", [*range(12), 189, 190, 191, 192, 193, 383, 384, 385, 1000])
+def test_base64url_is_decoded_in_pieces_as_in_one(length):
+    raw = random.Random(length).randbytes(length)
+    assert jws.b64url_decode(b64(raw)) == raw
+    assert jws.b64url_encode(raw) == b64(raw)
+    for bad in (b64(raw) + b"=", b64(raw) + b"\n", b"+" + b64(raw), b" " + b64(raw)):
+        with pytest.raises(ValueError):
+            jws.b64url_decode(bad)
