@@ -263,6 +263,9 @@ def test_I9_sample_keys_are_refused_by_all_but_a_demo_board(tmp_path):
         b'{"keys":[],"keys":[]}',
         b" " * 20000,
         b"\xff",
+        b"1",
+        b"null",
+        b'"keys"',
     ],
 )
 def test_a_key_file_that_trusts_nobody_is_a_clear_error(device, text):
@@ -274,6 +277,33 @@ def test_a_key_file_that_trusts_nobody_is_a_clear_error(device, text):
 def test_a_root_among_the_keys_of_the_key_file_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is a root"):
         Device(tmp_path, {"root": [jwk("root")], "keys": [jwk("root")]}).boot()
+
+
+def test_a_key_file_has_a_largest_size_and_a_largest_number_of_roots(tmp_path):
+    text = json.dumps({"keys": [jwk("first")]})
+    assert rings.load(text.ljust(16384).encode())[1]
+    with pytest.raises(ConfigError, match="16385 bytes"):
+        rings.load(text.ljust(16385).encode())
+    roots = [jwk(f"k{i}") for i in range(5)]
+    assert len(rings.load(json.dumps({"root": roots[:4]}).encode())[0]) == 4
+    with pytest.raises(ConfigError, match="roots"):
+        rings.load(json.dumps({"root": roots}).encode())
+
+
+def test_the_highest_version_is_taken_and_none_beyond(device):
+    roots = rings.load(json.dumps({"keys": [jwk("root")]}).encode())[1]
+    for version in (0, 2**30):
+        with pytest.raises(KeyringError, match="version"):
+            rings.parse(keyring(version, "first"), roots, PRODUCT)
+    assert rings.parse(keyring(1, "first"), roots, PRODUCT)[0] == 1
+    device.boot().take(keyring(2**30 - 1, "second"))
+    assert device.trusts() == {kid("second")}
+
+
+def test_a_board_that_is_given_plain_keys_by_cable_goes_by_them(device):
+    device.boot().take(keyring(3, "second"))
+    (device.folder / "keys.json").write_text(json.dumps({"keys": [jwk("third")]}))
+    assert device.trusts() == {kid("third")}
 
 
 # ---- what flash does
@@ -323,7 +353,11 @@ def test_a_cut_between_file_and_journal_leaves_the_new_keyring(device):
     with pytest.raises(SpaceError):
         ring.take(keyring(2, "second"))
     device.nvs.fail = False
-    assert device.trusts() == {kid("second")}
+    again = device.boot()
+    assert again.wants(2)
+    assert set(again.keys(BEFORE)) == {kid("second")}
+    assert not again.wants(2), "it is there, and the journal knows by now"
+    assert device.boot().version == 2
     with pytest.raises(KeyringError, match="higher than 2"):
         device.boot().take(keyring(2, "first"))
 
