@@ -333,10 +333,12 @@ class Agent:
         """
         if self._busy:
             raise BusyError("an update is under way")
-        self._busy = True
-        self._retry_after = None
-        alone = None if self._watch else asyncio.create_task(self._supervise())
+        alone = None
         try:
+            self._busy = True
+            self._retry_after = None
+            if not self._watch:
+                alone = asyncio.create_task(self._supervise())
             await self._finish_boot()
             await without_memory_error(self._from_anywhere(force))
             self._failures = 0
@@ -545,6 +547,8 @@ class Agent:
     async def _install(self, report, manifest, url):
         image = manifest.firmware
         if not self._slot.is_settled():
+            if self._slot.status()["inactive_build"] == self._journal.get("trial").get("build"):
+                self._machine.reset()  # activated, and then something kept us from it
             raise BusyError("otadata names a slot that does not run; reset the board first")
         self._spend(0)
         self._emit("staging", version=manifest.version, size=image.size)

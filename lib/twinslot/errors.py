@@ -21,7 +21,7 @@
       SignatureError             signature     OTA_006
         KeyringError             keyring                 yes: a later keyring may help
       ChecksumError              checksum      OTA_007   yes: the bytes may come right next time
-      PartitionError             partition     OTA_008
+      PartitionError             partition     OTA_008   yes: flash may obey the next time
       UnreachableError           unreachable   OTA_009   yes
       RollbackError              rollback      OTA_012   no image to go back to
         HealthError              health                  the trial failed
@@ -175,6 +175,7 @@ class ChecksumError(OtaError):
 class PartitionError(OtaError):
     code = "partition"
     number = "OTA_008"
+    retry = True
 
 
 class UnreachableError(OtaError):

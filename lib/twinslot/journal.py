@@ -128,7 +128,9 @@ class Journal:
             self._nvs.set_blob(key, blob)
             self._nvs.commit()
         except OSError as exc:
-            raise SpaceError("the journal can't be written: %s" % exc)
+            full = SpaceError("the journal can't be written: %s" % exc)
+            full.retry = True  # others share NVS, and may make room
+            raise full
 
     def checkpoint(self):
         """Return the checkpoint of a download that was cut (a dict), {} if there is none."""
