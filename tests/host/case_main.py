@@ -100,25 +100,42 @@ def jumped(seconds):
     rtc.datetime((t[0], t[1], t[2], 0, t[3], t[4], t[5], 0))
 
 
-def update(force=False):
+def take(size):
+    """Take so many bytes of the heap, in pieces, as a full heap is."""
+    pieces = None
+    try:
+        while size > 0:
+            pieces = (bytearray(480), pieces)
+            size -= 560
+    except MemoryError:
+        pass
+    return pieces
+
+
+def update(force=False, hog=0):
+    """One poll, with ``hog`` bytes of the heap taken away."""
     events.clear()
     gc.collect()
+    hog = take(hog)
     began = time.ticks_ms()
-    out = {"code": None}
+    out = {"code": "idle"}
+    failed = None
     try:
         asyncio.run(agent.update_now(force))
-        out["code"] = "idle"
     except Reset:
         out["code"] = "installed"
-    except OtaError as exc:
-        out["code"] = exc.code
-        out["message"] = str(exc)
-        out["retry"] = exc.retry
     except Exception as exc:
+        failed = exc
+    del hog
+    gc.collect()
+    if isinstance(failed, OtaError):
+        out["code"] = failed.code
+        out["message"] = str(failed)
+        out["retry"] = failed.retry
+    elif failed:
         out["code"] = "LEAKED"
-        sys.print_exception(exc)
-        out["message"] = repr(exc)
-    asyncio.new_event_loop()
+        out["message"] = repr(failed)
+        sys.print_exception(failed)
     out["events"] = list(events)
     out["ms"] = time.ticks_diff(time.ticks_ms(), began)
     out["retry_after"] = agent._retry_after

@@ -84,6 +84,38 @@ def answer(status: str, *fields: str, body: str = "") -> str:
 HTML = "<html><title>Welcome to the hotel</title>Please log in</html>"
 
 
+# What each row of faults ends in; docs/faults.md quotes it, test_network_faults.py proves it.
+THEN = {
+    "the server does not take connections": "the poll fails; a later one installs",
+    "the connection breaks, ends or falls silent at some byte": "the poll fails, after the time "
+    "limit where it fell silent; the next goes on at the last 64 KiB that flash is known to hold",
+    "bytes are damaged on the way": "TLS, the signature or the hash of what flash holds notices; "
+    "what was damaged is fetched again",
+    "bytes are lost on the way": "as above, or the board waits in vain and gives up in time",
+    "bytes come twice": "as above",
+    "bytes come in the wrong order": "as above",
+    "bytes come that nobody sent": "as above",
+    "the request does not reach the server whole": "the poll fails or is refused; a later one "
+    "installs",
+    "the server gives a wrong length": "refused; nothing but the right number of bytes is used",
+    "the server answers wrongly when a download is resumed": "never spliced: refused, or begun "
+    "again from the start",
+    "the server answers with an error": "the poll fails; the next installs",
+    "the server is overloaded for long": "after three polls in vain the release rests for six "
+    "hours, then it is installed",
+    "the server asks for patience": "Retry-After is obeyed, up to six hours; what is no number "
+    "and no date is ignored",
+    "a captive portal answers in the server's place": "recognised as no answer of ours; the "
+    "release is not blamed",
+    "the server sends the board elsewhere": "another host, scheme or a loop is not followed; no "
+    "token leaves",
+    "the certificate changes in the middle of an update": "one of the same CA is taken; with any "
+    "other nothing is asked, and the download goes on when the right one is back",
+    "the name service fails": "the poll fails; dead addresses are passed over",
+    "the server is slow": "given up when an answer takes too long; what came is kept",
+}
+
+
 def at_the_door() -> Iterator[Case]:
     for door in DOORS:
         for how in ("reset", "fin", "silent"):

@@ -45,7 +45,7 @@ PARTITIONS = {p.label: p for p in layout.parse_csv(TABLE, FLASH)}
 OLD, NEW = "1.2.3", "2.0.1"
 SPEED = 25
 TIMEOUT_S = 100  # of the board, for one network wait: this machine may be busy
-SHORT_S = 15  # where waiting in vain is what happens
+SHORT_S = 8  # where waiting in vain is what happens
 
 
 @cache
@@ -209,7 +209,7 @@ class Station:
             thread.join()
             raise AssertionError(self.result.console) from None
         self._wire.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._wire.settimeout(60)
+        self._wire.settimeout(300)
         self._lines = self._wire.makefile("rb")
 
         def off() -> None:

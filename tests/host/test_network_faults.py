@@ -21,12 +21,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from network_cases import BLOB, CHECKPOINT, SEED, SIZE, SLACK, Case, cases
+from network_cases import BLOB, CHECKPOINT, SEED, SIZE, SLACK, THEN, Case, cases
 from servers import signing_key
 from station import SHORT_S, TIMEOUT_S, Station
 
 LONG = os.environ.get("FAULTS") == "long"
-ROLLED = int(os.environ.get("SEED", SEED))
+ROLLED = int(os.environ.get("SEED") or SEED)
 CASES = cases(ROLLED, 12 if LONG else 4)
 TRIES = 3  # of the agent, then a release rests
 STATIONS = 2
@@ -137,6 +137,7 @@ def judge(results: list, items: list, name) -> None:
 def test_there_are_300_cases_and_each_has_its_own_name():
     assert len(CASES) >= 300
     assert len({c.id for c in CASES}) == len(CASES)
+    assert {c.row for c in CASES} == set(THEN)
 
 
 ROWS = list(dict.fromkeys(c.row for c in CASES))
