@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint bench size compat packages faults fuzz mutants setup clean
+.PHONY: help demo load test lint bench size compat packages faults faults-long soak fuzz mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -20,6 +20,8 @@ help:
 	@echo "make compat  the device package against MicroPython 1.24 to 1.29 (needs PyPI)"
 	@echo "make packages  write package*.json, when a module came or went"
 	@echo "make faults  every fault and attack of the catalogue, with the tests that cover it"
+	@echo "make faults-long  network cut at every byte, exceptions at every statement (SEED=)"
+	@echo "make soak N=1000 SEED=1  update one board N times, with faults and power cuts"
 	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
 	@echo "make mutants break each line of the trusted code, see that a test notices"
 	@echo "make clean   remove .venv and build"
@@ -72,6 +74,13 @@ $(STUBS): $(READY)
 	@touch $@
 
 SECONDS ?= 60
+
+faults-long: $(READY)
+	@FAULTS=long SEED=$(SEED) $(BIN)/python -m pytest -q -rP tests/host/test_network_faults.py \
+	    tests/host/test_statements.py
+
+soak: $(READY)
+	@$(BIN)/python -m twinslot_tools.soak $(or $(N),1000) --seed $(or $(SEED),1)
 
 faults: $(READY)
 	@$(BIN)/python tools/coverage_of_faults.py
