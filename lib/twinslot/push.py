@@ -25,6 +25,7 @@ from .errors import HttpError, OtaError
 
 _BASE = "https://cable.invalid/"  # what URLs are relative to; nobody looks it up
 _PATIENCE_S = 120  # from one call to the next
+_SIGNING_S = 900  # after hello(): somebody may have to press a button before a release is signed
 
 
 class Push(Agent):
@@ -49,6 +50,7 @@ class Push(Agent):
 
     def hello(self):
         """Print what a release must fit, and what the board can unpack."""
+        guard.feed(_SIGNING_S)
         facts = self.facts()
         facts["floor"] = self._journal.get("floor", int)
         facts["encodings"] = payload.encodings()

@@ -93,7 +93,7 @@ def test_with_a_bad_configuration_the_board_says_so_and_its_application_runs(
 
 
 def test_without_a_configuration_it_runs_on_and_no_guard_resets_it(make_board):
-    board = make_board(GOOD, speed=30)
+    board = make_board(GOOD, speed=60)
     main = MAIN.replace("/ota.json", "/other.json")
     vfs.write_files(board.path, {"/main.py": main.encode()})
     with Attended(board) as at:

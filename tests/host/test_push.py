@@ -10,9 +10,11 @@ from boards import new_board
 from prompts import Attended
 
 from twinslot_tools import cli, push, remote
-from twinslot_tools.lab import CRASH, Lab
+from twinslot_tools.lab import Lab
 from twinslot_tools.virtual_esp32 import vfs
 from twinslot_tools.virtual_esp32.board import Board
+
+RESETS = "    import machine\n    machine.reset()\n"  # an application that does, first of all
 
 
 class Done:
@@ -187,8 +189,8 @@ def test_a_tampered_payload_is_found_out(lab, attended, newer, tmp_path):
             push.send(device, path)
 
 
-def test_an_image_that_crashes_comes_back_and_the_push_says_why(lab, attended):
-    image = lab.firmware("1.4.0", CRASH)
+def test_an_image_that_fails_comes_back_and_the_push_says_why(lab, attended):
+    image = lab.firmware("1.4.0", RESETS)
     done = twinslot("push", image, "--port", attended.url, "--key", key(lab), "--json", code=1)
     assert done.json["state"] == "rolledback"
     assert "reset before it was confirmed" in done.json["reason"]
