@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from boards import new_board
+from fakechip import Rfc2217Bridge
 from prompts import Attended
 
 from twinslot_tools import cli, push, remote
@@ -250,6 +251,17 @@ def test_the_doctor_is_asked_over_the_cable(lab, attended):
     done = twinslot("doctor", "--port", attended.url)
     assert done.out.endswith("This board can be updated.\n")
     assert "-> it is set by NTP" in done.out
+
+
+@pytest.mark.filterwarnings("ignore:set(Daemon|Name):DeprecationWarning")  # pyserial 3.5
+def test_a_board_behind_a_terminal_server_is_pushed_to(lab, attended, newer):
+    bridge = Rfc2217Bridge(attended)
+    bridge.start()
+    try:
+        command = ("push", newer, "--port", bridge.url, "--key", key(lab), "--json")
+        assert twinslot(*command).json["state"] == "confirmed"
+    finally:
+        bridge.close()
 
 
 def test_the_doctor_finds_a_board_that_cannot_be_updated(lab):
