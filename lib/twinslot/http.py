@@ -469,8 +469,8 @@ class Client:
         if self._busy:
             raise BusyError("the client waits for another answer")
         data = self._head(method, url, extra) + (body or b"")
-        self._busy = True
         try:
+            self._busy = True
             status, minor, found = await self._exchange(url, data, deadline)
             answer = Response(self._link, self, status, minor, found, start, if_range)
         except BaseException:  # cancelled, too: the stream is in an unknown state
