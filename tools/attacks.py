@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from twinslot import jws, release
+from twinslot import jws, keyring, release
 
 from . import keyrings, keys, signing
 from .hostile import SiteServer
@@ -120,6 +120,16 @@ def _old_keyring(a: Attacker) -> None:
     a.point("r/none.jws", keyring=99)
 
 
+def _stolen_server(a: Attacker) -> None:
+    """Everything of the attacker's own: root, keyring, key, release."""
+    own = a.lab.new_key("thief")
+    ring = {"schema": 1, "product": PRODUCT, "version": 9, "keys": [keys.public_jwk(own)]}
+    root = signing.signer_of(a.lab.new_key("thief root"))
+    token = signing.document(ring, root, keyring.TYPE)
+    a.lie_about(f"/{PRODUCT}/keyring.jws", lambda _: token)
+    a.point(a.sign({**a.genuine(NEXT[0]), "version": "9.0.0"}, own), keyring=9)
+
+
 def _no_signature(a: Attacker) -> None:
     parts = [json.dumps({"alg": "none"}).encode(), json.dumps(a.genuine(NEXT[0])).encode(), b""]
     a.point(a.put(b".".join(map(jws.b64url_encode, parts))))
@@ -212,6 +222,7 @@ ATTACKS: list[tuple[str, Callable[[Attacker], None], str, tuple[str, ...]]] = [
     ("wrong key", _wrong_key, "signed by a stranger", ("signature",)),
     ("revoked key", _revoked_key, "signed by a key the keyring has left out", ("signature",)),
     ("old keyring", _old_keyring, "the keyring before, as if it were new", ("keyring",)),
+    ("stolen server", _stolen_server, "the thief's own root, keyring and release", ("keyring",)),
     ("no signature", _no_signature, 'a release with "alg": "none"', ("signature",)),
     ("wrong product", _wrong_product, "genuine, for another product", ("product",)),
     ("wrong model", _wrong_model, "genuine, for other hardware", ("hardware",)),

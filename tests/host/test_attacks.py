@@ -17,6 +17,7 @@ ROWS = {
     "wrong key": "F72",
     "revoked key": "F97",
     "old keyring": "F96",
+    "stolen server": "I13 F97",
     "no signature": "F69 F74",
     "wrong product": "F81",
     "wrong model": "F80 I15",
