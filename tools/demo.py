@@ -103,7 +103,9 @@ def _play(story: _Story) -> dict[str, Any]:
     lab.power_on()
     first = story.wait(lambda e: e.name == "idle")
     before = first.data["version"]
-    story.say("board", f"runs {before}, knows the time, asked the server: nothing new")
+    row = lab.wait_for_server(lambda d: d["current_version"] == before)
+    story.say("board", f"runs {before}, has asked the server: nothing new")
+    story.say("server", f"board {row['device_id']} runs {row['current_version']}")
 
     story.chapter("1.1.0 is published.")
     lab.publish(lab.firmware("1.1.0"), "1.1.0")
