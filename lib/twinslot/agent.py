@@ -27,6 +27,7 @@ from .errors import (
     BusyError,
     HealthError,
     HttpError,
+    InternalError,
     KnownBadError,
     NetworkError,
     OtaError,
@@ -98,7 +99,7 @@ class Agent:
         self._checks = [("source", self._reachable)]
         self._ask = None
         self._path = None  # of the configuration, until it has worked
-        self._busy = False
+        self._updating = None  # the task that does
         self._watch = None  # the task that feeds the guard
         self._base = s["url"]  # or that of a mirror, until the poll ends
         self._done = None  # release that needs no second look
@@ -186,7 +187,7 @@ class Agent:
         report["status"] = status
         report["error"] = error.report() if error else None
         try:
-            await self._send(report)
+            await foreseen(self._send(report))
         except OtaError as exc:
             print("twinslot: report not delivered:", exc)
             if error:
@@ -203,7 +204,7 @@ class Agent:
         """Hand over the reports that had to wait for a connection or a reboot."""
         for report in self._journal.get("reports", list):
             try:
-                await self._send(report)
+                await foreseen(self._send(report))
             except HttpError as exc:
                 print("twinslot: report refused:", exc)
                 # 4xx: the server will never take it (429 and 408: not now).
@@ -331,31 +332,30 @@ class Agent:
         Raises:
             OtaError: refused or failed; told to the listeners too. The running slot is untouched.
         """
-        if self._busy:
+        task = asyncio.current_task()
+        if self._updating not in (None, task) and not self._updating.done():
             raise BusyError("an update is under way")
+        try:
+            self._updating = task
+            await foreseen(self._once(force))
+            return False
+        finally:
+            self._updating = None
+
+    async def _once(self, force):
+        """What `update_now` does, and what it owes however that ends."""
         alone = None
         try:
-            self._busy = True
             self._retry_after = None
             if not self._watch:
                 alone = asyncio.create_task(self._supervise())
-            await self._finish_boot()
-            await without_memory_error(self._from_anywhere(force))
+            await foreseen(self._finish_boot())
+            await foreseen(self._from_anywhere(force))
             self._failures = 0
-            return False
         except OtaError as exc:
-            # What can't succeed later is no reason to poll at another pace.
-            self._failures = self._failures + 1 if exc.retry else 0
-            self._retry_after = getattr(exc, "retry_after", None)
-            forget = getattr(self._source, "forget", None)
-            if forget:
-                forget()
-            if isinstance(exc, TlsError):
-                self._clock.doubt()  # perhaps the date is to blame: ask again
-            self._emit("failed", **exc.report())
+            self._failed(exc)
             raise
         finally:
-            self._busy = False
             if alone:
                 alone.cancel()
                 guard.stop()  # nobody is there to feed it
@@ -363,6 +363,21 @@ class Agent:
             self._slot.abandon()
             await self._client.close()  # TLS holds 20 KB and more that others may want meanwhile
             gc.collect()
+
+    def _failed(self, exc):
+        # What can't succeed later is no reason to poll at another pace.
+        self._failures = self._failures + 1 if exc.retry else 0
+        self._retry_after = getattr(exc, "retry_after", None)
+        forget = getattr(self._source, "forget", None)
+        if forget:
+            forget()
+        if isinstance(exc, TlsError):
+            self._clock.doubt()  # perhaps the date is to blame: ask again
+        if isinstance(exc, InternalError):
+            last = self._journal.log()[-1:]
+            if not last or last[0][3] != exc.message[:80]:  # told once, not at every poll
+                self._journal.add_to_log("", "failed", exc.message)
+        self._emit("failed", **exc.report())
 
     async def _from_anywhere(self, force):
         """One update from the server or, where the network fails on the way, from a mirror."""
@@ -407,20 +422,10 @@ class Agent:
         """Fetch a release, judge it and install it: then this never returns. It does if the
         release runs already."""
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
-        manifest = None
         try:
-            manifest = await self._trust.release(self._client, url)
-            same = manifest.firmware.build == self._running["build"]
-            if same and manifest.product == self._settings["product"]:
-                self._is_running(manifest, name)
-                return
-            report["version"] = manifest.version
-            report["build"] = manifest.firmware.build
-            release.judge(manifest, self._board(force))
-            await self._permit("download", manifest)
-            await without_memory_error(self._install(report, manifest, url))
+            await foreseen(self._bring(report, url, name, force))
         except OtaError as exc:
-            if manifest is None:
+            if not report["build"]:
                 # Perhaps damaged on the way, or a portal's page: no word on the release itself.
                 self._count(name)
             elif not exc.retry:
@@ -430,6 +435,17 @@ class Agent:
                 self._journal.add_to_log(report["version"], "failed", exc.message)
                 await self._report(report, "failed", exc)
             raise
+
+    async def _bring(self, report, url, name, force):
+        manifest = await self._trust.release(self._client, url)
+        report["version"] = manifest.version
+        report["build"] = build = manifest.firmware.build
+        if build == self._running["build"] and manifest.product == self._settings["product"]:
+            self._is_running(manifest, name)
+            return
+        release.judge(manifest, self._board(force))
+        await self._permit("download", manifest)
+        await self._install(report, manifest, url)
 
     def _name(self, url):
         """What a release is called at the server and all its mirrors."""
@@ -500,7 +516,7 @@ class Agent:
     async def _renew_keys(self, version):
         """Take a newer keyring. That it fails is no reason to leave a release alone."""
         try:
-            taken = await self._trust.renew(self._client, version, self._base)
+            taken = await foreseen(self._trust.renew(self._client, version, self._base))
         except OtaError as exc:
             self._emit("failed", **exc.report())
             return
@@ -632,13 +648,18 @@ def _give_up(reason):
         print("twinslot:", exc)
 
 
-async def without_memory_error(coroutine):
-    """Await it; running out of memory on the way is an OtaError like all others."""
+async def foreseen(coroutine):
+    """Await it. What leaves is an OtaError: out of memory is BusyError, a slip InternalError."""
     try:
         return await coroutine
+    except OtaError:
+        raise
     except MemoryError as exc:
         gc.collect()
         raise BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
+    except Exception as exc:
+        sys.print_exception(exc)
+        raise InternalError("%s: %s" % (type(exc).__name__, exc))
 
 
 def _console(name, data):

@@ -70,7 +70,7 @@ class Download:
                 await self._slot.finish()
                 self._journal.save_checkpoint()  # done with
                 return
-            except (OtaError, MemoryError) as exc:
+            except Exception as exc:  # also a slip of ours: another payload may get by without it
                 if isinstance(exc, (NetworkError, BusyError)) and not _is_missing(exc):
                     raise  # another payload would come over the same network, or not now either
                 error = exc

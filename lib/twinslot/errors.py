@@ -27,6 +27,7 @@
         HealthError              health                  the trial failed
       ConfigError                config        OTA_014
       ClockError                 clock         OTA_014   yes
+      InternalError              internal      OTA_014   yes: a slip of this package's own
 
 ``code`` is a stable word for reports; ``number`` is the code of the local API's table.
 ``retry`` says whether the same release may succeed when tried again later.
@@ -199,4 +200,11 @@ class ConfigError(OtaError):
 
 class ClockError(OtaError):
     code = "clock"
+    retry = True
+
+
+class InternalError(OtaError):
+    """An exception that nobody foresaw; its traceback is on the console."""
+
+    code = "internal"
     retry = True

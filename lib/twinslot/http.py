@@ -20,7 +20,7 @@ Source: RFC 9110 (fields, Range, dates), RFC 9112 (message framing).
 """
 
 import json
-from asyncio import sleep_ms
+from asyncio import current_task, sleep_ms
 from time import ticks_add, ticks_diff, ticks_ms
 
 from micropython import const
@@ -381,7 +381,7 @@ class Client:
             self._token_for = parse(origin)[:3]
         self._buf = bytearray(LINE_MAX)
         self._link = None
-        self._busy = False
+        self._asker = None  # the task that waits for an answer
         self._addresses = (None, None)
 
     async def get(self, url, etag=None, start=None, if_range=None, deadline_ms=None, redirects=0):
@@ -466,18 +466,20 @@ class Client:
             raise ConfigError("plain http is not allowed here", shown(url), "https")
         if url.scheme == "https" and self._tls is None:
             raise ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
-        if self._busy:
+        task = current_task()
+        # The task and not a mark: a mark could be left behind, and close the client for ever.
+        if self._asker not in (None, task) and not self._asker.done():
             raise BusyError("the client waits for another answer")
         data = self._head(method, url, extra) + (body or b"")
         try:
-            self._busy = True
+            self._asker = task
             status, minor, found = await self._exchange(url, data, deadline)
             answer = Response(self._link, self, status, minor, found, start, if_range)
         except BaseException:  # cancelled, too: the stream is in an unknown state
             self._drop()
             raise
         finally:
-            self._busy = False
+            self._asker = None
         if self._on_date and answer.secure and answer.date is not None:
             self._on_date(answer.date)
         return answer

@@ -20,7 +20,7 @@ import asyncio
 import json
 
 from . import config, guard, payload
-from .agent import Agent, without_memory_error
+from .agent import Agent, foreseen
 from .errors import HttpError, OtaError
 
 _BASE = "https://cable.invalid/"  # what URLs are relative to; nobody looks it up
@@ -84,7 +84,7 @@ class Push(Agent):
 
     async def _push(self, url, force):
         try:
-            await without_memory_error(self._take(url, url, force))
+            await foreseen(self._take(url, url, force))
             self._state = {"state": "same"}
         except OtaError as exc:
             self._state = exc.report()

@@ -36,10 +36,10 @@ class _Instrument(ast.NodeTransformer):
         self.number = first
         self.name = name
         self.places: dict[int, str] = {}
-        self.inside = False
+        self.inside = ""  # the function
 
     def _function(self, node):
-        outer, self.inside = self.inside, True
+        outer, self.inside = self.inside, node.name
         self.generic_visit(node)
         node.body = self._with_hits(node.body)
         self.inside = outer
@@ -62,14 +62,14 @@ class _Instrument(ast.NodeTransformer):
             is_text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
             if not is_text and not isinstance(statement, (ast.Global, ast.Nonlocal)):
                 out.append(ast.parse(f"_hit({self.number})").body[0])
-                self.places[self.number] = f"{self.name}:{statement.lineno}"
+                self.places[self.number] = f"{self.name}:{statement.lineno} {self.inside}"
                 self.number += 1
             out.append(statement)
         return out
 
 
 def instrument(source: Path, target: Path) -> dict[int, str]:
-    """Copy the package, instrumented, and return {number: "module:line"}."""
+    """Copy the package, instrumented, and return {number: "module:line function"}."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
     (target / "stumble.py").write_text(STUMBLE)
     places: dict[int, str] = {}

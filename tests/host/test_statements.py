@@ -2,8 +2,9 @@
 
 A copy of the package is run in which each statement can be made to raise (`statements.py`). All
 statements that an update passes are taken in turn: OSError, MemoryError, or an error of no kind
-that anybody foresaw. Afterwards the board would boot the old image or the whole new one, and the
-next poll brings the update to its end, with no reboot in between.
+that anybody foresaw. What leaves the agent is an OtaError, whatever it was, and the log says so.
+Afterwards the board would boot the old image or the whole new one, and the next poll brings the
+update to its end, with no reboot in between.
 
 `make test` takes a sample, rolled by a seed; `make faults-long` all, at the first time the
 statement runs and at a later one.
@@ -28,6 +29,10 @@ ROLLED = int(os.environ.get("SEED") or SEED)
 SAMPLE = 120
 SIZE = 70_000  # one checkpoint
 KINDS = ("OSError(5)", "MemoryError('stumbled')", "RuntimeError('stumbled')", "ValueError()")
+# Nothing stands around the statements of these: an exception there is the caller's.
+OUTERMOST = ("agent.py update_now", "agent.py foreseen")
+# What follows the failure, and what writes it down.
+CLEANING = ("agent.py _once", "slot.py abandon", "slot.py _free", "http.py close", "link.py close")
 CLEAR = "import twinslot.stumble as s; s.counts.clear(); s.target = None; s.met = False"
 
 
@@ -62,6 +67,12 @@ class Stumbler:
         if not met:  # how often some run depends on how the bytes come
             assert time > 1 and said["code"] == "installed", (said, time)
             return "not met"
+        module, function = self.places[number].replace(":", " ").split()[::2]
+        if said["code"] == "LEAKED":
+            assert f"{module} {function}" in OUTERMOST, said["message"]
+        if said["code"] == "internal" and f"{module} {function}" not in CLEANING:
+            log = station.ask("log")
+            assert log and log[-1][2] == "failed", log
         if said["code"] != "installed":
             last = said
             for _ in range(2):  # one more where the first only put things in order
