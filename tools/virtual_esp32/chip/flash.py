@@ -34,6 +34,8 @@ ERASE_SECTOR_US = 45000
 ERASE_BLOCK_US = 150000
 PROGRAM_PAGE_US = 400
 
+TRACED_ERASE = 1 << 31
+
 _BLANK = b"\xff" * SECTOR
 
 
@@ -264,9 +266,12 @@ class Flash:
         stats: a `Stats`, or None to count in memory.
         strict: True: programming a 1 over a 0 raises FlashError; False: it ANDs, as the part does.
         fault: a `Fault`, or None.
+        trace: open binary file, or None. Every erase and program is appended to it before it is
+            carried out: offset and length as u32, little-endian, bit 31 of the length set for an
+            erase command, then the bytes that a program was given (up to a sector).
     """
 
-    def __init__(self, file, size, *, stats=None, strict=True, fault=None):
+    def __init__(self, file, size, *, stats=None, strict=True, fault=None, trace=None):
         found = file.seek(0, 2)
         if found != size or size % SECTOR:
             raise FlashError(
@@ -280,6 +285,7 @@ class Flash:
         self.stats = stats or Stats(None, size)
         self.strict = strict
         self.fault = fault
+        self.trace = trace
         self.dead = False
         # Called once with no arguments when the power fails, before PowerCut is raised: C code
         # between us and the caller (littlefs) would turn the exception into an I/O error.
@@ -310,6 +316,9 @@ class Flash:
         while done < size:
             n = min(SECTOR - (offset + done) % SECTOR, size - done)
             piece = buf if n == size else view[done : done + n]
+            if self.trace is not None:
+                self.trace.write(struct.pack("<II", offset + done, n))
+                self.trace.write(piece)
             if not self._program_at_once(offset + done, piece, n):
                 self._program_pages(offset + done, memoryview(piece), n)
             done += n
@@ -353,6 +362,8 @@ class Flash:
         end = offset + size
         while offset < end:
             n = BLOCK if offset % BLOCK == 0 and end - offset >= BLOCK else SECTOR
+            if self.trace is not None:
+                self.trace.write(struct.pack("<II", offset, n | TRACED_ERASE))
             self.stats.count_erase(offset, n)
             if self.fault is not None and self.stats.ops == self.fault.op:
                 self._cut(offset, n, None)

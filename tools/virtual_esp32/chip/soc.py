@@ -67,12 +67,14 @@ def open_flash(settings):
     size = config["flash_size"]
     stats = config.get("stats")
     fault = config.get("fault")
+    trace = config.get("trace")
     flash = nor.Flash(
         open(config["flash"], "r+b"),
         size,
         stats=nor.Stats(open(stats, "r+b"), size) if stats else None,
         strict=config.get("strict", True),
         fault=nor.Fault(*fault) if fault else None,
+        trace=open(trace, "ab") if trace else None,
     )
     flash.on_cut = power_cut
     raw = bytearray(table.TABLE_SIZE)
