@@ -221,10 +221,18 @@ class Agent:
     async def run(self):
         """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
         self._watch = asyncio.create_task(self._supervise())
-        if self._settings["wifi"]:
+        try:
+            await foreseen(self._begin())
+        except OtaError as exc:
+            print("twinslot:", exc)
+        await persist(self._turn)
+
+    async def _begin(self):
+        wlan = self._settings["wifi"]
+        if wlan:
             from . import wifi
 
-            self._network = asyncio.create_task(wifi.keep(self._settings["wifi"], self.device_id))
+            self._network = asyncio.create_task(persist(lambda: wifi.keep(wlan, self.device_id)))
         # After a trial or a rollback the news is told at once; boards that merely got power back
         # spread their first poll.
         if self._verdict == "idle" and not self._journal.get("reports", list):
@@ -232,16 +240,13 @@ class Agent:
         for report in self._journal.get("reports", list):
             if report["status"] == "rolledback":
                 self._emit("rolledback", version=report["version"], **report["error"])
-        while True:
-            try:
-                await self.update_now()
-            except OtaError:
-                pass  # told to the listeners, and counted, by update_now
-            except Exception as exc:
-                # A slip of ours must not end the updates of a board nobody can reach.
-                sys.print_exception(exc)
-                self._failures += 1
-            await asyncio.sleep_ms(self._delay_ms())
+
+    async def _turn(self):
+        try:
+            await self.update_now()
+        except OtaError:
+            pass  # told to the listeners, and counted, by update_now
+        await asyncio.sleep_ms(self._delay_ms())
 
     async def _supervise(self):
         """Tell the guard that the event loop turns and, once, that this was a good start."""
@@ -646,6 +651,16 @@ def _give_up(reason):
         machine.reset()
     except OtaError as exc:
         print("twinslot:", exc)
+
+
+async def persist(step):
+    """Await ``step()`` for ever: a slip must not end the updates of a board nobody can reach."""
+    while True:
+        try:
+            await step()
+        except Exception as exc:
+            sys.print_exception(exc)
+            await asyncio.sleep(_BACKOFF_S)
 
 
 async def foreseen(coroutine):

@@ -112,8 +112,9 @@ def take(size):
     return pieces
 
 
-def update(force=False, hog=0):
-    """One poll, with ``hog`` bytes of the heap taken away."""
+def update(force=False, hog=0, run=False):
+    """One poll, with ``hog`` bytes of the heap taken away; or with ``run`` the agent's own polls,
+    for five minutes at most."""
     events.clear()
     gc.collect()
     hog = take(hog)
@@ -121,11 +122,15 @@ def update(force=False, hog=0):
     out = {"code": "idle"}
     failed = None
     try:
-        asyncio.run(agent.update_now(force))
+        asyncio.run(asyncio.wait_for(agent.run(), 300) if run else agent.update_now(force))
     except Reset:
         out["code"] = "installed"
     except Exception as exc:
         failed = exc
+    stumble = sys.modules.get("twinslot.stumble")
+    if stumble:
+        stumble.target = None  # what follows is not the agent's own doing
+        stumble.counting = False
     del hog
     gc.collect()
     if isinstance(failed, OtaError):

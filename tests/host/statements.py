@@ -16,10 +16,13 @@ STUMBLE = """
 counts = {}
 target = None  # (number, which time, exception)
 met = False
+counting = True
 
 
 def hit(number):
     global met
+    if not counting:
+        return
     n = counts.get(number, 0) + 1
     counts[number] = n
     if target is not None and target[0] == number and target[1] == n:

@@ -260,8 +260,8 @@ class Station:
         """A new agent that knows what flash holds, and no more."""
         self.ask("begin", settings=settings, **more)
 
-    def update(self, force: bool = False) -> dict[str, Any]:
-        return self.ask("update", force=force)
+    def update(self, **how: bool) -> dict[str, Any]:
+        return self.ask("update", **how)
 
     # -- what flash holds
 
