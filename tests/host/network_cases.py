@@ -60,11 +60,10 @@ class Case:
         words = ("stall", "silent", "drip", "drop", "flip", "insert", "dup", "swap", "9999999")
         return any(word in json.dumps(self.plan) for word in words)
 
-    @property
-    def bound(self) -> int:
-        """Bytes that may come to the device in all."""
+    def bound(self, spoiled: int) -> int:
+        """Bytes that may come to the device in all, with so many polls in vain."""
         once = EXCHANGE if self.again else CHECKPOINT
-        return EXCHANGE + SLACK + self.faults * (once + SLACK)
+        return EXCHANGE + SLACK + spoiled * (once + SLACK)
 
 
 def first(program: dict[str, Any]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ vfs,     data, fat,   0x110000, 0x40000,
 PARTITIONS = {p.label: p for p in layout.parse_csv(TABLE, FLASH)}
 OLD, NEW = "1.2.3", "2.0.1"
 SPEED = 25
-TIMEOUT_S = 100  # of the board, for one network wait: this machine may be busy
+TIMEOUT_S = 250  # of the board, for one network wait: this machine may be busy
 SHORT_S = 8  # where waiting in vain is what happens
 
 

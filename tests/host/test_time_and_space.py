@@ -9,6 +9,8 @@ is refused for a reason that names it.
 from __future__ import annotations
 
 import json
+import os
+from collections import Counter
 
 import pytest
 from servers import signing_key
@@ -17,6 +19,7 @@ from station import Station
 from twinslot_tools.lab import PRODUCT, Lab
 from twinslot_tools.virtual_esp32 import firmware
 
+LONG = os.environ.get("FAULTS") == "long"
 SIZE = 70_000
 YEAR_S = 365 * 86400
 PERIOD_MS = 1 << 30
@@ -298,6 +301,34 @@ def test_F35_heaps_swept_downward_update_or_refuse_for_want_of_memory(tmp_path):
     # Once it refuses, it goes on refusing: no heap in between does something else.
     assert "installed" not in ends[ends.index("busy") :], ends
     assert "Traceback" not in console
+
+
+STEP = 128 if LONG else 1_024
+BARE = "import sys; sys.modules['twinslot.agent']._HEAP_NEED = 0"  # the check that stands in front
+
+
+def test_F35_an_allocation_that_fails_anywhere_in_an_update_ends_it_cleanly(tmp_path):
+    """With the check in front taken out, each step of the sweep runs out of memory elsewhere; with
+    the memory back, the same agent installs."""
+    signing_key()
+    with Station(tmp_path / "s", size=SIZE, heap="320K") as made:
+        made.proxy.plan({})
+        settings = made.settings("http")
+        made.fresh(settings)
+        made.ask("evaluate", code=BARE)
+        free = made.ask("evaluate", code="import gc; gc.collect(); result = gc.mem_free()")
+        ends = Counter()
+        for take in range(free - 48_000, free - 1_000, STEP):
+            made.fresh(settings)
+            said = made.ask("update", hog=take)
+            ends[said["code"]] += 1
+            made.check(complete=said["code"] == "installed")
+            if said["code"] != "installed":
+                again = [made.update()["code"] for _ in range(2)]
+                assert "installed" in again, (take, said, again)
+                made.check(complete=True)
+    print(dict(ends))
+    assert set(ends) == {"installed", "busy"}, ends
 
 
 # ---- the reader of flash that no board would leave
