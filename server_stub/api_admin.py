@@ -1,7 +1,7 @@
 """Routes for those who run the server: users, webhooks, health, metrics."""
 
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Response
 from pydantic import BaseModel, ConfigDict, Field
@@ -29,6 +29,34 @@ class NewWebhook(_Body):
     events: Annotated[list[str], Field(max_length=20)] = ["*"]
 
 
+def set_user_one(connection: Connection, note: Note, name: str, wanted: NewUser) -> dict[str, Any]:
+    """Make or change a user; the answer holds the new API token, this once."""
+    made = auth.set_user(connection, name, wanted.role, wanted.password, int(time.time()))
+    note(name, None, {"role": wanted.role, "password": wanted.password})
+    return made
+
+
+def remove_user_one(connection: Connection, note: Note, name: str) -> dict[str, Any]:
+    """Raises Problem 404."""
+    auth.remove_user(connection, name)
+    note(name)
+    return {"removed": name}
+
+
+def create_webhook_one(connection: Connection, note: Note, wanted: NewWebhook) -> dict[str, Any]:
+    """Tell somebody of events; the answer holds the secret, this once."""
+    made = webhooks.create(connection, wanted.url, wanted.events, int(time.time()))
+    note(f"webhook {made['id']}", None, {"url": wanted.url, "events": wanted.events})
+    return made
+
+
+def remove_webhook_one(connection: Connection, note: Note, webhook_id: int) -> dict[str, Any]:
+    """Raises Problem 404."""
+    webhooks.remove(connection, webhook_id)
+    note(f"webhook {webhook_id}")
+    return {"removed": webhook_id}
+
+
 def add_routes(app: FastAPI, parts: Parts) -> None:
     viewer = Depends(parts.people.need("viewer"))
     admin = Depends(parts.people.need("admin"))
@@ -44,21 +72,15 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         who: Annotated[Who, admin],
         wanted: Annotated[NewUser, Depends(json_body(NewUser))],
     ) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            made = auth.set_user(connection, name, wanted.role, wanted.password, int(time.time()))
-            note(name, None, {"role": wanted.role, "password": wanted.password})
-            return made
-
-        return await change(parts, who, "user.set", work)
+        return await change(
+            parts, who, "user.set", lambda c, note: set_user_one(c, note, name, wanted)
+        )
 
     @app.delete("/api/v1/users/{name}")
     async def remove_user(name: Name, who: Annotated[Who, admin]) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            auth.remove_user(connection, name)
-            note(name)
-            return {"removed": name}
-
-        return await change(parts, who, "user.remove", work)
+        return await change(
+            parts, who, "user.remove", lambda c, note: remove_user_one(c, note, name)
+        )
 
     @app.get("/api/v1/webhooks", dependencies=[admin])
     async def list_webhooks() -> dict:
@@ -70,21 +92,15 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         who: Annotated[Who, admin],
         wanted: Annotated[NewWebhook, Depends(json_body(NewWebhook))],
     ) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            made = webhooks.create(connection, wanted.url, wanted.events, int(time.time()))
-            note(f"webhook {made['id']}", None, {"url": wanted.url, "events": wanted.events})
-            return made
-
-        return await change(parts, who, "webhook.create", work)
+        return await change(
+            parts, who, "webhook.create", lambda c, note: create_webhook_one(c, note, wanted)
+        )
 
     @app.delete("/api/v1/webhooks/{webhook_id}")
     async def remove_webhook(webhook_id: int, who: Annotated[Who, admin]) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            webhooks.remove(connection, webhook_id)
-            note(f"webhook {webhook_id}")
-            return {"removed": webhook_id}
-
-        return await change(parts, who, "webhook.remove", work)
+        return await change(
+            parts, who, "webhook.remove", lambda c, note: remove_webhook_one(c, note, webhook_id)
+        )
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> dict:

@@ -81,21 +81,7 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
         """Multipart: ``release`` (the signed file), ``file`` (each payload), ``channel``,
         ``notes``."""
         async with request.form(max_files=_MAX_FILES, max_fields=8) as form:
-            token, files = await run_in_threadpool(_read_form, form)
-            channel = _field(form, "channel", "stable")
-            release, found = await run_in_threadpool(
-                releases.check_upload, parts.site, token, files, parts.settings.firmware_bytes
-            )
-            name = await run_in_threadpool(releases.store_files, parts.site, release, token, found)
-
-            def work(connection: Connection, note: Note) -> tuple[dict, bool]:
-                row, new = releases.add(
-                    connection, parts.site, name, release, channel, form.get("notes")
-                )
-                note(f"{row.product} {row.version}", None, {"sha256": row.sha256, "new": new})
-                return releases.public(row), new
-
-            row, new = await change(parts, who, "firmware.upload", work)
+            row, new = await upload_one(parts, who, form)
         response.status_code = 201 if new else 200
         return with_dates(row)
 
@@ -144,12 +130,9 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
 
     @app.delete("/api/v1/firmware/{firmware_id}")
     async def remove(firmware_id: int, who: Annotated[Who, operator]) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            row = releases.remove(connection, parts.site, firmware_id)
-            note(f"{row.product} {row.version}")
-            return {"removed": firmware_id}
-
-        return await change(parts, who, "firmware.remove", work)
+        return await change(
+            parts, who, "firmware.remove", lambda c, note: remove_one(c, note, parts, firmware_id)
+        )
 
     @app.post("/api/v1/firmware/gc")
     async def collect(who: Annotated[Who, operator]) -> dict:
@@ -159,6 +142,28 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
             return found
 
         return await change(parts, who, "firmware.gc", work)
+
+
+async def upload_one(parts: Parts, who: Who, form: Any) -> tuple[dict, bool]:
+    """Judge and store an upload; return the release, and whether it is new.
+
+    Raises:
+        Problem: refused, and why.
+    """
+    token, files = await run_in_threadpool(_read_form, form)
+    channel = _field(form, "channel", "stable")
+    release, found = await run_in_threadpool(
+        releases.check_upload, parts.site, token, files, parts.settings.firmware_bytes
+    )
+    name = await run_in_threadpool(releases.store_files, parts.site, release, token, found)
+
+    def work(connection: Connection, note: Note) -> tuple[dict, bool]:
+        notes = form.get("notes") or None
+        row, new = releases.add(connection, parts.site, name, release, channel, notes)
+        note(f"{row.product} {row.version}", None, {"sha256": row.sha256, "new": new})
+        return releases.public(row), new
+
+    return await change(parts, who, "firmware.upload", work)
 
 
 def change_one(
@@ -198,6 +203,38 @@ def promote_one(
     return {"product": row.product, "channel": channel, **after}
 
 
+def remove_one(
+    connection: Connection, note: Note, parts: Parts, firmware_id: int
+) -> dict[str, Any]:
+    """Remove a release that nothing needs."""
+    row = releases.remove(connection, parts.site, firmware_id)
+    note(f"{row.product} {row.version}")
+    return {"removed": firmware_id}
+
+
+def create_update_one(connection: Connection, note: Note, wanted: NewUpdate) -> dict[str, Any]:
+    """Make an update job of a request's body."""
+    if wanted.firmware_id is not None:
+        row = releases.get(connection, wanted.firmware_id)
+    elif wanted.product and wanted.version:
+        row = releases.by_version(connection, wanted.product, wanted.version)
+    else:
+        raise Problem(422, "malformed", "expected firmware_id, or product and version")
+    target = wanted.target.model_dump(exclude_none=True)
+    now = int(time.time())
+    job_id = jobs.create(connection, row, target, wanted.force_update, wanted.part_size, now)
+    note(f"update {job_id}", None, {"version": row.version, "target": target})
+    return jobs.get(connection, job_id)
+
+
+def cancel_update_one(connection: Connection, note: Note, update_id: int) -> dict[str, Any]:
+    """End a job; nodes under way finish."""
+    before = jobs.get(connection, update_id)
+    after = jobs.cancel(connection, update_id, int(time.time()))
+    note(f"update {update_id}", {"status": before["status"]}, {"status": "cancelled"})
+    return after
+
+
 def _field(form: Any, name: str, default: str) -> str:
     value = form.get(name) or default
     if not isinstance(value, str) or not value.replace("-", "").replace("_", "").isalnum():
@@ -229,26 +266,12 @@ def _add_updates(app: FastAPI, parts: Parts) -> None:
         who: Annotated[Who, operator],
         wanted: Annotated[NewUpdate, Depends(json_body(NewUpdate))],
     ) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            if wanted.firmware_id is not None:
-                row = releases.get(connection, wanted.firmware_id)
-            elif wanted.product and wanted.version:
-                row = releases.by_version(connection, wanted.product, wanted.version)
-            else:
-                raise Problem(422, "malformed", "expected firmware_id, or product and version")
-            target = wanted.target.model_dump(exclude_none=True)
-            job_id = jobs.create(
-                connection,
-                row,
-                target,
-                wanted.force_update,
-                wanted.part_size,
-                int(time.time()),
-            )
-            note(f"update {job_id}", None, {"version": row.version, "target": target})
-            return with_dates(jobs.get(connection, job_id))
-
-        return await change(parts, who, "update.create", work)
+        return await change(
+            parts,
+            who,
+            "update.create",
+            lambda c, note: with_dates(create_update_one(c, note, wanted)),
+        )
 
     @app.get("/api/v1/ota/updates", dependencies=[viewer])
     async def list_updates(
@@ -271,13 +294,12 @@ def _add_updates(app: FastAPI, parts: Parts) -> None:
 
     @app.delete("/api/v1/ota/updates/{update_id}")
     async def cancel_update(update_id: int, who: Annotated[Who, operator]) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            before = jobs.get(connection, update_id)
-            after = jobs.cancel(connection, update_id, int(time.time()))
-            note(f"update {update_id}", {"status": before["status"]}, {"status": "cancelled"})
-            return with_dates(after)
-
-        return await change(parts, who, "update.cancel", work)
+        return await change(
+            parts,
+            who,
+            "update.cancel",
+            lambda c, note: with_dates(cancel_update_one(c, note, update_id)),
+        )
 
     @app.post("/api/v1/ota/updates/{update_id}/progress", openapi_extra=body_schema(NodeProgress))
     async def progress(

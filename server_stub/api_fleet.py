@@ -81,12 +81,9 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
     async def import_devices(who: Annotated[Who, operator], request: Request) -> dict:
         text = (await request.body()).decode("utf-8-sig", "replace")
 
-        def work(connection: Connection, note: Note) -> dict:
-            found = devices.import_csv(connection, text, int(time.time()), parts.limits.devices)
-            note("devices", None, {k: found[k] for k in ("imported", "new")})
-            return found
-
-        return await change(parts, who, "device.import", work)
+        return await change(
+            parts, who, "device.import", lambda c, note: import_all(c, note, parts, text)
+        )
 
     @app.get("/api/v1/devices/{device_id}", dependencies=[viewer])
     async def device(device_id: str) -> dict:
@@ -112,22 +109,16 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
     @app.delete("/api/v1/devices/{device_id}")
     async def decommission(device_id: str, who: Annotated[Who, operator]) -> dict:
         def work(connection: Connection, note: Note) -> dict:
-            before = devices.get(connection, device_id)
-            devices.decommission(connection, device_id)
-            note(device_id, {"enrolment": before.enrolment}, {"enrolment": "decommissioned"})
+            decommission_one(connection, note, device_id)
             return detail(connection, parts, device_id)
 
         return await change(parts, who, "device.decommission", work)
 
     @app.post("/api/v1/devices/{device_id}/token")
     async def new_token(device_id: str, who: Annotated[Who, operator]) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            devices.get(connection, device_id)
-            token = devices.new_token(connection, device_id)
-            note(device_id)
-            return {"device_id": device_id, "token": token}
-
-        return await change(parts, who, "device.token", work)
+        return await change(
+            parts, who, "device.token", lambda c, note: new_token_one(c, note, device_id)
+        )
 
     @app.get("/api/v1/labels", dependencies=[viewer])
     async def labels() -> dict:
@@ -139,12 +130,12 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         who: Annotated[Who, operator],
         wanted: Annotated[DescribeLabel, Depends(json_body(DescribeLabel))],
     ) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            devices.describe_label(connection, key, wanted.description[:500])
-            note(key, None, {"description": wanted.description[:500]})
-            return {"key": key, "description": wanted.description[:500]}
-
-        return await change(parts, who, "label.describe", work)
+        return await change(
+            parts,
+            who,
+            "label.describe",
+            lambda c, note: describe_label_one(c, note, key, wanted.description[:500]),
+        )
 
     @app.get("/api/v1/audit", dependencies=[viewer])
     async def read_audit(
@@ -167,6 +158,37 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         columns = list(rows[0]) if rows else ["nothing"]
         headers = {"Content-Disposition": f'attachment; filename="{what}.csv"'}
         return Response(csv_text(rows, columns), 200, headers, "text/csv; charset=utf-8")
+
+
+def import_all(connection: Connection, note: Note, parts: Parts, text: str) -> dict[str, Any]:
+    """Register the boards of a CSV file; the answer holds their new tokens, this once."""
+    found = devices.import_csv(connection, text, int(time.time()), parts.limits.devices)
+    note("devices", None, {k: found[k] for k in ("imported", "new")})
+    return found
+
+
+def decommission_one(connection: Connection, note: Note, device_id: str) -> None:
+    """Retire a board."""
+    before = devices.get(connection, device_id)
+    devices.decommission(connection, device_id)
+    note(device_id, {"enrolment": before.enrolment}, {"enrolment": "decommissioned"})
+
+
+def new_token_one(connection: Connection, note: Note, device_id: str) -> dict[str, str]:
+    """Give a board a token of its own, shown this once."""
+    devices.get(connection, device_id)
+    token = devices.new_token(connection, device_id)
+    note(device_id)
+    return {"device_id": device_id, "token": token}
+
+
+def describe_label_one(
+    connection: Connection, note: Note, key: str, description: str
+) -> dict[str, str]:
+    """Say what a label is for."""
+    devices.describe_label(connection, key, description)
+    note(key, None, {"description": description})
+    return {"key": key, "description": description}
 
 
 def change_one(connection: Connection, note: Note, device_id: str, wanted: dict[str, Any]) -> None:

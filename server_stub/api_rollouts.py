@@ -64,6 +64,12 @@ class SendBack(_Body):
     start: bool = True
 
 
+class Retarget(_Body):
+    """``PATCH /api/v1/rollouts/{id}``; an empty list means every board."""
+
+    target: dict[Literal["label"], Annotated[list[str], Field(max_length=16)]]
+
+
 class NewWindow(_Body):
     """``POST /api/v1/windows``; days: 0 is Monday."""
 
@@ -138,6 +144,67 @@ def act_one(
     return shown(connection, rollout_id)
 
 
+def back_one(
+    connection: Connection, note: Note, rollout_id: int, wanted: SendBack
+) -> dict[str, Any]:
+    """Make the rollout that sends everyone back; it starts at once unless told otherwise."""
+    row = rollouts.get(connection, rollout_id)
+    release = releases.by_version(connection, row.product, wanted.version)
+    now = int(time.time())
+    new = rollouts.back(connection, rollout_id, release, now)
+    note(f"rollout {rollout_id}", None, {"back": new, "version": release.version})
+    if wanted.start:
+        rollouts.act(connection, new, "start", "", now)
+    return shown(connection, new)
+
+
+def target_one(
+    connection: Connection, note: Note, rollout_id: int, label: list[str]
+) -> dict[str, Any]:
+    """Mean other boards from now on: promotion from ``ring=pilot`` to ``ring=home``, or to all."""
+    before = rollouts.get(connection, rollout_id)
+    target = {"label": label} if label else {}
+    rollouts.retarget(connection, rollout_id, target, int(time.time()))
+    note(f"rollout {rollout_id}", {"target": before.target}, {"target": target})
+    return shown(connection, rollout_id)
+
+
+def create_window_one(connection: Connection, note: Note, wanted: NewWindow) -> dict[str, Any]:
+    """Make a maintenance window."""
+    values = wanted.model_dump()
+    Window(**{**values, "days": tuple(wanted.days)})
+    number = connection.execute(
+        window_table.insert().values(**values).returning(window_table.c.id)
+    ).scalar_one()
+    bump(connection)
+    note(f"window {number}", None, values)
+    return {"id": number, **values}
+
+
+def remove_window_one(connection: Connection, note: Note, window_id: int) -> dict[str, Any]:
+    """Raises Problem 404."""
+    gone = connection.execute(window_table.delete().where(window_table.c.id == window_id)).rowcount
+    if not gone:
+        raise Problem(404, "no_window", f"no window {window_id}")
+    bump(connection)
+    note(f"window {window_id}")
+    return {"removed": window_id}
+
+
+def create_schedule_one(connection: Connection, note: Note, wanted: NewSchedule) -> dict[str, Any]:
+    """Make or replace the schedule of a name."""
+    number = schedules.put(connection, wanted.model_dump(), "api")
+    note(f"schedule {wanted.name}", None, wanted.model_dump())
+    return {"id": number, **wanted.model_dump()}
+
+
+def remove_schedule_one(connection: Connection, note: Note, schedule_id: int) -> dict[str, Any]:
+    """Raises Problem 404."""
+    name = schedules.remove(connection, schedule_id)
+    note(f"schedule {name}")
+    return {"removed": schedule_id}
+
+
 def add_routes(app: FastAPI, parts: Parts) -> None:
     _add_rollouts(app, parts)
     _add_windows(app, parts)
@@ -172,23 +239,29 @@ def _add_rollouts(app: FastAPI, parts: Parts) -> None:
     async def get_rollout(rollout_id: int) -> dict:
         return await parts.store.aread(lambda c: shown(c, rollout_id))
 
+    @app.patch("/api/v1/rollouts/{rollout_id}", openapi_extra=body_schema(Retarget))
+    async def retarget(
+        rollout_id: int,
+        who: Annotated[Who, operator],
+        wanted: Annotated[Retarget, Depends(json_body(Retarget))],
+    ) -> dict:
+        label = wanted.target.get("label", [])
+        return await change(
+            parts, who, "rollout.target", lambda c, note: target_one(c, note, rollout_id, label)
+        )
+
     @app.post("/api/v1/rollouts/{rollout_id}/back", openapi_extra=body_schema(SendBack))
     async def send_back(
         rollout_id: int,
         who: Annotated[Who, operator],
         wanted: Annotated[SendBack, Depends(json_body(SendBack))],
     ) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            row = rollouts.get(connection, rollout_id)
-            release = releases.by_version(connection, row.product, wanted.version)
-            now = int(time.time())
-            new = rollouts.back(connection, rollout_id, release, now)
-            note(f"rollout {rollout_id}", None, {"back": new, "version": release.version})
-            if wanted.start:
-                rollouts.act(connection, new, "start", "", now)
-            return shown(connection, new)
-
-        return await change(parts, who, "rollout.back", work)
+        return await change(
+            parts,
+            who,
+            "rollout.back",
+            lambda c, note: back_one(c, note, rollout_id, wanted),
+        )
 
     @app.post("/api/v1/rollouts/{rollout_id}/{action}", openapi_extra=body_schema(Why))
     async def act(
@@ -221,31 +294,15 @@ def _add_windows(app: FastAPI, parts: Parts) -> None:
         who: Annotated[Who, operator],
         wanted: Annotated[NewWindow, Depends(json_body(NewWindow))],
     ) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            values = wanted.model_dump()
-            Window(**{**values, "days": tuple(wanted.days)})
-            number = connection.execute(
-                window_table.insert().values(**values).returning(window_table.c.id)
-            ).scalar_one()
-            bump(connection)
-            note(f"window {number}", None, values)
-            return {"id": number, **values}
-
-        return await change(parts, who, "window.create", work)
+        return await change(
+            parts, who, "window.create", lambda c, note: create_window_one(c, note, wanted)
+        )
 
     @app.delete("/api/v1/windows/{window_id}")
     async def remove_window(window_id: int, who: Annotated[Who, operator]) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            gone = connection.execute(
-                window_table.delete().where(window_table.c.id == window_id)
-            ).rowcount
-            if not gone:
-                raise Problem(404, "no_window", f"no window {window_id}")
-            bump(connection)
-            note(f"window {window_id}")
-            return {"removed": window_id}
-
-        return await change(parts, who, "window.remove", work)
+        return await change(
+            parts, who, "window.remove", lambda c, note: remove_window_one(c, note, window_id)
+        )
 
 
 def _add_schedules(app: FastAPI, parts: Parts) -> None:
@@ -262,18 +319,15 @@ def _add_schedules(app: FastAPI, parts: Parts) -> None:
         who: Annotated[Who, operator],
         wanted: Annotated[NewSchedule, Depends(json_body(NewSchedule))],
     ) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            number = schedules.put(connection, wanted.model_dump(), "api")
-            note(f"schedule {wanted.name}", None, wanted.model_dump())
-            return {"id": number, **wanted.model_dump()}
-
-        return await change(parts, who, "schedule.create", work)
+        return await change(
+            parts, who, "schedule.create", lambda c, note: create_schedule_one(c, note, wanted)
+        )
 
     @app.delete("/api/v1/schedules/{schedule_id}")
     async def remove_schedule(schedule_id: int, who: Annotated[Who, operator]) -> dict:
-        def work(connection: Connection, note: Note) -> dict:
-            name = schedules.remove(connection, schedule_id)
-            note(f"schedule {name}")
-            return {"removed": schedule_id}
-
-        return await change(parts, who, "schedule.remove", work)
+        return await change(
+            parts,
+            who,
+            "schedule.remove",
+            lambda c, note: remove_schedule_one(c, note, schedule_id),
+        )

@@ -13,7 +13,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse
 
-from . import api_admin, api_firmware, api_fleet, api_rollouts, page, tree
+from . import api_admin, api_firmware, api_fleet, api_rollouts, page, page_forms, tree
 from .auth import Boards, refused
 from .http import Parts, add_handlers, body_schema, json_body, note_event, problem_response
 from .limits import Limits
@@ -33,7 +33,12 @@ def create_app(parts: Parts) -> FastAPI:
     app.add_middleware(
         Gate,
         limits=parts.limits,
-        large={api_firmware.UPLOAD: parts.settings.firmware_bytes * 4, api_fleet.IMPORT: 4 << 20},
+        large={
+            api_firmware.UPLOAD: parts.settings.firmware_bytes * 4,
+            page_forms.UPLOAD: parts.settings.firmware_bytes * 4,
+            api_fleet.IMPORT: 4 << 20,
+            page_forms.IMPORT: 4 << 20,
+        },
     )
     add_handlers(app, parts.limits)
     _add_device_routes(app, parts)

@@ -61,11 +61,23 @@ def json_body(model: type[Parsed]) -> Callable[[Request], Awaitable[Parsed]]:
         try:
             return model.model_validate_json(body)
         except ValidationError as exc:
-            first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the body"
-            raise Problem(422, "malformed", f"{where}: {first['msg']}") from None
+            raise _malformed(exc) from None
 
     return parse
+
+
+def checked(model: type[Parsed], values: Mapping[str, Any]) -> Parsed:
+    """Make ``model`` of a form's members, or raise Problem 422."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as exc:
+        raise _malformed(exc) from None
+
+
+def _malformed(exc: ValidationError) -> Problem:
+    first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the body"
+    return Problem(422, "malformed", f"{where}: {first['msg']}")
 
 
 def body_schema(model: type[BaseModel]) -> dict:
@@ -200,10 +212,15 @@ async def _query_problem(_request: Request, exc: Exception) -> Response:
 
 
 async def _value_problem(request: Request, exc: Exception) -> Response:
-    # The pure rules refuse what can't be by ValueError, whose text is made for people.
+    problem = refused_value(exc)
+    return problem_response(problem) if problem else await _bug(request, exc)
+
+
+def refused_value(exc: Exception) -> Problem | None:
+    """The pure rules refuse what can't be by ValueError, whose text is made for people."""
     if type(exc) is not ValueError and type(exc).__module__.partition(".")[0] != __package__:
-        return await _bug(request, exc)
-    return problem_response(Problem(422, "malformed", " ".join(str(exc).split())[:300]))
+        return None
+    return Problem(422, "malformed", " ".join(str(exc).split())[:300])
 
 
 def _store_problem(limits: Limits) -> Callable[[Request, Exception], Awaitable[Response]]:

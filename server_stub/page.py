@@ -1,125 +1,60 @@
-"""The page: one dashboard, made on the server, a little plain JavaScript, no build step.
+"""The page: log-in and what there is to see; made on the server, no build step.
 
-Everything lies below ``/-/``, a name no product can have. Who is logged in is a session in the
-database, known by a cookie that scripts can't read and other sites can't send; every form carries
-the session's CSRF token. The page does what the API does, by the same functions.
+Everything lies below ``/-/``, a name no product can have. The page shows what the API answers, by
+the same functions; its forms are in ``page_forms``.
 """
 
 import asyncio
-import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Annotated, Any
 
-import jinja2
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
 from sqlalchemy import Connection, func, select
 
-from . import api_firmware, api_fleet, api_rollouts, audit, auth, devices, releases, rollouts
+from . import (
+    api_fleet,
+    api_rollouts,
+    audit,
+    auth,
+    devices,
+    jobs,
+    page_forms,
+    releases,
+    rollouts,
+    schedules,
+    webhooks,
+)
 from .audit import Who
-from .http import Note, Parts, change, date
+from .http import Note, Parts, change
+from .page_base import HERE, Away, Guard, Renderer, headers, same_page
 from .problems import Problem
-from .schema import attempts, downloads, reports, users
+from .schema import attempts, downloads, users, windows
 from .schema import devices as device_table
 from .schema import rollouts as rollout_table
 
-_HERE = Path(__file__).parent
 _EVENT_S = 1.0
 _PAGE = 100
-CSP = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self';"
-    " connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
-)
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
-class _Renderer:
-    """Templates with escaping on, and the headers every page carries."""
-
-    def __init__(self) -> None:
-        self._environment = jinja2.Environment(
-            loader=jinja2.FileSystemLoader(_HERE / "templates"),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._environment.filters["when"] = lambda s: (
-            s if isinstance(s, str) else date(s) or "never"
-        )
-        self._environment.filters["ago"] = _ago
-        self._environment.filters["pretty"] = lambda v: json.dumps(v, ensure_ascii=False)
-
-    def __call__(self, name: str, session: Any, status: int = 200, **values: Any) -> Response:
-        can = session is not None and auth.ROLES.index(session.role) >= 1
-        text = self._environment.get_template(name).render(me=session, can=can, **values)
-        return Response(text, status, headers(), "text/html; charset=utf-8")
-
-
-def headers() -> dict[str, str]:
-    return {
-        "Content-Security-Policy": CSP,
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "same-origin",
-        "Cache-Control": "no-store",
-    }
-
-
-def _ago(seconds: float | None) -> str:
-    if not seconds:
-        return "never"
-    left = int(time.time() - seconds)
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if left >= size:
-            return f"{left // size} {unit} ago"
-    return "just now"
-
-
-class _Away(Exception):
-    """Nobody is logged in."""
-
-
 def add_routes(app: FastAPI, parts: Parts) -> None:
-    render = _Renderer()
-    guard = _Guard(parts)
+    render = Renderer()
+    guard = Guard(parts)
 
     async def away(_request: Request, _exc: Exception) -> Response:
         return RedirectResponse("/-/login", 303)
 
-    app.add_exception_handler(_Away, away)
+    app.add_exception_handler(Away, away)
     _add_login(app, parts, render, guard)
     _add_views(app, parts, render, guard)
-    _add_forms(app, parts, guard)
+    page_forms.add_routes(app, parts, render, guard)
     _add_events(app, parts, guard)
 
 
-class _Guard:
-    """Finds the session of a request; checks the CSRF token and the role of a form."""
-
-    def __init__(self, parts: Parts):
-        self._parts = parts
-
-    async def __call__(self, request: Request) -> Any:
-        value = request.cookies.get(auth.COOKIE)
-        session = await self._parts.store.aread(lambda c: auth.session(c, value, int(time.time())))
-        if session is None:
-            raise _Away
-        return session
-
-    async def form(self, request: Request) -> tuple[Who, dict[str, str]]:
-        session = await self(request)
-        form = {k: v for k, v in (await request.form()).items() if isinstance(v, str)}
-        if not hmac.compare_digest(form.pop("csrf", ""), session.csrf):
-            raise Problem(403, "csrf", "this form is not from this page: reload it")
-        if auth.ROLES.index(session.role) < 1:
-            raise Problem(403, "forbidden", "this needs the role operator")
-        return Who(session.name, session.role), form
-
-
-def _add_login(app: FastAPI, parts: Parts, render: _Renderer, guard: _Guard) -> None:
+def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> None:
     throttle = auth.Throttle()
 
     @app.get("/", include_in_schema=False)
@@ -128,8 +63,8 @@ def _add_login(app: FastAPI, parts: Parts, render: _Renderer, guard: _Guard) -> 
 
     @app.get("/-/static/{name}", include_in_schema=False)
     async def static(name: str) -> Response:
-        path = _HERE / "static" / name
-        if path.suffix not in _TYPES or path.parent != _HERE / "static" or not path.is_file():
+        path = HERE / "static" / name
+        if path.suffix not in _TYPES or path.parent != HERE / "static" or not path.is_file():
             raise Problem(404, "not_found", "no such file")
         kept = {**headers(), "Cache-Control": "max-age=3600"}
         return Response(path.read_bytes(), 200, kept, _TYPES[path.suffix])
@@ -171,9 +106,7 @@ def _add_login(app: FastAPI, parts: Parts, render: _Renderer, guard: _Guard) -> 
     @app.post("/-/logout", include_in_schema=False)
     async def logout(request: Request) -> Response:
         session = await guard(request)
-        form = await request.form()
-        if not hmac.compare_digest(str(form.get("csrf", "")), session.csrf):
-            raise Problem(403, "csrf", "this form is not from this page: reload it")
+        same_page(session, await request.form())
         value = request.cookies.get(auth.COOKIE, "")
         await parts.store.awrite(lambda c: auth.close_session(c, value))
         response = RedirectResponse("/-/login", 303)
@@ -193,12 +126,15 @@ async def _known(parts: Parts, name: str, password: str) -> Who | None:
     return Who(row.name, row.role) if ok and row else None
 
 
-def _add_views(app: FastAPI, parts: Parts, render: _Renderer, guard: _Guard) -> None:
+def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> None:
     session = Depends(guard)
 
     def view(path: str, template: str, read: Callable[..., dict[str, Any]]) -> None:
         async def show(request: Request, me: Annotated[Any, session]) -> Response:
-            values = await parts.store.aread(lambda c: read(c, **request.path_params))
+            try:
+                values = await parts.store.aread(lambda c: read(c, **request.path_params))
+            except Problem as problem:
+                return render.refusal(me, problem)
             return render(template, me, **values)
 
         app.get(path, include_in_schema=False)(show)
@@ -207,12 +143,19 @@ def _add_views(app: FastAPI, parts: Parts, render: _Renderer, guard: _Guard) -> 
     view("/-/devices/{device_id}", "device.html", _device(parts))
     view("/-/releases", "releases.html", lambda c: {"rows": releases.listing(c)})
     view("/-/rollouts", "rollouts.html", _rollouts)
-    view(
-        "/-/rollouts/{number:int}",
-        "rollout.html",
-        lambda c, number: {"rollout": api_rollouts.shown(c, number)},
-    )
+    view("/-/rollouts/{number:int}", "rollout.html", _rollout)
+    view("/-/updates", "updates.html", _updates)
+    view("/-/updates/{number:int}", "update.html", lambda c, number: {"job": jobs.get(c, number)})
+    view("/-/rules", "rules.html", _rules)
     view("/-/logs", "logs.html", _logs)
+
+    @app.get("/-/people", include_in_schema=False)
+    async def people(request: Request) -> Response:
+        me = await guard.role(request, "admin")
+        values = await parts.store.aread(
+            lambda c: {"users": auth.list_users(c), "webhooks": webhooks.listing(c)}
+        )
+        return render("people.html", me, **values)
 
     @app.get("/-/devices", include_in_schema=False)
     async def list_devices(
@@ -221,9 +164,18 @@ def _add_views(app: FastAPI, parts: Parts, render: _Renderer, guard: _Guard) -> 
         label: Annotated[str, Query(max_length=130)] = "",
         status: Annotated[str, Query(max_length=16)] = "",
         version: Annotated[str, Query(max_length=64)] = "",
+        enrolment: Annotated[str, Query(max_length=16)] = "",
         after: Annotated[str, Query(max_length=64)] = "",
     ) -> Response:
-        filters = {"q": q, "label": label, "status": status, "current_version": version}
+        shown = {
+            "q": q,
+            "label": label,
+            "status": status,
+            "version": version,
+            "enrolment": enrolment,
+        }
+        filters = {**shown, "current_version": version}
+        del filters["version"]
 
         def read(connection: Connection) -> dict[str, Any]:
             rows = devices.listing(connection, after, _PAGE, filters)
@@ -234,8 +186,7 @@ def _add_views(app: FastAPI, parts: Parts, render: _Renderer, guard: _Guard) -> 
             }
 
         values = await parts.store.aread(read)
-        filters = {"q": q, "label": label, "status": status, "version": version}
-        return render("devices.html", me, filters=filters, **values)
+        return render("devices.html", me, filters=shown, **values)
 
 
 def glance(connection: Connection) -> dict[str, Any]:
@@ -283,16 +234,47 @@ def _device(parts: Parts) -> Callable[..., dict[str, Any]]:
     return read
 
 
-def _rollouts(connection: Connection) -> dict[str, Any]:
-    ids = connection.scalars(
-        select(rollout_table.c.id).order_by(rollout_table.c.id.desc()).limit(50)
-    ).all()
-    ready = [
+def _ready(connection: Connection) -> list[dict[str, Any]]:
+    """The releases that may be rolled out."""
+    return [
         row
         for row in releases.listing(connection)
         if (row["pilot_ready"] or row["stable"]) and row["blocked"] is None
     ]
-    return {"rows": [api_rollouts.shown(connection, n) for n in ids], "ready": ready}
+
+
+def _rollouts(connection: Connection) -> dict[str, Any]:
+    ids = connection.scalars(
+        select(rollout_table.c.id).order_by(rollout_table.c.id.desc()).limit(50)
+    ).all()
+    rows = [api_rollouts.shown(connection, number) for number in ids]
+    return {"rows": rows, "ready": _ready(connection)}
+
+
+def _rollout(connection: Connection, number: int) -> dict[str, Any]:
+    rollout = api_rollouts.shown(connection, number)
+    older = [
+        row["version"]
+        for row in releases.listing(connection, rollout["product"])
+        if row["downgrade"] and row["blocked"] is None and row["version"] != rollout["version"]
+    ]
+    return {"rollout": rollout, "older": older}
+
+
+def _updates(connection: Connection) -> dict[str, Any]:
+    return {"rows": jobs.listing(connection), "ready": releases.listing(connection)}
+
+
+def _rules(connection: Connection) -> dict[str, Any]:
+    def all_of(table: Any) -> list[dict[str, Any]]:
+        return [dict(r._mapping) for r in connection.execute(select(table).order_by(table.c.id))]
+
+    return {
+        "labels": devices.label_table(connection),
+        "windows": all_of(windows),
+        "schedules": schedules.listing(connection),
+        "actions": list(schedules.ACTIONS),
+    }
 
 
 def _logs(connection: Connection) -> dict[str, Any]:
@@ -302,93 +284,12 @@ def _logs(connection: Connection) -> dict[str, Any]:
 
     return {
         "audit": audit.listing(connection, 1 << 62, 50),
-        "reports": newest(reports),
         "downloads": newest(downloads),
         "attempts": newest(attempts),
     }
 
 
-def _add_forms(app: FastAPI, parts: Parts, guard: _Guard) -> None:
-    def form(
-        path: str,
-        action: str,
-        back: str,
-        work: Callable[[Connection, Note, dict[str, str], dict[str, Any]], Any],
-    ) -> None:
-        async def handle(request: Request) -> Response:
-            who, values = await guard.form(request)
-            where = request.path_params
-            name = action.format(**where)
-            await change(parts, who, name, lambda c, note: work(c, note, values, where))
-            return RedirectResponse(back.format(**where), 303)
-
-        app.post(path, include_in_schema=False)(handle)
-
-    form(
-        "/-/devices/{device_id}",
-        "device.change",
-        "/-/devices/{device_id}",
-        lambda c, note, values, at: api_fleet.change_one(
-            c, note, at["device_id"], _device_change(values)
-        ),
-    )
-    form(
-        "/-/releases/{number:int}",
-        "firmware.change",
-        "/-/releases",
-        lambda c, note, values, at: api_firmware.change_one(
-            c, note, at["number"], _release_change(values)
-        ),
-    )
-    form(
-        "/-/rollouts",
-        "rollout.create",
-        "/-/rollouts",
-        lambda c, note, values, _: api_rollouts.create_one(
-            c,
-            note,
-            api_rollouts.NewRollout(
-                firmware_id=int(values["firmware_id"]),
-                name=values.get("name", "")[:100],
-                start="start" in values,
-            ).model_dump(),
-        ),
-    )
-    form(
-        "/-/rollouts/{number:int}/{action}",
-        "rollout.{action}",
-        "/-/rollouts/{number}",
-        lambda c, note, values, at: _act(c, note, at, values.get("why", "")[:300]),
-    )
-
-
-def _act(connection: Connection, note: Note, at: dict[str, Any], why: str) -> None:
-    if at["action"] not in rollouts.ACTIONS:
-        raise Problem(404, "not_found", "no such action")
-    api_rollouts.act_one(connection, note, at["number"], at["action"], why)
-
-
-def _device_change(values: dict[str, str]) -> dict[str, Any]:
-    wanted: dict[str, Any] = {}
-    if values.get("enrolment") in ("pending", "accepted"):
-        wanted["enrolment"] = values["enrolment"]
-    if "pin" in values:
-        wanted["pin"] = values["pin"].strip()[:64] or None
-    if key := values.get("key", "").strip():
-        wanted["labels"] = {key: values.get("value", "").strip() or None}
-    return wanted
-
-
-def _release_change(values: dict[str, str]) -> dict[str, Any]:
-    wanted: dict[str, Any] = {
-        name: values[name] == "yes" for name in releases.FLAGS if name in values
-    }
-    if "blocked" in values:
-        wanted["blocked"] = values["blocked"].strip()[:300] or None
-    return wanted
-
-
-def _add_events(app: FastAPI, parts: Parts, guard: _Guard) -> None:
+def _add_events(app: FastAPI, parts: Parts, guard: Guard) -> None:
     @app.get("/-/events/{number:int}", include_in_schema=False)
     async def events(number: int, request: Request) -> Response:
         await guard(request)

@@ -139,12 +139,35 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
     return get(connection, rollout_id)
 
 
-def _enter(connection: Connection, row: Any, stage: int, now: int) -> None:
+def retarget(connection: Connection, rollout_id: int, target: Mapping[str, Any], now: int) -> None:
+    """Change whom a rollout is for: boards of its stages so far join; none that is in leaves.
+
+    Raises:
+        Problem: 404, or 409 where it has ended.
+        ValueError: not a label selector.
+    """
+    for text in target.get("label", ()):
+        if not all(text.partition("=")):
+            raise ValueError(f"label {text!r}: expected key=value")
+    row = get(connection, rollout_id, lock=True)
+    if row.state not in ("draft", *stages.ACTIVE, "paused"):
+        raise Problem(409, "state", f"rollout {rollout_id} is {row.state}: can't change it")
+    _set(connection, row, now, target=dict(target), passed_at=None)
+    if row.state != "draft":
+        _join(connection, get(connection, rollout_id), row.stage)
+
+
+def _join(connection: Connection, row: Any, stage: int) -> None:
+    """Freeze who belongs to the stages up to ``stage``."""
     chosen = stages.members(audience(connection, row), row.stages, stage, row.seed)
     known = set(
         connection.scalars(select(members.c.device_id).where(members.c.rollout_id == row.id))
     )
     add(connection, row.id, sorted(chosen - known), stage)
+
+
+def _enter(connection: Connection, row: Any, stage: int, now: int) -> None:
+    _join(connection, row, stage)
     _set(
         connection,
         row,

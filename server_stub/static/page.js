@@ -1,16 +1,27 @@
 "use strict";
-// The only script: a rollout's numbers as they change, and "are you sure?".
+// The only script: a rollout's numbers as they change, "are you sure?", and the way back.
 const live = document.querySelector("[data-events]");
 if (live) {
   const source = new EventSource(live.dataset.events);
   const first = live.dataset.state;
   source.onmessage = (message) => {
     const now = JSON.parse(message.data);
+    const counts = { ...now.counts, bad: now.counts.failed + now.counts.rolledback };
     for (const [name, value] of Object.entries(now.counts)) {
       const cell = live.querySelector(`[data-count="${name}"]`);
       if (cell) cell.textContent = value;
-      const bar = live.querySelector(`[data-bar="${name}"]`);
-      if (bar) bar.setAttribute("value", now.counts.members ? value / now.counts.members : 0);
+    }
+    let from = 0;
+    for (const part of live.querySelectorAll("[data-part]")) {
+      const width = counts.members ? (100 * counts[part.dataset.part]) / counts.members : 0;
+      part.setAttribute("x", from);
+      part.setAttribute("width", width);
+      from += width;
+    }
+    for (const step of live.querySelectorAll("[data-step]")) {
+      const place = Number(step.dataset.step) - now.stage;
+      if (now.state !== "draft" && now.state !== "complete")
+        step.className = place < 0 ? "done" : place === 0 ? "now" : "later";
     }
     live.querySelector("[data-stage]").textContent = now.stage + 1;
     live.querySelector("[data-state-name]").textContent = now.state;
@@ -26,3 +37,5 @@ for (const form of document.querySelectorAll("form[data-ask]")) {
     if (!confirm(form.dataset.ask)) event.preventDefault();
   });
 }
+const back = document.querySelector("[data-back]");
+if (back && document.referrer.startsWith(location.origin)) back.href = document.referrer;

@@ -191,7 +191,7 @@ def test_an_operator_runs_a_rollout_and_sees_it_live(tmp_path, page):
         page.get_by_role("link", name="Devices").click()
         page.get_by_label("id or MAC").fill("board-0")
         page.get_by_role("button", name="Filter").click()
-        expect(page.get_by_role("heading")).to_have_text("1 devices")
+        expect(page.get_by_role("heading")).to_have_text("1 device")
         shoot(page, "devices")
         page.get_by_role("link", name="board-0").click()
         expect(page.locator(".says")).to_contain_text("runs it already")
