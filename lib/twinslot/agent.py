@@ -14,6 +14,7 @@ is untouched and the next poll comes after a back-off.
 """
 
 import asyncio
+import binascii
 import gc
 import hashlib
 import os
@@ -103,8 +104,10 @@ class Agent:
         self._watch = None  # the task that feeds the guard
         self._base = s["url"]  # or that of a mirror, until the poll ends
         self._done = None  # release that needs no second look
-        self._tried = (None, 0, 0)  # release, polls in which it failed to come, ticks_ms
+        # CRC-32 of a release's name, polls in which it failed to come, the last one's time
+        self._tried = self._journal.get("tried", list)
         self._counted = False  # this poll among them
+        self._fetching = False  # so that a failure is one of the download
         self._failures = 0
         self._poll_s = s["poll"]
         self._retry_after = None
@@ -348,18 +351,33 @@ class Agent:
             self._updating = None
 
     async def _once(self, force):
-        """What `update_now` does, and what it owes however that ends."""
-        alone = None
+        """One update; how it fails is counted and told."""
+        self._retry_after = None
         try:
-            self._retry_after = None
-            if not self._watch:
-                alone = asyncio.create_task(self._supervise())
-            await foreseen(self._finish_boot())
-            await foreseen(self._from_anywhere(force))
+            await foreseen(self._guarded(force))
             self._failures = 0
         except OtaError as exc:
-            self._failed(exc)
+            # What can't succeed later is no reason to poll at another pace.
+            self._failures = self._failures + 1 if exc.retry else 0
+            self._retry_after = getattr(exc, "retry_after", None)
+            forget = getattr(self._source, "forget", None)
+            if forget:
+                forget()
+            if isinstance(exc, TlsError):
+                self._clock.doubt()  # perhaps the date is to blame: ask again
+            if isinstance(exc, InternalError):
+                last = self._journal.log()[-1:]
+                if not last or last[0][3] != exc.message[:80]:  # told once, not at every poll
+                    self._journal.add_to_log("", "failed", exc.message)
+            self._emit("failed", **exc.report())
             raise
+
+    async def _guarded(self, force):
+        """One update under the guard's watch; gives back all it took."""
+        alone = None if self._watch else asyncio.create_task(self._supervise())
+        try:
+            await self._finish_boot()
+            await self._from_anywhere(force)
         finally:
             if alone:
                 alone.cancel()
@@ -368,21 +386,6 @@ class Agent:
             self._slot.abandon()
             await self._client.close()  # TLS holds 20 KB and more that others may want meanwhile
             gc.collect()
-
-    def _failed(self, exc):
-        # What can't succeed later is no reason to poll at another pace.
-        self._failures = self._failures + 1 if exc.retry else 0
-        self._retry_after = getattr(exc, "retry_after", None)
-        forget = getattr(self._source, "forget", None)
-        if forget:
-            forget()
-        if isinstance(exc, TlsError):
-            self._clock.doubt()  # perhaps the date is to blame: ask again
-        if isinstance(exc, InternalError):
-            last = self._journal.log()[-1:]
-            if not last or last[0][3] != exc.message[:80]:  # told once, not at every poll
-                self._journal.add_to_log("", "failed", exc.message)
-        self._emit("failed", **exc.report())
 
     async def _from_anywhere(self, force):
         """One update from the server or, where the network fails on the way, from a mirror."""
@@ -427,13 +430,15 @@ class Agent:
         """Fetch a release, judge it and install it: then this never returns. It does if the
         release runs already."""
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
+        self._fetching = True
         try:
             await foreseen(self._bring(report, url, name, force))
         except OtaError as exc:
-            if not report["build"]:
-                # Perhaps damaged on the way, or a portal's page: no word on the release itself.
+            if self._fetching:
                 self._count(name)
-            elif not exc.retry:
+            # One that did not come at all was perhaps damaged on the way, or is a portal's page:
+            # no word on the release itself.
+            if report["build"] and not exc.retry:
                 # Said once: what the board can't take now it will not take at the next poll.
                 self._done = name
             if not isinstance(exc, KnownBadError):  # that was told when it was rolled back
@@ -443,6 +448,7 @@ class Agent:
 
     async def _bring(self, report, url, name, force):
         manifest = await self._trust.release(self._client, url)
+        self._fetching = False
         report["version"] = manifest.version
         report["build"] = build = manifest.firmware.build
         if build == self._running["build"] and manifest.product == self._settings["product"]:
@@ -457,14 +463,13 @@ class Agent:
         return url[len(self._base) :] if url and url.startswith(self._base) else url
 
     def _rests(self, name):
-        """True while a release that could not be downloaded several times is left alone."""
-        known, tries, last = self._tried
-        if name != known or tries < _TRIES:
-            return False
-        if time.ticks_diff(time.ticks_ms(), last) < _REST_S * 1000:
-            return True
-        self._tried = (None, 0, 0)
-        return False
+        """True while a release that could not be downloaded several times is left alone, also
+        after a reboot or deep sleep."""
+        return self._tries(name) >= _TRIES and 0 <= int(time.time()) - self._tried[2] < _REST_S
+
+    def _tries(self, name):
+        crc = binascii.crc32(name.encode())
+        return self._tried[1] if len(self._tried) == 3 and self._tried[0] == crc else 0
 
     def _is_running(self, manifest, name):
         """The offered image already runs, confirmed. It may go by a newer version (never by an
@@ -527,7 +532,7 @@ class Agent:
             return
         if taken:
             self._done = None  # what an unknown key has signed may hold now
-            self._tried = (None, 0, 0)
+            self._tried = []
             self._emit("keyring", version=taken)
 
     def _board(self, force):
@@ -575,7 +580,7 @@ class Agent:
         self._emit("staging", version=manifest.version, size=image.size)
         await self._report(report, "staging")
         start = time.ticks_ms()
-        self._count(self._name(url))
+        self._fetching = True
         from .download import Download
 
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
@@ -594,11 +599,15 @@ class Agent:
 
     def _count(self, name):
         """Count the polls in which a release was fetched and did not come; mirrors don't count."""
-        known, tries, _ = self._tried
-        if name != known:
-            tries = 0
-        self._tried = (name, tries if self._counted else tries + 1, time.ticks_ms())
+        if self._counted:
+            return
         self._counted = True
+        tries = self._tries(name) % _TRIES  # a rest is over
+        self._tried = [binascii.crc32(name.encode()), tries + 1, int(time.time())]
+        try:
+            self._journal.update(tried=self._tried)
+        except SpaceError as exc:
+            print("twinslot: not counted:", exc)
 
     def _spend(self, n):
         """Book ``n`` bytes of payload. Raises BusyError once the budget of the day is used up."""

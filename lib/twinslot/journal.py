@@ -14,7 +14,8 @@ content means "nothing known" and is never an exception: a board must boot with 
 Keys: ``trial`` what was activated and is not yet confirmed, ``confirmed`` the last build that
 was, ``versions`` {build: version}, ``failed`` [[build, version, reason, tries]], ``floor`` the
 highest security version confirmed, ``time`` the last time that may be believed at the next boot,
-``issued`` the newest signed date, ``reports`` those not yet delivered.
+``issued`` the newest signed date, ``reports`` those not yet delivered, ``spent`` [day, bytes] and
+``tried`` [release, times, time] what downloads have cost.
 
 Source: ESP-IDF nvs_flash, "Internals"; MicroPython ports/esp32/esp32_nvs.c.
 """

@@ -52,7 +52,8 @@ async def lookup(host, port, kind=socket.SOCK_STREAM, limit_ms=10000):
 
     Raises:
         UnreachableError: no such name, or no DNS server answers.
-        TimeoutError_: after ``limit_ms``. The thread ends by itself; until then no other starts.
+        TimeoutError_: after ``limit_ms``. The thread ends by itself; for as long as that again no
+            other starts.
     """
     global _asking
     since = ticks_ms()
@@ -62,6 +63,7 @@ async def lookup(host, port, kind=socket.SOCK_STREAM, limit_ms=10000):
     while _asking[0] is None:
         await sleep_ms(10)
         if ticks_diff(ticks_ms(), since) >= limit_ms:
+            _asking = [()]  # it may have died, and must not stand in the way for ever
             raise TimeoutError_("name lookup: the one before still hangs")
     if threaded:
         import _thread

@@ -348,10 +348,28 @@ async def test_a_release_that_does_not_come_three_times_rests():
         await refuses(UnreachableError, agent)
     assert await agent.update_now() is False
     assert len(world.fetched) == 3
+    agent._tried[2] -= 6 * 3600
+    await refuses(UnreachableError, agent)
+    agent._tried[1] = 3
+    assert await agent.update_now() is False
     world.offer = {"release": HOME + "lamp/r/2.0.1.jws"}
     world.manifest = make_release(version="2.0.1")
     world.content = IMAGE
     await installs(agent)
+
+
+async def test_a_board_that_sleeps_between_polls_lets_a_release_rest_too():
+    """Each wake is a boot: what is counted must not end with it."""
+    world = World()
+    world.content = damaged = bytearray(IMAGE)
+    damaged[-40] ^= 1
+    agent, _ = start(world)
+    for _ in range(3):
+        await refuses(ChecksumError, agent)
+        agent, _ = start(world, tried=agent._journal.get("tried", list))
+    fetched = len(world.fetched)
+    assert await agent.update_now() is False
+    assert len(world.fetched) == fetched
 
 
 async def test_while_otadata_names_another_slot_nothing_is_installed():

@@ -112,7 +112,7 @@ def follow(station: Station, case: Case) -> list[str]:
         if said["code"] == "idle":
             assert len(codes) > TRIES and not rested, f"the release is ignored: {codes}"
             rested = True
-            station.ask("evaluate", code="agent._tried = (None, 0, 0)")  # six hours later
+            station.ask("evaluate", code="agent._tried[2] -= 6 * 3600")
         elif dice.random() < 0.3 and said["code"] != "installed":
             station.reboot(settings)
         spoiled = [c for c in codes if c not in ("idle", "installed")]

@@ -12,6 +12,7 @@ from twinslot_tools.virtual_esp32 import vfs
 BROKEN = {
     "syntax error": "def main(:\n",
     "missing module": "import nowhere\n",
+    "exception at import": "import json\nMODES = json.loads('')\n",
     "boot loop": "import machine\nmachine.reset()\n",
     "endless loop": "while True:\n    pass\n",
     "watchdog": "import machine\nmachine.WDT(timeout=200)\nwhile True:\n    pass\n",

@@ -33,9 +33,8 @@ SIZE = 70_000  # one checkpoint
 KINDS = ("OSError(5)", "MemoryError('stumbled')", "RuntimeError('stumbled')", "ValueError()")
 # Nothing stands around the statements of these: an exception there is the caller's.
 OUTERMOST = ("agent.py update_now", "agent.py foreseen", "agent.py run", "agent.py persist")
-# What comes after a failure was written down.
-CLEANING = ("agent.py _once", "slot.py abandon", "slot.py _free", "http.py close", "http.py _drop",
-            "link.py close")  # fmt: skip
+# What writes a failure down can't write its own.
+NOTING = ("agent.py _once", "journal.py log", "journal.py add_to_log")
 # The agent's loop, around its polls; and where a mark of being busy could be left behind.
 LOOP = ("_begin", "_turn", "_first_delay_ms", "_delay_ms", "_supervise")
 ALWAYS = ("agent.py update_now", "http.py _request")
@@ -87,12 +86,12 @@ class Stumbler:
         if not met and said["code"] == "timeout":
             return self.stumble(point)  # this machine is busy
         if not met:  # how often some run depends on how the bytes come
-            assert point[1] > 1 and said["code"] == "installed", (said, point)
+            assert said["code"] == "installed", (said, point)
             return "not met"
         place = self.place(point[0])
         if said["code"] == "LEAKED":
             assert place in OUTERMOST, said["message"]
-        if said["code"] == "internal" and place not in CLEANING:
+        if said["code"] == "internal" and place not in (*NOTING, *OUTERMOST):
             log = station.ask("log")
             assert log and log[-1][2] == "failed", log
         if said["code"] != "installed":
@@ -167,7 +166,7 @@ def test_F34_F35_exception_at_any_statement_of_an_update(stumblers):
     always = [p for p in every if p[1] == 1 and stumblers[0].place(p[0]) in ALWAYS]
     chosen = every if LONG else always + random.Random(ROLLED).sample(every, SAMPLE)
     met = prove(stumblers, chosen, Stumbler.stumble)
-    assert met["internal"] > len(chosen) / 3
+    assert met["internal"] > len(chosen) / 3 and met["not met"] < len(chosen) / 10
 
 
 def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers):
