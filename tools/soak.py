@@ -5,7 +5,8 @@ what goes wrong on the way: the power fails before, in or after some flash opera
 twice; the server refuses, cuts or damages what it sends; the new application crashes. Then the
 board is switched on until it comes to rest, and must run the new image, or the old one with a
 reason in its journal. Anything else is unexplained, and ends the soak with what is needed to
-replay it: the same seed plays the same dice.
+replay it: the same seed plays the same dice. Some hours pass before it is switched on again, so
+that a release that came to rest after three vain downloads is tried once more.
 
 The agent, guard, slot, journal and HTTP client are the real ones, over loopback without TLS:
 what TLS adds is tested elsewhere. Images carry no Python; the library lies in a partition of its
@@ -51,6 +52,7 @@ PRODUCT = "lamp"
 SPEED = 20
 MAX_BOOTS = 12
 TIMEOUT_S = 60
+HOURS_OFF = 7
 POLLS = 6  # of one power-on, then the board is switched off and on
 SIZES = (18_000, 90_000)  # of an image, from and to
 
@@ -253,6 +255,7 @@ class Soak:
         self.version = "1.0.0"
         self.crashes: list[str] = []
         self.ops = 600
+        self.now = time.time()  # on the board's clock
         self.console: list[str] = []
         self._make_board()
 
@@ -339,6 +342,8 @@ class Soak:
             vfs.write_files(self.flash, {"/crashes": new.encode()})
 
     def _run(self, fault: Fault | None = None) -> RunResult:
+        self.now += HOURS_OFF * 3600
+        self.board._rtc.clock = self.now
         result = self.board.run(
             MAX_BOOTS,
             TIMEOUT_S,
