@@ -14,7 +14,7 @@ from typing import Any
 from apscheduler.schedulers.background import BackgroundScheduler
 from sqlalchemy import Connection
 
-from . import attempts, audit, backup, events, releases, rollouts, schedules, webhooks
+from . import attempts, audit, backup, events, releases, retention, rollouts, schedules, webhooks
 from .audit import Who
 from .http import Parts
 from .schema import attempts as attempt_table
@@ -24,6 +24,7 @@ log = logging.getLogger("twinslot.server")
 
 FLUSH_S = 5
 TICK_S = 2
+FORGET_S = 3600
 JOB_TIMEOUT_S = 86400
 _SELF = Who("scheduler", "admin")
 _ADVISORY_LOCK = 0x7457_0002
@@ -103,6 +104,7 @@ class Background:
             (FLUSH_S, self._parts.desk.flush),
             (TICK_S, self.tick),
             (1, self.deliver),
+            (FORGET_S, self.forget),
         ):
             self._clock.add_job(self._guarded(work), "interval", seconds=seconds)
         self._clock.start()
@@ -172,6 +174,13 @@ class Background:
         """Hand over webhooks that are due."""
         if self._leader.holds():
             webhooks.deliver_due(self._parts.store, self._parts.settings.webhooks_to_private)
+
+    def forget(self) -> None:
+        """Drop what is older than the operator wants to keep."""
+        if self._leader.holds():
+            before = int(time.time()) - self._parts.settings.keep_days * 86400
+            gone = self._parts.store.write(lambda c: retention.forget(c, before))
+            log.info("forgotten", extra={"fields": gone})
 
     # -- schedules ------------------------------------------------------------------------------
 

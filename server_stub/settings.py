@@ -67,6 +67,7 @@ class Settings(_Part):
     downloads: Literal["public", "token"] = "public"
     payload_url: str | None = None
     firmware_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = 3_900_000
+    keep_days: Annotated[int, Field(ge=7, le=36500)] = 365
     schedules: Path | None = None
     webhooks_to_private: bool = False
 

@@ -358,6 +358,18 @@ def back(context: typer.Context, number: int, version: str, as_json: Json = Fals
     )
 
 
+@rollout.command()
+def target(
+    context: typer.Context,
+    number: int,
+    labels: Annotated[list[str] | None, typer.Argument(help="key=value; none: everybody.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Change whom a rollout is for; those that are in stay in."""
+    body = {"target": {"label": labels or []}}
+    _show_rollout(context.obj.call("PATCH", f"rollouts/{number}", body), as_json)
+
+
 # ---- fleet
 
 

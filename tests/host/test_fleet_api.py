@@ -15,7 +15,7 @@ import pytest
 import servers
 from fleet import FLEET, Board, running, upload_files
 
-from twinslot_server import devices, releases, settings, webhooks
+from twinslot_server import devices, releases, retention, settings, webhooks
 from twinslot_server.settings import SettingsError
 
 
@@ -77,7 +77,7 @@ def requests_for_every_change(fleet, tmp_path):
         ),
         ("DELETE", "/api/v1/ota/updates/{update_id}"): (job, None),
         ("POST", "/api/v1/rollouts"): (None, {"firmware_id": number}),
-        ("PATCH", "/api/v1/rollouts/{rollout_id}"): (rollout, {"target": {"label": ["site=here"]}}),
+        ("PATCH", "/api/v1/rollouts/{rollout_id}"): (rollout, {"target": {"label": ["a=b"]}}),
         ("POST", "/api/v1/rollouts/{rollout_id}/{action}"): (f"{rollout}/start", {}),
         ("POST", "/api/v1/rollouts/{rollout_id}/back"): (rollout, {"version": "0.9.0"}),
         ("POST", "/api/v1/windows"): (None, {"start": "00:00", "end": "00:00"}),
@@ -217,6 +217,46 @@ def test_where_the_tree_is_not_public_only_the_known_may_fetch(tmp_path):
         for token, status in ((None, 401), (FLEET, 401), (own, 200), (fleets.ADMIN, 200)):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
             assert fleet.client.get(url, headers=headers).status_code == status
+
+
+def test_payloads_may_come_from_elsewhere_and_nothing_else_does(tmp_path):
+    """S3 or a CDN in front of the blobs: what is signed or may change stays here."""
+    with running(tmp_path, payload_url="https://cdn.example.org/ota/") as fleet:
+        fleet.publish("1.1.0")
+        offer = Board(fleet, "b1").poll()
+        assert fleet.client.get(offer["release"]).status_code == 200
+        (blob,) = fleet.release("1.1.0")["payloads"][:1]
+        for range_header in ({}, {"Range": "bytes=100-199"}):
+            answer = fleet.client.get(blob, headers=range_header)
+            assert answer.status_code == 302
+            assert answer.headers["location"] == f"https://cdn.example.org/ota{blob}"
+            assert FLEET not in str(answer.headers)
+        assert fleet.client.get("/sensor-node/blobs/00/none.bin").status_code == 404
+
+
+def test_old_attempts_and_downloads_are_forgotten_and_open_rollouts_are_not(fleet, tmp_path):
+    gone, kept = Board(fleet, "gone"), Board(fleet, "kept")
+    fleet.publish("1.1.0")
+    gone.update()
+    fleet.desk.downloaded("x", None, 0, 1, True)
+    fleet.desk.flush()
+    made = uploaded(fleet, tmp_path, "1.2.0")
+    fleet.api("PATCH", f"firmware/{made['id']}", {"pilot_ready": True})
+    kept.version = "1.1.0"
+    kept.poll()
+    plan = {"firmware_id": made["id"], "stages": [{"percent": 100}], "start": True}
+    fleet.api("POST", "rollouts", plan)
+    assert kept.update() == "1.2.0"
+    before = len(audit_lines(fleet))
+    later = int(time.time()) + 2
+    assert fleet.store.write(lambda c: retention.forget(c, later)) == {
+        "attempts": 1,
+        "downloads": 1,
+        "deliveries": 0,
+    }
+    assert (len(gone.attempts()), len(kept.attempts())) == (0, 1)
+    assert len(audit_lines(fleet)) == before
+    assert gone.poll()["update_available"]  # what is running counts, not what is remembered
 
 
 def test_labels_of_an_operator_stand_above_the_boards_own(fleet):

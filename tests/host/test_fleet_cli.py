@@ -68,6 +68,7 @@ def test_a_fleet_is_run_from_the_command_line(server, tmp_path):
     assert "offers 1.1.0" in call(server, "device", "explain", "b1")
     call(server, "rollout", "pause", number, "--why", "lunch")
     assert "is paused: lunch" in call(server, "device", "explain", "b1")
+    assert "members=1" in call(server, "rollout", "target", number, "ring=pilot")
     call(server, "rollout", "resume", number)
     assert board.update() == "1.1.0"
     assert "complete" in call(server, "rollout", "wait", number, "--timeout", "30")

@@ -43,7 +43,19 @@ def csrf(fleet):
 
 
 def test_nobody_sees_anything_before_logging_in(fleet):
-    for path in ("", "devices", "devices/x", "releases", "rollouts", "rollouts/1", "logs"):
+    for path in (
+        "",
+        "devices",
+        "devices/x",
+        "releases",
+        "rollouts",
+        "rollouts/1",
+        "updates",
+        "updates/1",
+        "rules",
+        "people",
+        "logs",
+    ):
         answer = fleet.client.get(f"/-/{path}")
         assert (answer.status_code, answer.headers["location"]) == (303, "/-/login"), path
     assert fleet.client.get("/-/events/1").headers["location"] == "/-/login"
@@ -115,6 +127,126 @@ def test_log_out_ends_the_session_for_good(fleet):
     assert fleet.client.get("/-/").headers["location"] == "/-/login"
 
 
+def test_a_session_reads_the_api_and_changes_nothing_there(fleet):
+    """The page's links to exports and downloads work; other sites' forms don't."""
+    Board(fleet, "b1").poll()
+    assert fleet.client.get("/api/v1/export/devices?format=csv").status_code == 401
+    logged_in(fleet)
+    assert "b1" in fleet.client.get("/api/v1/export/devices?format=csv").text
+    assert fleet.client.get("/api/v1/users").json()["code"] == "forbidden"
+    answer = fleet.client.request("PATCH", "/api/v1/devices/b1", json={"pin": "1.0.0"})
+    assert answer.status_code == 401
+
+
+def forms(fleet, tmp_path):
+    """What each form of the page sends, by its route; in an order that works."""
+    Board(fleet, "b1").poll()
+    newer = fleet.upload(tmp_path, "1.1.0").json()["id"]
+    older = fleet.upload(tmp_path, "0.9.0", downgrade=True).json()["id"]
+    fleet.api("PATCH", f"firmware/{older}", {"pilot_ready": True})
+    job = fleet.api("POST", "ota/updates", {"firmware_id": newer})["id"]
+    window = fleet.api("POST", "windows", {"start": "00:00", "end": "00:00"})["id"]
+    plan = {"name": "n", "cron": "0 3 * * *", "action": {"do": "gc"}}
+    schedule = fleet.api("POST", "schedules", plan)["id"]
+    hook = fleet.api("POST", "webhooks", {"url": "https://example.org/"})["id"]
+    fleet.api("PUT", "users/otto", {"role": "viewer"})
+    fleet.upload(tmp_path, "1.3.0")
+    spare = fleet.release("1.3.0")["id"]
+    site = tmp_path / "form" / "site"
+    site.mkdir(parents=True)
+    files = fleets.upload_files(site, servers.publish_version(site, "1.2.0"))
+    days = {f"day{day}": "yes" for day in range(5)}
+    span = {"start": "22:00", "end": "04:00", "zone": "Europe/Berlin"}
+    careful = {"success_percent": "90", "bake_s": "0", "gate": "yes", "label": "site=home"}
+    stages = "ring=pilot, 20, 2.5%, 100%"
+    return [
+        ("/-/devices/{device_id}", "b1", {"key": "site", "value": "home"}),
+        ("/-/devices/{device_id}/token", "b1", {}),
+        ("/-/devices-import", None, {"file": b"device_id,token\nb2,new\n"}),
+        ("/-/releases-upload", None, files),
+        ("/-/releases/{number:int}", newer, {"stable": "yes"}),
+        ("/-/releases/{number:int}/promote", newer, {"channel": "beta"}),
+        ("/-/releases/{number:int}/remove", spare, {}),
+        ("/-/rollouts", None, {"firmware_id": newer, "stages": stages, **careful}),
+        ("/-/rollouts/{number:int}/{action}", "1/start", {}),
+        ("/-/rollouts/{number:int}/target", 1, {"label": ""}),
+        ("/-/rollouts/{number:int}/back", 1, {"version": "0.9.0"}),
+        ("/-/updates", None, {"firmware_id": newer, "nodes": "b1", "force_update": "yes"}),
+        ("/-/updates/{number:int}/cancel", job, {}),
+        ("/-/labels", None, {"key": "site", "description": "where it is"}),
+        ("/-/windows", None, {"label": "*", "kind": "install", **span, **days}),
+        ("/-/windows/{number:int}/remove", window, {}),
+        ("/-/schedules", None, {"name": "m", "cron": "0 3 * * *", "zone": "UTC", "do": "gc"}),
+        ("/-/schedules/{number:int}/remove", schedule, {}),
+        ("/-/users", None, {"name": "berta", "role": "viewer"}),
+        ("/-/users/{name}/remove", "otto", {}),
+        ("/-/webhooks", None, {"url": "https://example.org/", "events": "rollout.*"}),
+        ("/-/webhooks/{number:int}/remove", hook, {}),
+        ("/-/devices/{device_id}/retire", "b1", {}),
+    ]
+
+
+def send(fleet, path, argument, values, token):
+    filled = re.sub(r"\{.*\}", str(argument), path)
+    if isinstance(values, list):
+        return fleet.client.post(filled, files=values, data={"csrf": token})
+    if "file" in values:
+        files = {"file": ("b.csv", values["file"])}
+        return fleet.client.post(filled, files=files, data={"csrf": token})
+    return fleet.client.post(filled, data={**values, "csrf": token})
+
+
+def test_every_form_does_its_change_once_and_for_those_who_may(fleet, tmp_path):
+    """The routes are those of the application: a form that is added must be added here."""
+    wanted = forms(fleet, tmp_path)
+    posts = {r.path for r in fleet.app.routes if "POST" in (getattr(r, "methods", None) or ())}
+    posts = {path for path in posts if path.startswith("/-/")}
+    assert {path for path, *_ in wanted} == posts - {"/-/login", "/-/logout"}
+    logged_in(fleet, "victor", "viewer")
+    token = csrf(fleet)
+    for path, argument, values in wanted:
+        assert send(fleet, path, argument, values, token).json()["code"] == "forbidden", path
+    logged_in(fleet, "ada", "admin")
+    token = csrf(fleet)
+    for path, argument, values in wanted:
+        before = fleet.api("GET", "audit", params={"limit": 1000})["audit"]
+        answer = send(fleet, path, argument, values, token)
+        assert answer.status_code in (200, 303), (path, answer.text)
+        after = fleet.api("GET", "audit", params={"limit": 1000})["audit"]
+        assert len(after) == len(before) + 1, path
+        assert after[0]["who"] == "ada"
+        once = path.rpartition("/")[2] in ("token", "devices-import", "users", "webhooks")
+        assert ("shown this once" in answer.text) == once, path
+    rollout = fleet.api("GET", "rollouts/1")
+    assert rollout["stages"] == [
+        {"label": "ring=pilot"},
+        {"count": 20},
+        {"percent": 2.5},
+        {"percent": 100},
+    ]
+    assert rollout["policy"]["gate"] is True and rollout["policy"]["promote"] is False
+    for path in ("", "devices", "releases", "rollouts", "updates", "rules", "people", "logs"):
+        assert fleet.client.get(f"/-/{path}").status_code == 200, path
+
+
+def test_what_can_not_be_is_said_on_a_page(fleet):
+    Board(fleet, "b1").poll()
+    logged_in(fleet)
+    token = csrf(fleet)
+    for path, values, why in (
+        ("rollouts", {"firmware_id": "1", "stages": "0%"}, "out of range"),
+        ("rollouts", {"firmware_id": "x"}, "expected a number"),
+        ("windows", {"label": "*", "kind": "install", "start": "25:00"}, "expected some of"),
+        ("devices/nobody", {"pin": "1"}, "nobody"),
+        ("labels", {"key": "a b"}, "not a name"),
+    ):
+        answer = fleet.client.post(f"/-/{path}", data={**values, "csrf": token})
+        assert answer.status_code in (404, 422), path
+        assert "could not be done" in answer.text and why in answer.text, (path, answer.text)
+    assert fleet.client.get("/-/devices/nobody").status_code == 404
+    assert fleet.client.get("/-/people").json()["code"] == "forbidden"
+
+
 # ---- in a browser
 
 
@@ -152,7 +284,9 @@ def test_an_operator_runs_a_rollout_and_sees_it_live(tmp_path, page):
         for board in boards:
             board.token = server.token("device")
             board.poll()
-        number = remote.upload(tmp_path, "1.1.0").json()["id"]
+        made = tmp_path / "made"
+        made.mkdir()
+        published = servers.publish_version(made, "1.1.0")
         page.goto(server.url)
         shoot(page, "login")
         page.get_by_label("Password").fill("wrong")
@@ -163,10 +297,21 @@ def test_an_operator_runs_a_rollout_and_sees_it_live(tmp_path, page):
         page.get_by_role("button", name="Log in").click()
         expect(page.get_by_text("seen within a day")).to_be_visible()
         page.get_by_role("link", name="Releases").click()
+        page.get_by_label("Signed release").set_input_files(made / published.release)
+        page.get_by_label("Payloads").set_input_files(made / published.release)
+        page.get_by_role("button", name="Upload").click()
+        expect(page.get_by_role("alert")).to_contain_text("was not uploaded with it")
+        page.complaints.clear()  # the browser's own line for a 422
+        page.get_by_role("link", name="Go back").click()
+        page.get_by_label("Signed release").set_input_files(made / published.release)
+        page.get_by_label("Payloads").set_input_files(sorted(made.glob("*/blobs/*/*")))
+        page.get_by_role("button", name="Upload").click()
         page.get_by_role("button", name="Pilot ready").click()
         shoot(page, "releases")
+        number = remote.release("1.1.0")["id"]
         page.get_by_role("link", name="Rollouts").click()
-        page.get_by_label("name").fill("June")
+        page.get_by_label("Name").fill("June")
+        page.get_by_label("Stages").fill("ring=pilot, 100%")
         page.get_by_role("button", name="Create a draft").click()
         page.get_by_role("link", name="June").click()
         page.get_by_role("button", name="Start").click()
@@ -205,7 +350,10 @@ def test_an_operator_runs_a_rollout_and_sees_it_live(tmp_path, page):
         shoot(page, "logs")
         page.emulate_media(color_scheme="dark")
         page.set_viewport_size({"width": 360, "height": 740})
-        for path in ("", "devices", "devices/board-0", "releases", "rollouts", "logs"):
+        everything = (
+            "devices devices/board-0 releases rollouts rollouts/1 updates rules people logs"
+        )
+        for path in ("", *everything.split()):
             page.goto(f"{server.url}/-/{path}")
             wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
             assert not wide, f"/-/{path} is wider than a phone"

@@ -311,6 +311,25 @@ def test_a_changed_label_moves_nobody_and_newcomers_join_where_asked(fleet):
     assert not Board(fleet, "other").poll()["update_available"]
 
 
+def test_another_target_label_promotes_a_running_rollout(fleet):
+    pilot, other = Board(fleet, "a", labels=["ring=pilot"]), Board(fleet, "b")
+    for board in (pilot, other):
+        board.poll()
+    number = rollout(fleet, [{"percent": 100}], start=False, bake_s=3600)
+    draft = fleet.api("PATCH", f"rollouts/{number}", {"target": {"label": ["ring=pilot"]}})
+    assert draft["preview"] == [1]
+    fleet.api("POST", f"rollouts/{number}/start", {})
+    assert pilot.update() == "1.1.0"
+    assert not other.poll()["update_available"]
+    refused = fleet.api("PATCH", f"rollouts/{number}", {"target": {"label": ["pilot"]}})
+    assert refused["code"] == "malformed"
+    shown = fleet.api("PATCH", f"rollouts/{number}", {"target": {"label": []}})
+    assert shown["counts"]["members"] == 2
+    assert other.update() == "1.1.0"
+    fleet.api("POST", f"rollouts/{number}/abort", {})
+    assert fleet.api("PATCH", f"rollouts/{number}", {"target": {}})["code"] == "state"
+
+
 def test_everyone_is_sent_back_by_a_new_rollout(fleet, tmp_path):
     (board,) = boards(fleet, 1)
     number = rollout(fleet, [{"percent": 100}])
