@@ -20,7 +20,7 @@ help:
 	@echo "make compat  the device package against MicroPython 1.24 to 1.29 (needs PyPI)"
 	@echo "make packages  write package*.json, when a module came or went"
 	@echo "make faults  every fault and attack of the catalogue, with the tests that cover it"
-	@echo "make faults-long  network cut at every byte, exceptions at every statement (SEED=)"
+	@echo "make faults-long  network cut at every byte, exceptions at every statement (SEED=, PIECE=1/9)"
 	@echo "make soak N=1000 SEED=1  update one board N times, with faults and power cuts"
 	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
 	@echo "make mutants break each line of the trusted code, see that a test notices"
@@ -76,8 +76,8 @@ $(STUBS): $(READY)
 SECONDS ?= 60
 
 faults-long: $(READY)
-	@FAULTS=long SEED=$(SEED) $(BIN)/python -m pytest -q -rP tests/host/test_network_faults.py \
-	    tests/host/test_statements.py
+	@FAULTS=long SEED=$(SEED) PIECE=$(PIECE) $(BIN)/python -m pytest -q -rP tests/host/test_network_faults.py \
+	    tests/host/test_statements.py tests/host/test_time_and_space.py
 
 soak: $(READY)
 	@$(BIN)/python -m twinslot_tools.soak $(or $(N),1000) --seed $(or $(SEED),1)

@@ -8,6 +8,7 @@ OtaError ever left the agent.
 
     make faults-long        # many more offsets, and a cut at every byte
     make faults-long SEED=7
+    make faults-long PIECE=3/20         # every 20th of the bytes, from the third on
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from station import SHORT_S, TIMEOUT_S, Station
 
 LONG = os.environ.get("FAULTS") == "long"
 ROLLED = int(os.environ.get("SEED") or SEED)
+PIECE, PIECES = (int(n) for n in (os.environ.get("PIECE") or "1/1").split("/"))
 CASES = cases(ROLLED, 12 if LONG else 4)
 TRIES = 3  # of the agent, then a release rests
 SIX_HOURS_LATER = "agent._tried[2] -= 6 * 3600"
@@ -203,6 +205,13 @@ def exchange(station: Station, door: str) -> int:
     return station.proxy.report()["down"]
 
 
+def chosen(points: range, n: int) -> list[int]:
+    """All points, or this piece of them; ``n`` of them in the short form."""
+    if LONG:
+        return list(points[PIECE - 1 :: PIECES])
+    return sorted(random.Random(ROLLED).sample(points, n))
+
+
 def sweep(crew: Crew, door: str, do: str, points: list[int]) -> Counter:
     results = crew.all(lambda station, at: cut_once(station, at, do, door), points)
     judge(results, points, lambda at: f"{do} at byte {at} ({door})")
@@ -215,16 +224,14 @@ def sweep(crew: Crew, door: str, do: str, points: list[int]) -> Counter:
 def test_F51_connection_ends_at_any_byte_of_an_update_of_20_kB(small, do):
     whole = small._pool.submit(lambda: exchange(small.station(), "http")).result()
     assert whole > 18_000
-    points = list(range(whole))
-    if not LONG:
-        points = sorted(random.Random(ROLLED).sample(points, 60))
+    points = chosen(range(whole), 60)
     met = sweep(small, "http", do, points)
     assert met["network"] > len(points) * 0.9  # the cuts did happen
 
 
 def test_F43_connection_is_reset_at_any_byte_of_a_tls_handshake(small):
     # Hello, certificate, key and Finished of the server's, and the first answer's record.
-    points = list(range(1300)) if LONG else random.Random(ROLLED).sample(range(1300), 25)
+    points = chosen(range(1300), 25)
     met = sweep(small, "through", "reset", points)
     assert met["tls"] + met["network"] > len(points) * 0.8  # some hellos are shorter
 
