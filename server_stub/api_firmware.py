@@ -95,6 +95,20 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
         row = await parts.store.aread(lambda c: releases.get(c, firmware_id))
         return with_dates(releases.public(row))
 
+    @app.get("/api/v1/firmware/{firmware_id}/reach", dependencies=[viewer])
+    async def reach(
+        firmware_id: int,
+        channel: Annotated[str | None, Query(max_length=64)] = None,
+        label: Annotated[list[str], Query(max_length=16)] = [],  # noqa: B006
+    ) -> dict:
+        """How many boards a promotion, a job or a rollout to all would move."""
+
+        def work(connection: Connection) -> int:
+            release = releases.get(connection, firmware_id)
+            return rollouts.reach(connection, release, {"label": label}, channel)
+
+        return {"devices": await parts.store.aread(work)}
+
     @app.get("/api/v1/firmware/{firmware_id}/download", dependencies=[viewer])
     async def download(firmware_id: int) -> Response:
         row = await parts.store.aread(lambda c: releases.get(c, firmware_id))

@@ -141,7 +141,7 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
 
     view("/-/", "home.html", glance)
     view("/-/devices/{device_id}", "device.html", _device(parts))
-    view("/-/releases", "releases.html", lambda c: {"rows": releases.listing(c)})
+    view("/-/releases", "releases.html", _releases)
     view("/-/rollouts", "rollouts.html", _rollouts)
     view("/-/rollouts/{number:int}", "rollout.html", _rollout)
     view("/-/updates", "updates.html", _updates)
@@ -232,6 +232,18 @@ def _device(parts: Parts) -> Callable[..., dict[str, Any]]:
         }
 
     return read
+
+
+def _releases(connection: Connection) -> dict[str, Any]:
+    rows = releases.listing(connection)
+    reach = {
+        row["id"]: rollouts.reach(
+            connection, releases.get(connection, row["id"]), {}, row["channel"]
+        )
+        for row in rows
+        if row["stable"] and row["blocked"] is None
+    }
+    return {"rows": rows, "reach": reach}
 
 
 def _ready(connection: Connection) -> list[dict[str, Any]]:

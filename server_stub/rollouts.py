@@ -91,16 +91,37 @@ def create(connection: Connection, wanted: Mapping[str, Any], release: Any, now:
 
 def audience(connection: Connection, row: Any) -> list[stages.Board]:
     """The boards a rollout could reach, with their labels."""
+    return _suiting(connection, row, row.target)
+
+
+def reach(
+    connection: Connection, release: Any, target: Mapping[str, Any], channel: str | None
+) -> int:
+    """How many boards a release would move: meant, of its hardware, and on another build.
+
+    Args:
+        target: label selector, as of a rollout or a job.
+        channel: only boards of it, or None for all.
+    """
+    other = func.coalesce(devices.c.current_build, "") != release.build
+    if channel is not None:
+        other &= devices.c.channel == channel
+    return len(_suiting(connection, release, target, other))
+
+
+def _suiting(
+    connection: Connection, release: Any, target: Mapping[str, Any], *where: Any
+) -> list[stages.Board]:
     labels = labels_of_all(connection)
     found = connection.execute(
         select(devices.c.device_id, devices.c.hardware).where(
-            devices.c.product == row.product, devices.c.enrolment == "accepted"
+            devices.c.product == release.product, devices.c.enrolment == "accepted", *where
         )
     )
     return [
         (device_id, labels.get(device_id, {}))
         for device_id, hardware in found
-        if hardware in row.hardware and stages.matches(row.target, labels.get(device_id, {}))
+        if hardware in release.hardware and stages.matches(target, labels.get(device_id, {}))
     ]
 
 

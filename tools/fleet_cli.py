@@ -253,8 +253,17 @@ def unblock(context: typer.Context, number: int) -> None:
 
 
 @release.command()
-def promote(context: typer.Context, number: int, channel: str) -> None:
+def promote(
+    context: typer.Context,
+    number: int,
+    channel: str,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say how many move.")] = False,
+) -> None:
     """Make a channel offer a release."""
+    if dry_run:
+        found = context.obj.call("GET", f"firmware/{number}/reach?{_query(channel=channel)}")
+        print(f"boards to move: {found['devices']}")
+        return
     found = context.obj.call("POST", f"firmware/{number}/promote", {"channel": channel})
     print(f"{found['product']}/{channel} -> {found['release']}")
 

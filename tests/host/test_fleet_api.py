@@ -406,6 +406,23 @@ def test_a_blocked_release_gives_way_to_the_last_good_one(fleet):
     assert board.poll()["release"].endswith("1.2.0.jws")
 
 
+def test_a_release_says_how_many_boards_it_would_move(fleet, tmp_path):
+    there = Board(fleet, "there", version="1.1.0")
+    others = [
+        Board(fleet, "a", labels=["site=x"]),
+        Board(fleet, "b", channel="beta"),
+        Board(fleet, "c", hardware="OTHER"),
+    ]
+    for board in (there, *others):
+        board.poll()
+    number = uploaded(fleet, tmp_path)["id"]
+    for query, count in (("", 2), ("?channel=stable", 1), ("?label=site=x", 1), ("?label=a=b", 0)):
+        assert fleet.api("GET", f"firmware/{number}/reach{query}") == {"devices": count}, query
+    fleet.api("PATCH", f"firmware/{number}", {"stable": True})
+    fleet.api("POST", f"firmware/{number}/promote", {"channel": "stable"})
+    assert [board.poll()["update_available"] for board in others] == [True, False, False]
+
+
 def test_what_is_needed_stays_and_what_is_not_can_go(fleet, tmp_path):
     made = uploaded(fleet, tmp_path)
     assert (

@@ -56,6 +56,8 @@ def test_a_fleet_is_run_from_the_command_line(server, tmp_path):
     board = Board(Remote(server), "b1")
     board.token = token
     board.poll()
+    moved = call(server, "release", "promote", 1, "stable", "--dry-run")
+    assert moved.strip() == "boards to move: 1"
     draft = json.loads(
         call(
             server, "rollout", "create", "sensor-node", "1.1.0", "--stage", "ring=pilot",
