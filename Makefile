@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint bench size compat packages faults faults-long soak fuzz mutants setup clean
+.PHONY: help demo load test lint bench size compat packages faults faults-long powercut soak fuzz mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -21,6 +21,7 @@ help:
 	@echo "make packages  write package*.json, when a module came or went"
 	@echo "make faults  every fault and attack of the catalogue, with the tests that cover it"
 	@echo "make faults-long  network cut at every byte, exceptions at every statement (SEED=, PIECE=1/9)"
+	@echo "make powercut  cut the power at every flash operation, in every way (about an hour)"
 	@echo "make soak N=1000 SEED=1  update one board N times, with faults and power cuts"
 	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
 	@echo "make mutants break each line of the trusted code, see that a test notices"
@@ -74,6 +75,9 @@ $(STUBS): $(READY)
 	@touch $@
 
 SECONDS ?= 60
+
+powercut: $(READY)
+	@$(BIN)/python tests/host/sweep.py $(STORY)
 
 faults-long: $(READY)
 	@FAULTS=long SEED=$(SEED) PIECE=$(PIECE) $(BIN)/python -m pytest -q -rP tests/host/test_network_faults.py \

@@ -199,10 +199,10 @@ class FirmwareSlot:
         self._block = bytearray(BLOCK)
         self._view = memoryview(self._block)
         try:
-            if image.build and self._build(self._target) == image.build:
-                if await self._digest() == image.sha256:
-                    self._pos = image.size
-            elif checkpoint:
+            whole = image.build and self._build(self._target) == image.build
+            if whole and await self._digest() == image.sha256:
+                self._pos = image.size
+            elif checkpoint:  # also behind a header that was torn: the same is programmed over it
                 await self._resume(checkpoint)
         except OSError as exc:
             raise PartitionError("flash can't be read: %s" % exc)

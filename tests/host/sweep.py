@@ -1,0 +1,395 @@
+"""Cut the power at every flash operation of every story, in every way, and twice, and thrice.
+
+    .venv/bin/python tests/host/sweep.py                    all of it: `make powercut`
+    .venv/bin/python tests/host/sweep.py good delta --few   two stories, fewer shapes
+
+What a board knows after a power cut is what its flash holds, and nothing else. So a life is run
+once, uncut, and every flash operation of it is written down; what flash holds when the power
+fails at operation N, in whatever shape, follows from that (`test_power_cut.py` holds it against
+boards whose power is really cut). From there on a board is run, to its rest, in a fresh
+interpreter, and held to the oracle in `powercut.py`. Points that leave the very same bytes in all
+of flash are one life, run once: "runs" counts the lives that were run, "points" what they prove.
+
+A second cut falls on the operations of such a recovery, a third on those of the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+import struct
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from powercut import (
+    KINDS,
+    NEW,
+    PARTITIONS,
+    STORIES,
+    Broken,
+    Cut,
+    Point,
+    Story,
+    blob_of,
+    check,
+    check_after_cut,
+    check_end,
+    is_strict,
+    make_board,
+    run_to_rest,
+    switch_on,
+    version_in,
+)
+
+from twinslot_tools.virtual_esp32.chip.flash import PAGE, TRACED_ERASE, torn
+
+SEED = 20261121
+WORKERS = 2
+BLOCK = 65536  # of a checkpoint
+_BATCH = 64
+# Seeds of a torn operation: with "prefix" and "suffix" they are how many bytes were finished.
+ALL_SHAPES = {"prefix": 3, "suffix": 3, "bits": 4}
+FEW_SHAPES = {"prefix": 1, "suffix": 1, "bits": 1}
+
+
+class Operation(NamedTuple):
+    """One command to the flash chip; `data` is None for an erase."""
+
+    at: int
+    size: int
+    data: bytes | None
+
+
+def read_trace(path: Path) -> list[Operation]:
+    """Operations of a trace, programs split at pages as the chip does it."""
+    raw = path.read_bytes()
+    found, i = [], 0
+    while i < len(raw):
+        at, size = struct.unpack_from("<II", raw, i)
+        i += 8
+        if size & TRACED_ERASE:
+            found.append(Operation(at, size ^ TRACED_ERASE, None))
+            continue
+        data = raw[i : i + size]
+        i += size
+        while data:
+            n = min(PAGE - at % PAGE, len(data))
+            found.append(Operation(at, n, data[:n]))
+            at, data = at + n, data[n:]
+    return found
+
+
+def carried_out(flash: bytes | bytearray, op: Operation) -> bytes:
+    """What the operation leaves in its place."""
+    if op.data is None:
+        return b"\xff" * op.size
+    old = int.from_bytes(flash[op.at : op.at + op.size], "little")
+    return (old & int.from_bytes(op.data, "little")).to_bytes(op.size, "little")
+
+
+def interrupted(flash: bytes | bytearray, op: Operation, cut: Cut) -> bytes:
+    """All of flash when the power fails in this operation."""
+    new = carried_out(flash, op)
+    if cut.mode == "before":
+        return bytes(flash)
+    if cut.mode == "torn":
+        new = torn(bytes(flash[op.at : op.at + op.size]), new, cut.shape, cut.seed)
+    return bytes(flash[: op.at]) + new + bytes(flash[op.at + op.size :])
+
+
+def ways(number: int, op: Operation, shapes: dict[str, int], dice: random.Random) -> Iterator[Cut]:
+    """Cuts of one operation: before it, after it, and torn in each shape so many times."""
+    yield Cut(number)
+    yield Cut(number, "after")
+    for shape, times in shapes.items():
+        for _ in range(times):
+            yield Cut(number, "torn", shape, dice.randrange(1 << 16))
+
+
+@dataclass
+class Life:
+    """What became of a board from one content of its flash on."""
+
+    complaint: Broken | None = None
+    operations: list[Operation] = field(default_factory=list)
+    fetched: tuple[str, int] | None = None  # URL and first byte of the first payload asked for
+
+
+@dataclass
+class Tally:
+    """Figures of one story."""
+
+    story: str
+    points: int = 0
+    runs: int = 0
+    redone: int = 0  # largest number of bytes fetched a second time
+    broken: Counter = field(default_factory=Counter)
+    replays: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        held = "  ".join(f"{kind} {self.broken[kind]}" for kind in KINDS)
+        return (
+            f"{self.story:<22} points {self.points:>6}  runs {self.runs:>6}  {held}"
+            f"  re-download {self.redone:>6}  {self.seconds:6.1f} s"
+        )
+
+
+class Sweep:
+    """One story: its board, its uncut life, and what was proven from each content of flash."""
+
+    def __init__(self, folder: Path, name: str, workers: int = WORKERS):
+        self.name = name
+        self.story: Story = STORIES[name]
+        self.folder = folder / name
+        self.base = make_board(self.folder, self.story).read_bytes()
+        self.pool = ThreadPoolExecutor(workers)
+        self.tally = Tally(name)
+        self._known: dict[bytes, Life] = {}
+        self._lock = threading.Lock()
+        self.uncut = self._run(self.base)
+        if self.uncut.complaint:
+            raise self.uncut.complaint
+        self.end = bytearray(self.base)
+        self._progress: list[int] = []  # bytes of payload asked for at most, by operation
+        self._walk()
+
+    def _walk(self) -> None:
+        """Find the checkpoints of the uncut life, and so what a cut may cost."""
+        slot = PARTITIONS[self.story.other]
+        nvs = PARTITIONS["nvs"]
+        done, marks = [], {0: 0}  # image bytes written by then; {in the image: in the payload}
+        high = 0
+        for op in self.uncut.operations:
+            self.end[op.at : op.at + op.size] = carried_out(self.end, op)
+            if slot.offset <= op.at < slot.offset + slot.size and op.data is not None:
+                high = max(high, op.at + op.size - slot.offset)
+            if nvs.offset <= op.at < nvs.offset + nvs.size and self.story.payload != "small":
+                kept = blob_of(bytes(self.end), "checkpoint")
+                if kept:
+                    marks[kept["offset"]] = kept["at"]
+            done.append(high)
+        self.checkpoints = marks
+        whole = 1 << 30
+        for high in done:
+            above = [at for offset, at in marks.items() if offset >= high]
+            self._progress.append(min(above, default=whole) if high else 0)
+        if version_in(bytes(self.end), self.story.other, self.story) is None:
+            assert self.story.refused, "nothing was updated"
+
+    # ---- one life
+
+    def _run(self, flash: bytes, cuts: tuple[Cut, ...] = ()) -> Life:
+        """Run a board from here to its rest."""
+        life = Life()
+        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+            path, trace = Path(scratch) / "flash.bin", Path(scratch) / "trace"
+            path.write_bytes(flash)
+
+            def look(event):
+                if event["event"] == "boot":
+                    held = path.read_bytes()
+                    runs = version_in(held, event["partition"], self.story)
+                    known = runs in self.story.complete or runs == "0.9.0"
+                    check(known, f"{event['partition']} runs, no complete image", "unverified")
+
+            try:
+                result = run_to_rest(switch_on(path, cuts), trace=trace, on_event=look)
+                check_end(path.read_bytes(), result, self.story)
+            except Broken as broken:
+                life.complaint = broken
+                return life
+            life.operations = read_trace(trace)
+            for line in result.console.splitlines():
+                if line.startswith("fetch: "):
+                    url, start = line[7:].rsplit(" ", 1)
+                    life.fetched = (url, int(start))
+                    break
+        return life
+
+    def _live(self, flash: bytes, cuts: tuple[Cut, ...]) -> Life:
+        """As `_run`, but only once for the same flash."""
+        salt = bytes([is_strict(cuts)])
+        key = hashlib.blake2b(flash, digest_size=16, salt=salt).digest()
+        with self._lock:
+            life = self._known.get(key)
+        if life is None:
+            life = self._run(flash, cuts)
+            try:
+                check_after_cut(flash, self.story)
+            except Broken as broken:
+                life.complaint = broken
+            with self._lock:
+                self._known[key] = life
+                self.tally.runs += 1
+        return life
+
+    def prove(self, flash: bytes, cuts: tuple[Cut, ...]) -> Life:
+        """Hold one point to the oracle, and book it."""
+        life = self._live(flash, cuts)
+        complaint = life.complaint
+        redone = 0
+        if complaint is None and life.fetched:
+            try:
+                redone = self._redone(flash, life, cuts)
+            except Broken as broken:
+                complaint = broken
+        with self._lock:
+            self.tally.points += 1
+            self.tally.redone = max(self.tally.redone, redone)
+            if complaint:
+                self.tally.broken[complaint.kind] += 1
+                self.tally.replays.append(
+                    f"  .venv/bin/python tests/host/powercut.py {self.name}"
+                    f" {Point(cuts).options()}\n    {complaint}"
+                )
+        return life
+
+    def _redone(self, flash: bytes, life: Life, cuts: tuple[Cut, ...]) -> int:
+        """Bytes that were fetched before the cut and are fetched again; 0 where nobody knows."""
+        url, start = life.fetched
+        kept = blob_of(flash, "checkpoint")
+        if kept and url.endswith(kept["url"]):
+            check(
+                start >= kept["at"], f"a checkpoint at {kept['at']}, fetched from {start}", "lost"
+            )
+        if len(cuts) > 1:
+            return 0
+        before = self._progress[cuts[0].op - 1]
+        if before == 1 << 30:  # behind the last checkpoint: to the end of the payload
+            begun = max(self.checkpoints.values())
+            before = max(begun, self._size_of_last_part() + begun)
+        return max(0, before - start)
+
+    def _size_of_last_part(self) -> int:
+        """Bytes of image behind the last checkpoint: no payload of ours is longer there."""
+        return len(self.story.image(NEW)) - max(self.checkpoints)
+
+    # ---- many
+
+    def _all(self, points: Iterable[tuple[bytes, tuple[Cut, ...]]]) -> Iterator[Life]:
+        """Prove points, a batch at a time: each holds a whole flash."""
+        points = iter(points)
+        while batch := list(islice(points, _BATCH)):
+            yield from self.pool.map(lambda point: self.prove(*point), batch)
+
+    def points(
+        self,
+        flash: bytes,
+        operations: list[Operation],
+        shapes: dict[str, int],
+        so_far: tuple[Cut, ...] = (),
+        chosen: set[int] | None = None,
+    ) -> Iterator[tuple[bytes, tuple[Cut, ...]]]:
+        """Flash and cuts of every way to cut a life, or its chosen operations (from 1)."""
+        dice = random.Random(f"{SEED} {self.name} {so_far}")
+        now = bytearray(flash)
+        for number, op in enumerate(operations, 1):
+            if chosen is None or number in chosen:
+                for cut in ways(number, op, shapes, dice):
+                    yield interrupted(now, op, cut), (*so_far, cut)
+            now[op.at : op.at + op.size] = carried_out(now, op)
+
+    def once(self, shapes: dict[str, int], chosen: set[int] | None = None) -> Tally:
+        """Every operation, cut in every way."""
+        began = time.monotonic()
+        for _ in self._all(self.points(self.base, self.uncut.operations, shapes, (), chosen)):
+            pass
+        self.tally.seconds += time.monotonic() - began
+        return self.tally
+
+    def twice(self, sample: int | None = None, thrice: int = 0) -> Tally:
+        """Pairs: cut before each operation, and once more before each of the recovery.
+
+        Args:
+            sample: so many operations of the first life, instead of all.
+            thrice: cut so many of the pairs, drawn at random, once more.
+        """
+        began = time.monotonic()
+        dice = random.Random(f"{SEED} {self.name} pairs")
+        count = len(self.uncut.operations)
+        chosen = set(dice.sample(range(1, count + 1), min(sample or count, count)))
+        third = []
+        for flash, cuts in self.points(self.base, self.uncut.operations, {}, (), chosen):
+            if cuts[0].mode != "before":
+                continue
+            life = self._live(flash, cuts)
+            pairs = [
+                p
+                for p in self.points(flash, life.operations, {}, cuts)
+                if p[1][1].mode == "before"
+            ]
+            for pair, found in zip(pairs, self._all(pairs), strict=True):
+                if found.operations and dice.random() < 0.02 and len(third) < thrice:
+                    third.append((pair, found.operations))
+        self._all_of(self._thirds(third, dice))
+        self.tally.seconds += time.monotonic() - began
+        return self.tally
+
+    def _thirds(self, found, dice) -> Iterator[tuple[bytes, tuple[Cut, ...]]]:
+        for (flash, cuts), operations in found:
+            number = dice.randrange(1, len(operations) + 1)
+            points = list(self.points(flash, operations, {"bits": 1}, cuts, {number}))
+            yield points[-1]
+
+    def _all_of(self, points) -> None:
+        for _ in self._all(points):
+            pass
+
+
+def few(sweep: Sweep, pages: int) -> set[int]:
+    """Operations of a life but the many alike that fill a slot: of those, so many."""
+    slots = [PARTITIONS[label] for label in ("ota_0", "ota_1")]
+    dull = [
+        number
+        for number, op in enumerate(sweep.uncut.operations, 1)
+        if op.size == PAGE and any(p.offset + PAGE <= op.at < p.offset + p.size for p in slots)
+    ]
+    dice = random.Random(f"{SEED} {sweep.name} few")
+    everything = set(range(1, len(sweep.uncut.operations) + 1))
+    return everything - set(dull) | set(dice.sample(dull, min(pages, len(dull))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("stories", nargs="*", metavar="STORY", help=", ".join(STORIES))
+    parser.add_argument("--few", action="store_true", help="fewer shapes, no pairs")
+    parser.add_argument("--workers", type=int, default=WORKERS)
+    args = parser.parse_args()
+    unknown = set(args.stories) - set(STORIES)
+    if unknown:
+        parser.error(f"no story {', '.join(sorted(unknown))}; there are {', '.join(STORIES)}")
+    print(f"seed {SEED}")
+    tallies = []
+    for name in args.stories or STORIES:
+        with tempfile.TemporaryDirectory() as folder:
+            sweep = Sweep(Path(folder), name, args.workers)
+            small = sweep.story.payload == "small"
+            tally = sweep.once(ALL_SHAPES if small and not args.few else FEW_SHAPES)
+            if name in PAIRS and not args.few:
+                sweep.twice(thrice=TRIPLES)
+            tallies.append(tally)
+            print(f"{tally.line()}  operations {len(sweep.uncut.operations)}", flush=True)
+            print("\n".join(tally.replays[:20]), end="\n" if tally.replays else "", flush=True)
+    points, runs = sum(t.points for t in tallies), sum(t.runs for t in tallies)
+    broken = sum(sum(t.broken.values()) for t in tallies)
+    seconds = sum(t.seconds for t in tallies)
+    print(f"{points} points, {runs} lives run, {broken} broken, {seconds:.0f} s")
+    sys.exit(1 if broken else 0)
+
+
+PAIRS = ("good", "crash-down")  # the stories of which all pairs are cut
+TRIPLES = 500
+
+if __name__ == "__main__":
+    main()
