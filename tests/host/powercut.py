@@ -623,8 +623,9 @@ def live(path: Path, point: Point | None, on_console=None) -> tuple[bytes, RunRe
 
 
 def switch_on(path: Path, cuts: tuple[Cut, ...] = ()) -> Board:
-    """The board of a flash file, the same one whatever the file is called."""
-    return Board(path, strict=is_strict(cuts), mac=MAC)
+    """The board of a flash file, the same one whatever the file is called; with memory enough
+    that no life takes another turn for want of it."""
+    return Board(path, strict=is_strict(cuts), mac=MAC, heap="512K")
 
 
 def is_strict(cuts: tuple[Cut, ...]) -> bool:
