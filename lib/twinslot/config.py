@@ -28,6 +28,7 @@ DEFAULTS = {
     "demo": False,  # take sample keys
     "labels": [],
     "mirrors": [],  # base URLs of copies of the tree, asked in turn where the network fails
+    "allow_hosts": [],  # that payloads may be redirected to
     "budget": 0,  # bytes of payload a day, 0 for no limit
     "wifi": {},  # ssid, password, ap_password, ap_after: see wifi; empty: the application's matter
     "poll": 21600,

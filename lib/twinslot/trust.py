@@ -77,6 +77,7 @@ class Trust:
             read_timeout_ms=s["timeout"] * 1000,
             connect_timeout_ms=s["timeout"] * 1000,
             allow_http=s["allow_http"],
+            allow_hosts=s["allow_hosts"],
             on_date=on_date,
         )
 
