@@ -1,7 +1,10 @@
 """Boots, resets, watchdog, power cuts: what a program on the board lives through."""
 
+import os
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from boards import SIZE, firmware, flash_file, new_board, stock
@@ -852,3 +855,15 @@ def test_power_cut_at_every_operation_of_an_upgrade(tmp_path, upgrade_trace, mod
         entries = show.describe(path.read_bytes())["otadata"]
         states = [e["state"].lower() for e in entries if e["slot"] == "ota_1" and e["crc_ok"]]
         assert states == ["valid"], (op, entries)
+
+
+def test_an_interpreter_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("MICROPYTHON", "no-such-micropython")
+    with pytest.raises(BoardError, match=r"no-such-micropython: no such program"):
+        new_board(tmp_path, "print(1)")
+
+
+def test_an_interpreter_is_found_by_its_name_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
+    monkeypatch.setenv("MICROPYTHON", "micropython")
+    assert new_board(tmp_path, "print(1)").run(1, 20).outcome == "idle"

@@ -179,14 +179,14 @@ def _command(interpreter: str) -> list[str]:
     The command of the PyPI package is a Python script around an extension module: without
     `site`, which here looks through a virtual environment, it starts three times as fast.
     """
-    try:
-        found = importlib.util.find_spec("micropython_run")
-    except ImportError:
-        found = None
-    with open(interpreter, "rb") as f:
+    path = shutil.which(interpreter)
+    if path is None:
+        raise BoardError(f"{interpreter}: no such program ($MICROPYTHON)")
+    with open(path, "rb") as f:
         is_script = b"from micropython_unix import main" in f.read(1024)
-    if found is None or found.origin is None or not is_script:
-        return [interpreter]
+    found = importlib.util.find_spec("micropython_run") if is_script else None
+    if found is None or found.origin is None:
+        return [path]
     code = (
         f"import sys;sys.path.append({str(Path(found.origin).parent)!r});"
         "from micropython_run import run_main;sys.argv[0]='micropython';"
