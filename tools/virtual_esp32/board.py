@@ -165,9 +165,13 @@ class RunResult:
 
 def find_micropython() -> str:
     """Return the interpreter: $MICROPYTHON, the one beside this Python, or of the PATH."""
-    chosen = os.environ.get("MICROPYTHON")
+    if chosen := os.environ.get("MICROPYTHON"):
+        found = shutil.which(chosen)
+        if not found:
+            raise BoardError(f"$MICROPYTHON: {chosen}: no such program")
+        return found
     beside = Path(sys.executable).with_name("micropython")
-    found = chosen or (str(beside) if beside.exists() else shutil.which("micropython"))
+    found = str(beside) if beside.exists() else shutil.which("micropython")
     if not found:
         raise BoardError("no micropython beside this Python or on the PATH; set $MICROPYTHON")
     return found
@@ -179,14 +183,11 @@ def _command(interpreter: str) -> list[str]:
     The command of the PyPI package is a Python script around an extension module: without
     `site`, which here looks through a virtual environment, it starts three times as fast.
     """
-    path = shutil.which(interpreter)
-    if path is None:
-        raise BoardError(f"{interpreter}: no such program ($MICROPYTHON)")
-    with open(path, "rb") as f:
+    with open(interpreter, "rb") as f:
         is_script = b"from micropython_unix import main" in f.read(1024)
     found = importlib.util.find_spec("micropython_run") if is_script else None
     if found is None or found.origin is None:
-        return [path]
+        return [interpreter]
     code = (
         f"import sys;sys.path.append({str(Path(found.origin).parent)!r});"
         "from micropython_run import run_main;sys.argv[0]='micropython';"
