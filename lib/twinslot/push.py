@@ -62,7 +62,7 @@ class Push(Agent):
         """Begin with a release: its path, relative to the product's folder."""
         self._state = {"state": "more", "done": 0, "total": 0}
         self._task = asyncio.create_task(self._push(_BASE + release, force))
-        self._turn()
+        self._until_rest()
 
     def answer(self, length):
         """What was wanted has ``length`` bytes from its start on, or -1: it isn't there."""
@@ -73,12 +73,12 @@ class Push(Agent):
     def feed(self, data):
         """Hand over the next bytes."""
         self._line.hand_over(data)
-        self._turn()
+        self._until_rest()
 
     def go(self):
         """Activate the image and reset; prints only if that fails."""
         self._agreed.set()
-        self._turn()
+        self._until_rest()
 
     # -- how an agent gets there --------------------------------------------------------------
 
@@ -92,7 +92,7 @@ class Push(Agent):
         self._slot.abandon()
         self._line.rest.set()
 
-    def _turn(self):
+    def _until_rest(self):
         """Let the agent run until it waits for the next call."""
         guard.feed(_PATIENCE_S)
         asyncio.get_event_loop().run_until_complete(self._line.rest.wait())
