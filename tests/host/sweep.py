@@ -25,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -155,7 +155,7 @@ class Sweep:
         self.base = make_board(self.folder, self.story).read_bytes()
         self.pool = ThreadPoolExecutor(workers)
         self.tally = Tally(name)
-        self._known: dict[bytes, Life] = {}
+        self._known: dict[bytes, Future[Life]] = {}
         self._lock = threading.Lock()
         self.uncut = self._run(self.base)
         if self.uncut.complaint:
@@ -222,16 +222,23 @@ class Sweep:
         salt = bytes([is_strict(cuts)])
         key = hashlib.blake2b(flash, digest_size=16, salt=salt).digest()
         with self._lock:
-            life = self._known.get(key)
-        if life is None:
+            found, mine = self._known.get(key), Future()
+            if found is None:
+                self._known[key] = mine
+        if found is not None:
+            return found.result()  # perhaps another thread is at it
+        try:
             life = self._run(flash, cuts)
             try:
                 check_after_cut(flash, self.story)
             except Broken as broken:
                 life.complaint = broken
-            with self._lock:
-                self._known[key] = life
-                self.tally.runs += 1
+        except BaseException as exc:
+            mine.set_exception(exc)
+            raise
+        with self._lock:
+            self.tally.runs += 1
+        mine.set_result(life)
         return life
 
     def prove(self, flash: bytes, cuts: tuple[Cut, ...]) -> Life:
