@@ -45,7 +45,6 @@ class Download:
         self._client = client
         self._emit = emit
         self._spend = spend
-        self._booked = 0
         self.fetched = 0  # bytes of payloads that came over the network
 
     async def run(self, image, base, build):
@@ -77,7 +76,6 @@ class Download:
             print("twinslot: payload %s:" % (chosen.patch or chosen.encoding), error)
             # What was built on has failed, or was not there.
             self._journal.save_checkpoint()
-            kept = {}
             self._slot.abandon()
             gc.collect()
         if isinstance(error, MemoryError):

@@ -70,7 +70,7 @@ class Journal:
             n = self._nvs.get_blob(key, buf)
         except OSError:  # absent, of another type, or larger than we ever write
             return {}
-        if n < 6 or buf[0] != _FORMAT:
+        if buf[0] != _FORMAT:
             return {}
         body = bytes(memoryview(buf)[5:n])
         if struct.unpack_from("<I", buf, 1)[0] != binascii.crc32(body) & 0xFFFFFFFF:

@@ -7,6 +7,7 @@ import workbench as bench
 from esp32 import NVS
 from harness import raises
 
+import twinslot.journal
 from twinslot.errors import SpaceError
 from twinslot.journal import LIMIT, Journal
 
@@ -133,6 +134,7 @@ def test_a_blob_larger_than_ever_written_is_nothing_known():
 
 
 def test_a_key_of_another_type_is_nothing_known_and_is_replaced():
+    bench.new_journal(floor=1)
     nvs = NVS("twinslot")
     nvs.erase_key("journal")
     nvs.set_i32("journal", 5)
@@ -184,6 +186,34 @@ def test_F28_an_nvs_that_the_application_filled():
         mine.erase_key(key)
     journal.update(trial={"build": BUILD})
     assert read_back().get("trial") == {"build": BUILD}
+
+
+def test_a_full_nvs_may_have_room_later_and_a_full_journal_never():
+    bench.new_journal()
+    nvs = Flaky(NVS("twinslot"))
+    nvs.full = True
+    assert raises(SpaceError, Journal(nvs).update, floor=8).retry is True
+    journal = bench.new_journal()
+    assert not raises(SpaceError, journal.update, trial={"x": "y" * LIMIT}).retry
+
+
+def test_a_journal_may_fill_its_blob_to_the_last_byte():
+    room = LIMIT - len(framed(b'{"confirmed": ""}'))
+    journal = bench.new_journal()
+    journal.update(confirmed="x" * room)
+    assert read_back().get("confirmed", str) == "x" * room
+    raises(SpaceError, journal.update, confirmed="x" * (room + 1))
+
+
+def test_the_version_of_a_build_is_that_of_the_trial_or_else_that_of_old():
+    journal = bench.new_journal(
+        trial={"build": BUILD, "version": "2.0.0"}, versions={BUILD: "1.0.0", OTHER: "1.5.0"}
+    )
+    assert journal.version(BUILD) == "2.0.0"
+    assert journal.version(OTHER) == "1.5.0"
+    assert journal.version("ab" * 32) == ""
+    journal.update(trial={"build": BUILD})
+    assert journal.version(BUILD) == "1.0.0"
 
 
 def test_lists_keep_the_newest():
@@ -258,6 +288,23 @@ def test_a_checkpoint_comes_and_goes_without_the_journal():
     assert read_back().checkpoint() == {}
 
 
+def test_what_is_kept_apart_from_the_journal_is_committed_too():
+    class Counting(Flaky):
+        def set_i32(self, key, value):
+            self._nvs.set_i32(key, value)
+
+    nvs = Counting(NVS("twinslot"))
+    journal = Journal(nvs)
+    for change in (
+        lambda: journal.save_checkpoint({"offset": 4096}),
+        journal.save_checkpoint,
+        lambda: journal.set_starts(journal.starts() + 1),
+    ):
+        nvs.commits = 0
+        change()
+        assert nvs.commits == 1
+
+
 def test_a_damaged_checkpoint_is_none():
     journal = bench.new_journal()
     whole = framed(b'{"offset": 4096}')
@@ -279,6 +326,51 @@ def test_the_log_keeps_the_newest_however_long_they_are():
     assert len(read_back().log()) == 16
 
 
+def test_an_overlong_log_loses_its_oldest_entry_and_no_more_than_it_must():
+    rest = len(framed(b'{"log": [[0, "a", "failed", ""], [0, "", "failed", ""]]}'))
+    for more in (0, 1):
+        journal = bench.new_journal()
+        version = "x" * (LIMIT - rest + more)
+        journal.add_to_log("a", "failed")
+        journal.add_to_log(version, "failed")
+        assert [e[1] for e in read_back().log()] == ["a", version][more:]
+
+
+def test_a_reason_in_the_log_is_cut():
+    journal = bench.new_journal()
+    journal.add_to_log("1.0.0", "failed", "x" * 79 + "yz")
+    assert journal.log()[0][3] == "x" * 79 + "y"
+
+
+def test_the_log_tells_unix_time_by_any_epoch_and_none_of_an_unset_clock():
+    class Time:
+        """The module, on a port whose time starts then."""
+
+        def __init__(self, epoch, year):
+            self.epoch, self.year = epoch, year
+
+        def time(self):
+            return 1000
+
+        def gmtime(self, seconds=None):
+            return (self.year if seconds is None else self.epoch, 6, 7)
+
+    kept = twinslot.journal.time
+    try:
+        for epoch, year, said in (
+            (1970, 2025, 1000),
+            (2000, 2025, 946684800 + 1000),
+            (2000, 2024, 0),
+            (1970, 2000, 0),
+        ):
+            journal = bench.new_journal()
+            twinslot.journal.time = Time(epoch, year)
+            journal.add_to_log("1.0.0", "failed")
+            assert journal.log()[0][0] == said
+    finally:
+        twinslot.journal.time = kept
+
+
 def test_a_log_that_can_not_be_written_is_no_error():
     nvs = Flaky(NVS("twinslot"))
     journal = Journal(nvs)
@@ -289,6 +381,7 @@ def test_a_log_that_can_not_be_written_is_no_error():
 
 def test_starts_are_counted_in_flash():
     journal = bench.new_journal()
+    assert journal.starts() == 0
     journal.set_starts(4)
     assert read_back().starts() == 4
     journal.set_starts(0)
