@@ -47,6 +47,7 @@ class NewRollout(_Body):
             "gate",
             "include_new",
             "promote",
+            "deadline_s",
         ],
         float | int | bool,
     ] = {}

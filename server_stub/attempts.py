@@ -40,9 +40,16 @@ def tries(connection: Connection, device_id: str, now: int) -> dict[str, int]:
     return dict(rows.all())
 
 
-def on_poll(connection: Connection, row: Any, build: str | None, version: str, now: int) -> Any:
+def on_poll(connection: Connection, row: Any, device: Any, now: int) -> Any:
     """Book what a poll tells of the newest attempt; return it as it is now."""
-    return save(connection, row, truth.after_poll(as_attempt(row), build, version, now))
+    return save(connection, row, poll_of(row, device, now))
+
+
+def poll_of(row: Any, device: Any, now: int) -> Attempt:
+    """What a poll of ``device`` makes of its newest attempt."""
+    return truth.after_poll(
+        as_attempt(row), device.current_build, device.current_version, now, device.staged
+    )
 
 
 def on_offer(
@@ -51,9 +58,12 @@ def on_offer(
     """Book an offer; the same one again is the same attempt."""
     if open_row is not None and open_row.state in truth.OPEN:
         if open_row.build == offer["build"]:
+            changed = {"waits_until": offer["waits_until"]}
             if open_row.state == "offered" and _origin(open_row) != _origin_of(offer):
+                changed = offer
+            if any(getattr(open_row, name) != value for name, value in changed.items()):
                 connection.execute(
-                    update(attempts).where(attempts.c.id == open_row.id).values(**offer)
+                    update(attempts).where(attempts.c.id == open_row.id).values(**changed)
                 )
             return
         save(connection, open_row, truth.give_up(as_attempt(open_row), "superseded", now))

@@ -39,14 +39,12 @@ class Chooser:
                 "release": None,
                 "version": None,
                 "origin": None,
+                "install_in_s": 0,
                 "notes": [],
             }
         latest = attempts.latest(connection, device_id)
         if latest is not None:
-            after = truth.after_poll(
-                attempts.as_attempt(latest), row.current_build, row.current_version, now
-            )
-            latest = _Seen(latest, after)
+            latest = _Seen(latest, attempts.poll_of(latest, row, now))
         decision, _ = self.decide(connection, row, latest, now, booking=False)
         return {
             "device_id": device_id,
@@ -56,6 +54,7 @@ class Chooser:
             "release": f"/{decision.offer.path}" if decision.offer else None,
             "version": decision.version,
             "origin": decision.offer.origin if decision.offer else None,
+            "install_in_s": decision.install_in_s,
             "notes": self._notes(connection, row),
         }
 
@@ -94,7 +93,8 @@ class Chooser:
             row.enrolment,
             attempts.tries(connection, row.device_id, now) if latest is not None else {},
             attempts.TRIES,
-            self._window_in(rules, labels, now),
+            *_windows_in(rules, labels, now),
+            row.staged,
         )
         return offers.decide(situation, now), channel
 
@@ -105,11 +105,6 @@ class Chooser:
         if self._policy is None or self._policy[0] != generation:
             self._policy = (generation, policy.read(connection))
         return self._policy[1]
-
-    @staticmethod
-    def _window_in(rules: policy.Policy, labels: Mapping[str, str], now: int) -> int:
-        # A board installs what it has downloaded, so both must be open.
-        return max(windows.opens_in(rules.windows, kind, labels, now) for kind in windows.KINDS)
 
     def _candidate(self, release: Any, origin: str, says: str, **more: Any) -> Candidate:
         """Make a candidate of a row of releases, read and verified."""
@@ -198,8 +193,17 @@ class Chooser:
                 f"Rollout {rollout.id} '{rollout.name}'"
                 f" (stage {fresh.stage + 1} of {len(fresh.stages)})"
             )
-            hold = self._hold(connection, fresh, row, latest)
-            return [self._candidate(release, "rollout", says, rollout_id=rollout.id, hold=hold)]
+            deadline = fresh.policy.get("deadline_s")
+            return [
+                self._candidate(
+                    release,
+                    "rollout",
+                    says,
+                    rollout_id=rollout.id,
+                    hold=self._hold(connection, fresh, row, latest),
+                    late=bool(deadline) and now > fresh.stage_started + deadline,
+                )
+            ]
         return []
 
     @staticmethod
@@ -288,8 +292,12 @@ class Chooser:
             if stages.matches({"label": label}, labels):
                 seconds = wanted
                 break
-        wait = self._window_in(rules, labels, now)
-        return max(1, min(seconds, wait)) if wait else seconds
+        return max(1, min([seconds, *filter(None, _windows_in(rules, labels, now))]))
+
+
+def _windows_in(rules: policy.Policy, labels: Mapping[str, str], now: int) -> list[int]:
+    """Seconds until a board may download, and until it may install."""
+    return [windows.opens_in(rules.windows, kind, labels, now) for kind in windows.KINDS]
 
 
 class _Seen:

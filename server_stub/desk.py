@@ -22,7 +22,7 @@ from .behind import Behind
 from .choices import Chooser
 from .limits import Limits
 from .messages import CheckUpdate, ReportStatus
-from .offers import Candidate, Decision
+from .offers import Decision
 from .problems import Problem
 from .schema import devices as device_table
 from .schema import reports as report_table
@@ -91,7 +91,8 @@ class Desk:
             generation,
             self._site.stamp(ask.product, ask.channel),
             token,
-            *(tuple(v) if isinstance(v, list) else v for v in facts.values()),
+            # Free space changes often and decides nothing: written down with the next answer.
+            *(tuple(v) if isinstance(v, list) else v for k, v in facts.items() if k != "free"),
         )
         self.polls += 1
         kept = self._kept.get(ask.device_id)
@@ -134,9 +135,7 @@ class Desk:
             events.emit(connection, "device.new", {"device_id": device_id}, now)
         latest = attempts.latest(connection, device_id)
         if latest is not None:
-            after = attempts.on_poll(
-                connection, latest, row.current_build, row.current_version, now
-            )
+            after = attempts.on_poll(connection, latest, row, now)
             self._ended(connection, latest, after, now)
             latest = after
         decision, channel = self._chooser.decide(connection, row, latest, now, booking=True)
@@ -150,7 +149,9 @@ class Desk:
             body["release"] = f"/{decision.offer.path}"
             if decision.offer.percent is not None:
                 body["rollout"] = decision.offer.percent
-            self._book(connection, row, latest, decision.offer, now)
+            if decision.install_in_s:
+                body["install"] = decision.install_in_s
+            self._book(connection, row, latest, decision, now)
         _log_poll(device_id, decision)
         settled = (
             decision.offer is None
@@ -162,9 +163,10 @@ class Desk:
         return Answer(content, f'"{hashlib.sha256(content).hexdigest()[:32]}"'), settled
 
     def _book(
-        self, connection: Connection, row: Any, latest: Any, offer: Candidate, now: int
+        self, connection: Connection, row: Any, latest: Any, decision: Decision, now: int
     ) -> None:
-        assert offer.release is not None
+        offer = decision.offer
+        assert offer is not None and offer.release is not None
         attempts.on_offer(
             connection,
             row,
@@ -175,6 +177,7 @@ class Desk:
                 "origin": offer.origin,
                 "rollout_id": offer.rollout_id,
                 "job_id": offer.job_id,
+                "waits_until": now + decision.install_in_s if decision.install_in_s else None,
             },
             now,
         )

@@ -20,6 +20,17 @@ Attempt = Annotated[
     StringConstraints(min_length=1, max_length=64),
 ]
 
+RESET_CAUSES = {1: "power on", 2: "hard", 3: "watchdog", 4: "deep sleep", 5: "soft"}
+"""``machine.reset_cause()`` by number. Source: MicroPython ports/esp32/modmachine.c."""
+
+# What is merely shown must never cost a board its update: what can't be is not known.
+Bytes = Annotated[
+    int | None, BeforeValidator(lambda v: v if type(v) is int and 0 <= v < 1 << 40 else None)
+]
+ResetCause = Annotated[
+    str | None, BeforeValidator(lambda v: RESET_CAUSES.get(v) if type(v) is int else None)
+]
+
 Status = Literal["checking", "staging", "staged", "trial", "confirmed", "rolledback", "failed"]
 
 
@@ -46,6 +57,10 @@ class CheckUpdate(_Message):
     labels: Annotated[list[Text], Field(max_length=32)] = []
     agent: LongText | None = None
     micropython: LongText | None = None
+    staged: Text | None = None  # None: an agent that installs at once what it has fetched
+    flash: Bytes = None
+    free: Bytes = None  # of the file system
+    reset_cause: ResetCause = None
 
 
 class ErrorReport(_Message):

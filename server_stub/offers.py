@@ -46,6 +46,7 @@ class Candidate:
     blocked: str | None = None
     force: bool = False
     percent: Mapping | None = None  # the pointer's {"percent", "seed"}
+    late: bool = False  # past its deadline: windows no longer hold it
     rollout_id: int | None = None
     job_id: int | None = None
 
@@ -59,8 +60,9 @@ class Situation:
     enrolment: str = "accepted"
     tries: Mapping[str, int] = field(default_factory=dict)  # failures by build
     max_tries: int = 3
-    window_in_s: int = 0
-    notes: Sequence[str] = ()
+    download_in_s: int = 0  # until its window opens; 0 is now
+    install_in_s: int = 0
+    staged: str | None = None  # the build that waits in its other slot; None: it can't wait
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Decision:
     sentence: str
     offer: Candidate | None = None
     version: str | None = None
+    install_in_s: int = 0  # fetch it now, install it then
 
 
 def decide(situation: Situation, now: int) -> Decision:
@@ -145,10 +148,20 @@ def _judge(situation: Situation, candidate: Candidate, now: int) -> Decision:
         failures = situation.tries.get(image.build, 0)
         if failures >= situation.max_tries:
             return no("tries", f"{failures} attempts failed on this board within a day")
-        if situation.window_in_s:
-            minutes = -(-situation.window_in_s // 60)
-            return no("window", f"its maintenance window opens in {minutes} min")
-    return Decision("offered", f"{says} offers {version}.", candidate, version)
+    if candidate.force or candidate.late:
+        return Decision("offered", f"{says} offers {version}.", candidate, version)
+    wait_s = 0 if situation.staged == image.build else situation.download_in_s
+    if situation.staged is None:  # its agent installs at once what it has fetched
+        wait_s = max(wait_s, situation.install_in_s)
+    if wait_s:
+        return no("window", f"its maintenance window opens in {_minutes(wait_s)} min")
+    then = situation.install_in_s
+    when = f", to be installed in {_minutes(then)} min" if then else ""
+    return Decision("offered", f"{says} offers {version}{when}.", candidate, version, then)
+
+
+def _minutes(seconds: int) -> int:
+    return -(-seconds // 60)
 
 
 def _version(text: str) -> str:

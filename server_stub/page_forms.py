@@ -36,6 +36,7 @@ _POLICY = {
     "max_concurrent": int,
     "timeout_s": int,
     "seen_within_s": int,
+    "deadline_s": int,
 }
 
 

@@ -299,6 +299,9 @@ def tick(connection: Connection, rollout_id: int, now: int) -> tuple[str, str]:
     tries.time_out(
         connection,
         attempts.c.rollout_id == rollout_id,
+        # A board that waits for its install window is not lost: it is expected then.
+        case((attempts.c.state == "staged", func.coalesce(attempts.c.waits_until, 0)), else_=0)
+        < now - policy.timeout_s,
         attempts.c.updated < now - policy.timeout_s,
         now=now,
     )

@@ -53,6 +53,10 @@ devices = Table(
     Column("enrolment", String, nullable=False, server_default="accepted"),
     Column("token_hash", String),
     Column("pin", String),  # a version
+    Column("staged", String),  # the build that waits in the other slot; NULL: its agent can't wait
+    Column("flash", BigInteger),  # bytes
+    Column("free", BigInteger),  # bytes of the file system
+    Column("reset_cause", String),
     Index("devices_token_hash", "token_hash", unique=True),
 )
 
@@ -138,6 +142,7 @@ attempts = Table(
     Column("offered", BigInteger, nullable=False),
     Column("updated", BigInteger, nullable=False),
     Column("ended", BigInteger),
+    Column("waits_until", BigInteger),  # its install window opens then
     Index("attempts_device", "device_id", "id"),
     Index("attempts_state", "state", "updated"),
 )

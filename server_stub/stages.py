@@ -33,6 +33,7 @@ class Policy:
     gate: bool = False  # each further stage waits for a person
     include_new: bool = False
     promote: bool = True  # when complete, the channel points to the release
+    deadline_s: int = 0  # after so much of a stage its boards update outside windows too; 0: never
 
     def __post_init__(self) -> None:
         for name in ("success_percent", "failure_percent"):
@@ -41,8 +42,9 @@ class Policy:
         for name in ("min_sample", "max_concurrent", "timeout_s", "seen_within_s"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
-        if self.bake_s < 0:
-            raise ValueError(f"bake_s {self.bake_s}: expected 0 or more")
+        for name in ("bake_s", "deadline_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sqlalchemy.exc import DatabaseError
 from .schema import meta
 
 DATABASE = "server.sqlite3"
-HEAD = "0002"
+HEAD = "0003"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BATCH = 256
 _FOREIGN_GENERATION_S = 0.5  # how soon one worker sees what another has changed

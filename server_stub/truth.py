@@ -4,7 +4,8 @@
 
 An update is done only when the board has said so *and* its new build has polled. A board that
 comes back with its old build is rolled back even if it says nothing. What the server concluded by
-itself (``presumed``) gives way to what the board says later; what the board said stands.
+itself (``presumed``) gives way to what the board says later; what the board said stands. A
+board may stay ``staged`` for long: it says so itself while it waits for its install window.
 """
 
 import dataclasses
@@ -35,6 +36,7 @@ class Attempt:
     bytes: int | None = None
     updated: int = 0
     ended: int | None = None
+    waits_until: int | None = None
 
     @property
     def is_open(self) -> bool:
@@ -61,8 +63,10 @@ def after_report(
     return attempt
 
 
-def after_poll(attempt: Attempt, build: str | None, version: str, now: int) -> Attempt:
-    """Take into account which build a poll came from."""
+def after_poll(
+    attempt: Attempt, build: str | None, version: str, now: int, staged: str | None = None
+) -> Attempt:
+    """Take into account which build a poll came from, and which one waits in the other slot."""
     if attempt.state in ENDED and not attempt.presumed:
         return attempt
     is_new = build == attempt.build if build else version == attempt.version
@@ -77,6 +81,10 @@ def after_poll(attempt: Attempt, build: str | None, version: str, now: int) -> A
             return _end(here, "confirmed", "silent", now, presumed=True)
         return dataclasses.replace(
             here, state="trial", updated=now, reason=None, presumed=False, ended=None
+        )
+    if staged and staged == attempt.build:
+        return dataclasses.replace(
+            attempt, state="staged", updated=now, reason=None, presumed=False, ended=None
         )
     if attempt.state in ("staged", "trial"):
         return _end(attempt, "rolledback", "came_back_old", now, presumed=True)

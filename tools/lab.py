@@ -274,19 +274,29 @@ class Lab:
 
     def device(self) -> dict[str, Any]:
         """What the server's database knows of the board; {} before its first contact."""
-        context = ssl.create_default_context(cafile=str(self.folder / "server" / "server.crt"))
-        request = urllib.request.Request(
-            f"{self.url}/api/v1/devices/{self.board.mac.hex()}",
-            headers={"Authorization": "Bearer " + self._token("operator")},
-        )
         try:
-            with urllib.request.urlopen(request, timeout=10, context=context) as answer:
-                return json.load(answer)
+            return self.api("GET", f"devices/{self.board.mac.hex()}")
         except urllib.error.HTTPError as exc:
             with exc:
                 if exc.code == 404:
                     return {}
                 raise
+
+    def api(self, method: str, path: str, body: Any = None) -> Any:
+        """Call the server's API as its administrator.
+
+        Raises:
+            urllib.error.HTTPError: it refused.
+        """
+        context = ssl.create_default_context(cafile=str(self.folder / "server" / "server.crt"))
+        request = urllib.request.Request(
+            f"{self.url}/api/v1/{path}",
+            None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": "Bearer " + self._token("operator")},
+            method=method,
+        )
+        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+            return json.load(answer)
 
     # -- the board ----------------------------------------------------------------------------
 

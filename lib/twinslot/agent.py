@@ -7,7 +7,7 @@
 Each poll goes one way: offer, signature, policy, download, verify, activate, reset. After the
 reset the trial decides. Every step is an event, ``listener(name, data)``:
 
-    checking keyring staging progress staged trial confirmed rolledback failed idle
+    checking keyring staging progress staged waiting trial confirmed rolledback failed idle
 
 Whatever goes wrong in a poll ends as one ``failed`` event with an ``OtaError``; the running slot
 is untouched and the next poll comes after a back-off.
@@ -182,7 +182,16 @@ class Agent:
             "labels": s["labels"],
             "agent": __version__,
             "micropython": ".".join(str(n) for n in sys.implementation.version[:3]),
+            "staged": self._waiting()[0],
+            "flash": _flash_size(),
+            "free": _free_bytes(),
+            "reset_cause": self._machine.reset_cause(),
         }
+
+    def _waiting(self):
+        """What lies finished in the other slot until it may be installed: its build, its attempt
+        and the CRC-32 of its release's name."""
+        return self._journal.get("waiting", list) or ["", "", 0]
 
     async def _report(self, report, status, error=None):
         """Tell the source how an attempt stands. The update does not hang on it; a failure that
@@ -424,16 +433,20 @@ class Agent:
         ):
             self._emit("idle", version=self.version())
             return
-        await self._take(url, name, force)
+        if offer.install and self._waiting()[2] == binascii.crc32(name.encode()):
+            self._emit("waiting", seconds=offer.install)
+            return
+        await self._take(url, name, force, offer.install)
 
-    async def _take(self, url, name, force):
+    async def _take(self, url, name, force, wait_s=0):
         """Fetch a release, judge it and install it: then this never returns. It does if the
-        release runs already."""
+        release runs already, or may be installed only in ``wait_s`` seconds."""
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
         self._fetching = True
         try:
-            await foreseen(self._bring(report, url, name, force))
+            await foreseen(self._bring(report, url, name, force, wait_s))
         except OtaError as exc:
+            self._journal.update(waiting=None)  # the next one is an attempt of its own
             if self._fetching:
                 self._count(name)
             # One that did not come at all was perhaps damaged on the way, or is a portal's page:
@@ -446,7 +459,7 @@ class Agent:
                 await self._report(report, "failed", exc)
             raise
 
-    async def _bring(self, report, url, name, force):
+    async def _bring(self, report, url, name, force, wait_s):
         manifest = await self._trust.release(self._client, url)
         self._fetching = False
         report["version"] = manifest.version
@@ -455,8 +468,21 @@ class Agent:
             self._is_running(manifest, name)
             return
         release.judge(manifest, self._board(force))
-        await self._permit("download", manifest)
+        waiting = self._waiting()
+        if waiting[0] == build:
+            report["attempt"] = waiting[1]  # it goes on
+        else:
+            await self._permit("download", manifest)
+            self._spend(0)
         await self._install(report, manifest, url)
+        if wait_s:
+            crc = binascii.crc32(name.encode())
+            self._journal.update(waiting=[build, report["attempt"], crc])
+            self._emit("waiting", seconds=wait_s)
+            return
+        await self._permit("activate", manifest)
+        await self._client.close()
+        self._activate(report["attempt"], manifest)
 
     def _name(self, url):
         """What a release is called at the server and all its mirrors."""
@@ -576,7 +602,6 @@ class Agent:
             if self._slot.status()["inactive_build"] == self._journal.get("trial").get("build"):
                 self._machine.reset()  # activated, and then something kept us from it
             raise BusyError("otadata names a slot that does not run; reset the board first")
-        self._spend(0)
         self._emit("staging", version=manifest.version, size=image.size)
         await self._report(report, "staging")
         start = time.ticks_ms()
@@ -593,9 +618,6 @@ class Agent:
         ms = time.ticks_diff(time.ticks_ms(), start)
         self._emit("staged", version=manifest.version, bytes=report["bytes"], ms=ms)
         await self._report(report, "staged")
-        await self._permit("activate", manifest)
-        await self._client.close()
-        self._activate(report["attempt"], manifest)
 
     def _count(self, name):
         """Count the polls in which a release was fetched and did not come; mirrors don't count."""
@@ -633,6 +655,7 @@ class Agent:
             confirmed=own,
             versions={own: self.version()},
             issued=max(self._journal.get("issued", int), manifest.issued),
+            waiting=None,
             trial={
                 "build": build,
                 "version": manifest.version,
@@ -649,6 +672,23 @@ class Agent:
             raise
         print("twinslot: reset into", self._running["inactive"])
         self._machine.reset()
+
+
+def _flash_size():
+    try:
+        import esp
+
+        return esp.flash_size()
+    except (ImportError, AttributeError):
+        return None
+
+
+def _free_bytes():
+    try:
+        stats = os.statvfs("/")
+        return stats[0] * stats[3]
+    except OSError:
+        return None
 
 
 def _give_up(reason):

@@ -28,7 +28,7 @@ DEFAULTS = {
     "demo": False,  # take sample keys
     "labels": [],
     "mirrors": [],  # base URLs of copies of the tree, asked in turn where the network fails
-    "allow_hosts": [],  # that payloads may be redirected to
+    "allow_hosts": [],  # that payloads may be redirected to: "cdn.example", "cdn.example:8443"
     "budget": 0,  # bytes of payload a day, 0 for no limit
     "wifi": {},  # ssid, password, ap_password, ap_after: see wifi; empty: the application's matter
     "poll": 21600,
@@ -74,6 +74,7 @@ def check(config):
             raise ConfigError("configuration member hardware", "nothing", "the board's name")
     _check_watchdogs(full)
     _check_wifi(full["wifi"])
+    _check_hosts(full["allow_hosts"])
     full["url"] = _base(full["url"])
     full["mirrors"] = [_base(mirror) for mirror in full["mirrors"]]
     _check_transport(full)
@@ -112,6 +113,12 @@ def _check_wifi(wifi):
             "%d characters" % len(wifi["ap_password"]),
             "8 or more, as WPA2 wants",
         )
+
+
+def _check_hosts(hosts):
+    for host in hosts:
+        if type(host) is not str or not host or "/" in host or host != host.lower():
+            raise ConfigError("member of allow_hosts", host, "a host as in cdn.example:8443")
 
 
 def _check_transport(full):

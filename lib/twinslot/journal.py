@@ -15,7 +15,8 @@ Keys: ``trial`` what was activated and is not yet confirmed, ``confirmed`` the l
 was, ``versions`` {build: version}, ``failed`` [[build, version, reason, tries]], ``floor`` the
 highest security version confirmed, ``time`` the last time that may be believed at the next boot,
 ``issued`` the newest signed date, ``reports`` those not yet delivered, ``spent`` [day, bytes] and
-``tried`` [release, times, time] what downloads have cost.
+``tried`` [release, times, time] what downloads have cost, ``waiting`` [build, attempt, release]
+what is in the other slot and may be installed later.
 
 Source: ESP-IDF nvs_flash, "Internals"; MicroPython ports/esp32/esp32_nvs.c.
 """

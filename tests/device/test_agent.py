@@ -372,6 +372,56 @@ async def test_a_board_that_sleeps_between_polls_lets_a_release_rest_too():
     assert len(world.fetched) == fetched
 
 
+async def test_before_its_time_a_release_is_fetched_and_not_installed():
+    """The board may sleep, or lose power, while it waits: what is staged stays so."""
+    world = World()
+    world.offer["install"] = 7200
+    agent, events = start(world)
+    assert await agent.update_now() is False
+    assert bench.read(len(IMAGE)) == IMAGE and bench.states() == {0: VALID}
+    assert names(events)[-2:] == ["staged", "waiting"] and events[-1][1]["seconds"] == 7200
+    assert agent.facts()["staged"] == OTHER
+    waiting = agent._journal.get("waiting", list)
+
+    agent, events = start(world, (1, VALID), waiting=waiting)
+    world.offer["install"] = 60
+    assert await agent.update_now() is False
+    assert names(events) == ["checking", "waiting"]
+    assert (len(world.released), len(world.fetched)) == (1, 1), "nothing is fetched again"
+
+    world.offer["install"] = 0
+    await installs(agent)
+    assert bench.states() == {0: VALID, 1: NEW}
+    assert len(world.fetched) == 1
+    assert len({r["attempt"] for r in world.reports}) == 1
+    assert agent._journal.get("trial")["attempt"] == world.reports[0]["attempt"]
+    assert agent.facts()["staged"] == ""
+
+
+async def test_what_waited_in_vain_makes_room_for_another_release():
+    world = World()
+    world.offer["install"] = 7200
+    agent, _ = start(world)
+    await agent.update_now()
+    world.offer = {"release": HOME + "lamp/r/2.0.1.jws", "install": 7200}
+    world.manifest = ProductError("not for this board")
+    await refuses(ProductError, agent)
+    assert agent.facts()["staged"] == ""
+    first = {r["attempt"] for r in world.reports}
+    world.manifest = make_release(version="2.0.1")
+    await agent.update_now()
+    assert agent.facts()["staged"] == OTHER
+    assert world.reports[-1]["attempt"] not in first
+
+
+def test_the_board_says_what_it_has_and_how_it_started():
+    agent, _ = start(World(), cause=machine.WDT_RESET)
+    facts = agent.facts()
+    assert facts["flash"] == 4 << 20
+    assert 0 < facts["free"] < facts["flash"]
+    assert facts["reset_cause"] == machine.WDT_RESET
+
+
 async def test_while_otadata_names_another_slot_nothing_is_installed():
     world = World()
     agent, _ = start(world)

@@ -104,6 +104,12 @@ def test_F104_a_refusal_does_not_tell_the_token():
     assert "s3cret" not in refused(wifi={"ssid": "home", "ap_password": "s3cret"})
 
 
+def test_hosts_are_names_with_or_without_a_port():
+    config.check(dict(GOOD, allow_hosts=["cdn.example", "10.0.0.1:8443"]))
+    for host in ("https://cdn.example", "cdn.example/", "CDN.example", "", 5):
+        assert "allow_hosts" in refused(allow_hosts=[host])
+
+
 def test_wifi_is_checked_too():
     config.check(dict(GOOD, wifi={"ssid": "home", "password": "secret"}))
     assert "ssid" in refused(wifi={"password": "secret"})

@@ -6,12 +6,12 @@ import itertools
 import time
 
 import pytest
-from fleet import Board, running
+from fleet import Board, build_of, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinslot import release as rules
-from twinslot_server import offers, rollouts, stages, windows
+from twinslot_server import offers, rollouts, schema, stages, windows
 from twinslot_server.stages import Counts, Policy, Progress
 from twinslot_server.windows import Window, WindowError
 
@@ -173,8 +173,8 @@ def fleet(tmp_path):
 QUICK = {"bake_s": 0, "min_sample": 3, "max_concurrent": 100}
 
 
-def boards(fleet, count):
-    made = [Board(fleet, f"board-{n:03}") for n in range(count)]
+def boards(fleet, count, **facts):
+    made = [Board(fleet, f"board-{n:03}", **facts) for n in range(count)]
     for board in made:
         board.poll()
     return made
@@ -397,6 +397,71 @@ def test_outside_its_window_a_board_waits_and_asks_in_time(fleet):
     assert board.poll()["update_available"]
 
 
+def opens_in(minutes, kind="install", length=5):
+    """A window for all that opens so many minutes from now."""
+    soon = dt.datetime.now(dt.UTC) + dt.timedelta(minutes=minutes)
+    end = soon + dt.timedelta(minutes=length)
+    return {"kind": kind, "start": soon.strftime("%H:%M"), "end": end.strftime("%H:%M")}
+
+
+def test_a_board_fetches_by_day_and_installs_in_its_window(fleet):
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}], timeout_s=1)
+    window = fleet.api("POST", "windows", opens_in(120))["id"]
+    assert board.poll()["reason"] == "window", "an agent that can't wait is offered nothing"
+
+    board.facts["staged"] = ""
+    answer = board.poll()
+    assert answer["update_available"] and 7000 < answer["install"] <= 7200
+    assert "to be installed in 1" in fleet.api("GET", "devices/board-000/explain")["sentence"]
+    assert board.fetch() == "1.1.0"
+    board.facts["staged"] = build_of("1.1.0")
+    fleet.api("POST", "windows", opens_in(60, "download"))  # what is here needs no window
+    assert board.poll()["install"] > 7000
+    tick(fleet, number, ahead=600)
+    (attempt,) = board.attempts()
+    assert attempt["state"] == "staged" and attempt["waits_until"], "it waits and is not lost"
+    assert fleet.api("GET", "devices/board-000")["staged"] == build_of("1.1.0")
+
+    fleet.api("DELETE", f"windows/{window}")
+    answer = board.poll()
+    assert answer["update_available"] and "install" not in answer
+    board.version, board.facts["staged"] = "1.1.0", ""
+    board.poll()
+    board.report("confirmed", "1.1.0")
+    (attempt,) = board.attempts()
+    assert attempt["state"] == "confirmed"
+
+
+def test_a_paused_rollout_installs_nothing_that_waits(fleet):
+    (board,) = boards(fleet, 1, staged="")
+    number = rollout(fleet, [{"percent": 100}])
+    fleet.api("POST", "windows", opens_in(120))
+    board.fetch()
+    board.facts["staged"] = build_of("1.1.0")
+    fleet.api("POST", f"rollouts/{number}/pause", {})
+    assert not board.poll()["update_available"]
+    assert board.attempts()[0]["state"] == "staged"
+    fleet.api("POST", f"rollouts/{number}/resume", {})
+    assert board.poll()["install"]
+
+
+def test_past_its_deadline_a_stage_waits_for_no_window(fleet):
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}], deadline_s=3600)
+    fleet.api("POST", "windows", opens_in(120))
+    assert board.poll()["reason"] == "window"
+    earlier = int(time.time()) - 3601
+    table = schema.rollouts
+    fleet.store.write(
+        lambda c: c.execute(
+            table.update().where(table.c.id == number).values(stage_started=earlier)
+        )
+    )
+    assert "install" not in board.poll()
+    assert board.update() == "1.1.0"
+
+
 # ---- explain agrees with the poll, whatever the fleet
 
 
@@ -421,6 +486,7 @@ def test_explain_says_what_the_poll_answers(tmp_path_factory, steps):
         fleet.number = fleet.upload(folder, "1.1.0").json()["id"]
         fleet.api("PATCH", f"firmware/{fleet.number}", {"pilot_ready": True, "stable": True})
         three = boards(fleet, 3)
+        three[0].facts["staged"] = ""  # this one can wait for an install window
         number = rollout(fleet, [{"count": 2}, {"percent": 100}], max_concurrent=1)
         opened = []
         for word, index in steps:
@@ -439,7 +505,9 @@ def test_explain_says_what_the_poll_answers(tmp_path_factory, steps):
             elif word == "label":
                 fleet.api("PATCH", path, {"labels": {"site": "here"}})
             elif word == "window":
-                body = {"label": "site=here", "start": "00:00", "end": "00:01", "days": [0]}
+                kind = "download" if index else "install"
+                hours = {"start": "00:00", "end": "00:01", "days": [0]}
+                body = {"label": "site=here", "kind": kind, **hours}
                 opened.append(fleet.api("POST", "windows", body)["id"])
             elif word == "no window" and opened:
                 fleet.api("DELETE", f"windows/{opened.pop()}")
@@ -455,6 +523,7 @@ def test_explain_says_what_the_poll_answers(tmp_path_factory, steps):
                 answer = other.poll()
                 assert told["update_available"] == answer["update_available"], told
                 assert told["release"] == answer.get("release"), told
+                assert bool(told["install_in_s"]) == ("install" in answer), told
                 assert told["reason"] == answer.get("reason", "offered"), told
                 assert told["sentence"].endswith(".")
 

@@ -22,12 +22,14 @@ def fleet(tmp_path):
 
 
 def after(*news, attempt=None):
-    """Feed reports by name and polls as "old" and "new", one second apart."""
+    """Feed reports by name and polls as "old", "new" and "waits" (old, with the new one staged),
+    one second apart."""
     attempt = attempt or Attempt(build=NEW, version="1.1.0", from_build=OLD)
     for now, word in enumerate(news, 1):
-        if word in ("old", "new"):
+        if word in ("old", "new", "waits"):
             build = NEW if word == "new" else OLD
-            attempt = truth.after_poll(attempt, build, "", now)
+            staged = NEW if word == "waits" else None
+            attempt = truth.after_poll(attempt, build, "", now, staged)
         else:
             attempt = truth.after_report(attempt, word, now, None)
     return attempt
@@ -50,6 +52,13 @@ def test_what_the_board_says_later_replaces_what_was_presumed():
     assert (done.state, done.reason, done.presumed) == ("failed", "checksum", False)
 
 
+def test_a_board_that_waits_for_its_window_has_not_come_back():
+    assert after("staging", "staged", "waits", "waits").state == "staged"
+    assert after("staging", "waits").state == "staged"
+    assert after("staging", "staged", "waits", "new", "confirmed").state == "confirmed"
+    assert after("staging", "staged", "waits", "new", "old").state == "rolledback"
+
+
 def test_an_interrupted_download_is_still_open():
     assert after("staging", "old").state == "downloading"
 
@@ -67,7 +76,7 @@ def test_a_new_build_that_polls_for_an_hour_without_a_word_counts():
 
 
 NEWS = st.sampled_from(
-    ["staging", "staged", "trial", "confirmed", "rolledback", "failed", "old", "new"]
+    ["staging", "staged", "trial", "confirmed", "rolledback", "failed", "old", "new", "waits"]
 )
 
 

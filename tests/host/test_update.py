@@ -354,3 +354,28 @@ def test_what_a_person_confirmed_stays_though_a_check_fails(make_lab):
     assert ended.name == "confirmed"
     lab.wait(lambda e: e.name == "idle", start=lab.events.index(ended))
     assert entries(lab)[1].state == otadata.VALID
+
+
+def test_a_board_fetches_at_any_time_and_installs_in_its_window(make_lab):
+    """The board has no clock of its own to go by; the server's windows are enough."""
+    lab = make_lab()
+    now = time.gmtime(time.time() + 3 * 3600)
+    hours = {"start": time.strftime("%H:%M", now), "end": time.strftime("%H:%M", now)}
+    window = lab.api("POST", "windows", {"kind": "install", **hours, "days": [now.tm_wday]})
+    lab.power_on()
+    lab.publish(lab.firmware("1.1.0"), "1.1.0")
+    waiting = lab.wait(lambda e: e.name == "waiting")
+    assert int(waiting.data["seconds"]) > 3600
+    device = lab.wait_for_server(lambda d: d.get("staged"))
+    assert device["current_version"] == "1.0.0"
+    assert device["attempts"][0]["state"] == "staged"
+    assert device["flash"] == 4 << 20 and device["reset_cause"] == "power on"
+    seen = len(lab.events)
+    lab.wait(lambda e: e.name == "waiting", start=seen)
+    lab.api("DELETE", f"windows/{window['id']}")
+    lab.wait(lambda e: e.name == "confirmed")
+    device = lab.wait_for_server(lambda d: d["status"] == "confirmed")
+    (attempt,) = device["attempts"]
+    assert (attempt["state"], attempt["version"]) == ("confirmed", "1.1.0")
+    assert [e.name for e in lab.events].count("staging") == 2, "told again, not fetched again"
+    assert [h["status"] for h in device["history"]] == ["staging", "staged", "confirmed"]

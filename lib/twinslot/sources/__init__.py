@@ -5,9 +5,11 @@
 
 ``facts`` is a dict of what the device tells about itself: ``device_id``, ``product``,
 ``channel``, ``hardware``, ``chip_id``, ``current_version``, ``current_build``, ``labels``,
-``agent``, ``micropython``. A source that answers from memory has ``forget()`` as well: what it
-said led nowhere, and may have been damaged on the way. An offer is not signed: it can make a
-device look at a release, wait, or poll at another pace, never run anything.
+``agent``, ``micropython``, ``staged`` (the build that waits in the other slot, or ""), ``flash``
+and ``free`` (bytes of flash, and free on the file system; or None), ``reset_cause`` (the number
+of it). A source that answers from memory has ``forget()`` as well: what it said led nowhere, and
+may have been damaged on the way. An offer is not signed: it can make a device look at a release,
+wait, or poll at another pace, never run anything.
 """
 
 from collections import namedtuple
@@ -20,7 +22,7 @@ _POLL_MIN = 1
 _POLL_MAX = 7 * 86400
 _KEYRING_MAX = (1 << 30) - 1
 
-Offer = namedtuple("Offer", ("release", "poll", "percent", "seed", "keyring"))
+Offer = namedtuple("Offer", ("release", "poll", "percent", "seed", "keyring", "install"))
 
 
 def parse_offer(obj, base, resolve):
@@ -28,13 +30,14 @@ def parse_offer(obj, base, resolve):
 
     Args:
         obj: ``{"release": URL, "poll": seconds, "rollout": {"percent", "seed"},
-            "keyring": version}``, each optional.
+            "keyring": version, "install": seconds}``, each optional.
         base: URL of the document it came from.
         resolve: ``url.resolve``.
 
     Returns:
         Offer: ``release`` an absolute URL or None, ``poll`` in seconds (1 s to 7 days) or None,
-        ``keyring`` the version of the product's keyring, 0 if there is none.
+        ``keyring`` the version of the product's keyring, 0 if there is none, ``install`` the
+        seconds until the release may be installed (at most 7 days): it is only fetched before.
 
     Raises:
         FormatError: a member of the wrong type, or a URL that leads elsewhere.
@@ -64,4 +67,7 @@ def parse_offer(obj, base, resolve):
     keyring = obj.get("keyring", 0)
     if type(keyring) is not int or not 0 <= keyring <= _KEYRING_MAX:
         raise FormatError("member keyring of the offer", str(keyring)[:32], "its version")
-    return Offer(release, poll, percent, seed, keyring)
+    install = obj.get("install", 0)
+    if type(install) is not int or install < 0:
+        raise FormatError("member install of the offer", str(install)[:32], "seconds")
+    return Offer(release, poll, percent, seed, keyring, min(install, _POLL_MAX))
