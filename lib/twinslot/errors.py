@@ -15,6 +15,7 @@
         TimeoutError_            timeout                 yes
         TlsError                 tls                     yes
         HttpError                http                    yes, status in .status
+        UnreachableError         unreachable   OTA_009   yes
       FormatError                format        OTA_005   malformed bytes
         ImageError               image                   not an ESP image for this chip
         ReleaseError             release                 not a release manifest
@@ -22,7 +23,6 @@
         KeyringError             keyring                 yes: a later keyring may help
       ChecksumError              checksum      OTA_007   yes: the bytes may come right next time
       PartitionError             partition     OTA_008   yes: flash may obey the next time
-      UnreachableError           unreachable   OTA_009   yes
       RollbackError              rollback      OTA_012   no image to go back to
         HealthError              health                  the trial failed
       ConfigError                config        OTA_014
@@ -144,6 +144,11 @@ class HttpError(NetworkError):
         self.retry_after = retry_after
 
 
+class UnreachableError(NetworkError):
+    code = "unreachable"
+    number = "OTA_009"
+
+
 class FormatError(OtaError):
     code = "format"
     number = "OTA_005"
@@ -176,12 +181,6 @@ class ChecksumError(OtaError):
 class PartitionError(OtaError):
     code = "partition"
     number = "OTA_008"
-    retry = True
-
-
-class UnreachableError(OtaError):
-    code = "unreachable"
-    number = "OTA_009"
     retry = True
 
 

@@ -17,6 +17,8 @@ from twinslot.errors import (
     NetworkError,
     OtaError,
     RefusedError,
+    TimeoutError_,
+    UnreachableError,
 )
 from twinslot.payload import BOUNDARY
 from twinslot.slot import FirmwareSlot
@@ -331,10 +333,14 @@ async def test_F52_a_file_of_another_length_is_another_file():
     await Downloading(Site(a=body)).run(plain())
 
 
-async def test_a_network_that_fails_is_not_tried_in_another_form():
-    site = Site(p=NetworkError("no route"), a=serves(IMAGE))
-    await Downloading(site).fails(NetworkError, patch("p", 1), plain())
-    assert site.asked == ["p"]
+async def test_a_network_that_fails_is_not_tried_in_another_form_and_what_came_is_kept():
+    for error in (NetworkError("reset"), UnreachableError("refused"), TimeoutError_("slow")):
+        board = await cut_at(BOUNDARY + 1)
+        site = Site(p=serves(IMAGE), a=error)
+        again(board, site)
+        await board.fails(type(error), patch("p", 1), plain())
+        assert site.asked == ["a"]
+        assert board.journal.checkpoint()["offset"] == BOUNDARY
 
 
 async def test_running_out_of_memory_leads_to_another_payload_or_says_busy():

@@ -65,7 +65,7 @@ MODULES = {
     "payload": Tests((), ("test_payload.py", "test_payload_stages.py")),
     "download": Tests((), ("test_download.py",)),
     "trust": Tests((), ("test_agent.py",)),
-    "agent": Tests((), ("test_agent.py",)),
+    "agent": Tests((), ("test_agent.py", "test_agent_run.py")),
 }
 
 

@@ -1,0 +1,990 @@
+"""The agent from power-on to power-on: its configuration, its loop, the watch over both, mirrors,
+what a day may cost, the clock, keys, and what it owes to whom.
+"""
+
+import asyncio
+import json
+import os
+import sys
+
+import workbench as bench
+from harness import raises
+from workbench import NEW, PENDING, VALID
+from world import (
+    HOME,
+    IMAGE,
+    OTHER,
+    OWN,
+    SETTINGS,
+    Reset,
+    World,
+    installs,
+    make_release,
+    names,
+    refuses,
+    start,
+)
+
+import twinslot.agent
+import twinslot.wifi
+from twinslot import guard, health, release
+from twinslot.agent import Agent
+from twinslot.errors import (
+    BusyError,
+    ConfigError,
+    FormatError,
+    HttpError,
+    InternalError,
+    KeyringError,
+    NetworkError,
+    ProductError,
+    RefusedError,
+    SpaceError,
+    TlsError,
+    UnreachableError,
+)
+
+HEAP = "2M"
+TIMEOUT = 90
+MIRROR = "http://mirror.example/"
+TRIAL = ((3, PENDING), (2, VALID))
+ON_TRIAL = {"trial": {"build": OWN, "version": "2.0.0"}, "confirmed": OTHER}
+
+
+class Instead:
+    """``with Instead(module, name=value):`` puts values in the place of others for a while."""
+
+    def __init__(self, where, **values):
+        self.where = where
+        self.values = values
+
+    def __enter__(self):
+        self.kept = {name: getattr(self.where, name) for name in self.values}
+        for name, value in self.values.items():
+            setattr(self.where, name, value)
+
+    def __exit__(self, *_):
+        for name, value in self.kept.items():
+            setattr(self.where, name, value)
+
+
+class Enough(BaseException):
+    """Ends what has no end."""
+
+
+class Naps:
+    """asyncio.sleep_ms that does not wait: it notes, and has had enough after so many."""
+
+    def __init__(self, limit=99):
+        self.naps = []
+        self.limit = limit
+        self.real = asyncio.sleep_ms
+
+    async def __call__(self, ms):
+        if ms:
+            self.naps.append(ms)
+        if len(self.naps) >= self.limit:
+            raise Enough
+        await self.real(0)
+
+
+class Time:
+    """The module ``time``, at a moment to order."""
+
+    def __init__(self, now=0):
+        self.now = now
+
+    def time(self):
+        return self.now
+
+    def ticks_ms(self):
+        return 5000
+
+    def ticks_diff(self, a, b):
+        return a - b + 7
+
+
+class Clock:
+    """A clock that says what it was told to, and notes what it is told."""
+
+    trusted = True
+
+    def __init__(self, now=1795165300, lasting=None):
+        self._now = now
+        self._lasting = lasting
+        self.heard = []
+
+    async def ensure(self):
+        self.heard.append("ensure")
+
+    def now(self):
+        return self._now
+
+    def lasting(self):
+        return self._lasting
+
+    def doubt(self):
+        self.heard.append("doubt")
+
+
+async def nothing():
+    pass
+
+
+async def until(condition):
+    """Let other tasks run until it holds."""
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep_ms(0)
+    raise AssertionError("waited in vain")
+
+
+async def running(agent, condition):
+    """Run the agent until the condition holds."""
+    task = asyncio.create_task(agent.run())
+    try:
+        await until(condition)
+    finally:
+        for one in (task, agent._watch):
+            if one:
+                one.cancel()
+        try:
+            await task
+        except asyncio.CancelledError:
+            pass
+
+
+# -- the loop
+
+
+async def test_it_polls_for_ever_each_time_after_a_pause():
+    world = World()
+    world.offer = {}
+    agent, events = start(world, settings={"poll": 21600, "stable": 9000})
+    naps = Naps()
+    with Instead(asyncio, sleep_ms=naps):
+        await running(agent, lambda: world.polls == 4)
+    long = [ms for ms in naps.naps if ms != 1000]
+    assert long[0] == agent._first_delay_ms()
+    assert all(19440_000 <= ms <= 23760_000 for ms in long[1:]) and len(long) >= 4
+    assert names(events)[-2:] == ["checking", "idle"]
+
+
+async def test_an_error_ends_a_poll_and_not_the_loop():
+    world = World()
+    world.offer = NetworkError("no route")
+    agent, events = start(world)
+    with Instead(asyncio, sleep_ms=Naps()):
+        await running(agent, lambda: world.polls == 3)
+    assert names(events).count("failed") == 3
+
+
+async def test_news_of_a_rollback_is_told_at_once_others_wait_for_their_place():
+    error = {"code": "health", "number": "OTA_012", "message": "it crashed"}
+    back = {"attempt": "a", "version": "2.0.0", "build": OTHER, "status": "rolledback"}
+    back["error"] = error
+    world = World()
+    world.offer = {}
+    agent, events = start(
+        world, settings={"poll": 21600}, reports=[dict(back, status="failed"), back]
+    )
+    naps = Naps()
+    with Instead(asyncio, sleep_ms=naps):
+        await running(agent, lambda: world.polls == 1)
+    assert events[0] == ("rolledback", dict(error, version="2.0.0"))
+    assert names(events).count("rolledback") == 1
+    assert agent._first_delay_ms() not in naps.naps
+
+
+async def test_a_trial_is_proven_at_once_without_waiting_for_a_place():
+    world = World()
+    world.offer = {}
+    agent, events = start(world, *TRIAL, settings={"poll": 21600}, **ON_TRIAL)
+    assert agent._verdict == "trial"
+    naps = Naps()
+    with Instead(asyncio, sleep_ms=naps):
+        await running(agent, lambda: "idle" in names(events))
+    assert names(events)[:2] == ["trial", "confirmed"]
+    assert agent._first_delay_ms() not in naps.naps
+
+
+async def test_what_the_boot_owes_can_fail_and_the_loop_goes_on():
+    world = World()
+    world.offer = {}
+    agent, _ = start(world, reports=[{"status": "rolledback"}])  # a report without its members
+    with Instead(asyncio, sleep_ms=Naps()):
+        await running(agent, lambda: world.polls == 2)
+
+
+async def test_a_step_that_slips_is_done_again_after_a_minute():
+    done, slept = [], []
+
+    async def step():
+        done.append(len(done))
+        if len(done) == 3:
+            raise Enough
+        raise ValueError("slip")
+
+    async def sleep(seconds):
+        slept.append(seconds)
+
+    with Instead(asyncio, sleep=sleep):
+        try:
+            await twinslot.agent.persist(step)
+            raise AssertionError("it ended")
+        except Enough:
+            pass
+    assert done == [0, 1, 2] and slept == [60, 60]
+
+
+async def test_whatever_leaves_a_step_is_an_error_of_the_package():
+    async def step(error):
+        if error:
+            raise error
+        return 5
+
+    assert await twinslot.agent.foreseen(step(None)) == 5
+    for error, kind, text in (
+        (NetworkError("no route"), NetworkError, "no route"),
+        (MemoryError("17 bytes"), BusyError, "17 bytes"),
+        (ValueError("slip"), InternalError, "ValueError: slip"),
+    ):
+        try:
+            await twinslot.agent.foreseen(step(error))
+            raise AssertionError("nothing raised")
+        except kind as exc:
+            assert text in str(exc) and type(exc) is kind
+
+
+# -- wifi
+
+
+async def test_wifi_is_kept_where_it_is_configured():
+    kept = []
+
+    async def keep(settings, name):
+        kept.append((settings, name))
+        await asyncio.sleep(3600)
+
+    wifi = {"ssid": "home"}
+    for settings, said in (({}, []), ({"wifi": wifi}, [wifi])):
+        kept.clear()
+        world = World()
+        world.offer = {}
+        agent, _ = start(world, settings=settings)
+        with Instead(asyncio, sleep_ms=Naps()), Instead(twinslot.wifi, keep=keep):
+            await running(agent, lambda world=world: world.polls == 1)
+        assert kept == [(settings, agent.device_id) for settings in said]
+        if said:
+            agent._network.cancel()
+
+
+# -- the watch
+
+
+async def watched(agent, naps):
+    """What the guard hears of the watch, until there were so many pauses."""
+    heard = []
+
+    async def sleep_ms(ms):
+        heard.append(ms)
+        if heard.count(1000) == naps:
+            raise Enough
+
+    with Instead(guard, feed=heard.append, started=lambda: heard.append("started")):
+        with Instead(asyncio, sleep_ms=sleep_ms):
+            try:
+                await agent._supervise()
+                raise AssertionError("it ended")
+            except Enough:
+                pass
+    return heard
+
+
+async def test_the_watch_feeds_every_second_and_tells_a_good_start_once():
+    agent, _ = start(World(), settings={"stable": 2, "hang": 7})
+    assert await watched(agent, 5) == [7, 1000] * 2 + [7, "started", 1000] + [7, 1000] * 2
+
+
+async def test_a_trial_feeds_by_itself():
+    agent, _ = start(World(), *TRIAL, settings={"stable": 2, "hang": 7}, **ON_TRIAL)
+    assert await watched(agent, 4) == [1000, 1000, "started", 1000, 1000]
+
+
+async def test_one_update_alone_is_watched_while_it_lasts():
+    heard = []
+    world = World()
+    world.offer = {}
+    agent, _ = start(world, settings={"hang": 7, "stable": 9})
+    real = world.poll
+
+    async def poll(client, facts):
+        await asyncio.sleep_ms(1)
+        heard.append("poll")
+        return await real(client, facts)
+
+    world.poll = poll
+    instead = {
+        "feed": heard.append,
+        "stop": lambda: heard.append("stop"),
+        "started": lambda: heard.append("started"),
+    }
+    sleep_ms = asyncio.sleep_ms
+    with Instead(guard, **instead), Instead(asyncio, sleep_ms=lambda ms: sleep_ms(min(ms, 30))):
+        await agent.update_now()
+        assert heard == [7, "poll", "stop", "started"]
+        await sleep_ms(50)
+        assert heard == [7, "poll", "stop", "started"], "nobody feeds any more"
+        heard.clear()
+        agent._watch = asyncio.create_task(nothing())
+        await agent.update_now()
+        assert heard == ["poll"], "the loop has a watch of its own"
+
+
+async def test_a_trial_is_fed_by_its_proof_and_then_let_go():
+    heard = []
+    world = World()
+    world.offer = {}
+    agent, _ = start(world, *TRIAL, settings={"hang": 7}, **ON_TRIAL)
+    agent._watch = asyncio.create_task(nothing())
+    with Instead(guard, feed=heard.append, stop=lambda: heard.append("stop")):
+        await agent.update_now()
+    assert heard[0] == 7 and heard[-1] == "stop" and set(heard[:-1]) == {7}
+    assert agent._verdict == "idle"
+    await agent.update_now()
+
+
+async def test_a_trial_that_can_neither_be_proven_nor_left_is_told_and_the_board_goes_on():
+    world = World()
+    world.offer = {}
+    agent, events = start(world, *TRIAL, **ON_TRIAL)
+
+    async def prove(trial):
+        raise twinslot.errors.RollbackError("no way back")
+
+    with Instead(health.Trial, prove=prove):
+        await agent.update_now()
+    assert [n for n in names(events) if n != "checking"] == ["trial", "failed", "idle"]
+    assert events[1][1]["message"] == "no way back"
+
+
+async def test_the_network_is_no_fault_of_an_image_where_only_dates_stand_in_the_way():
+    world = World()
+    error = TlsError("expired")
+    error.dates = True
+    for offer, good in (
+        (error, True),
+        (TlsError("not signed"), False),
+        (HttpError("down", 500, "200", status=500), True),
+        (HttpError("no answer"), False),
+    ):
+        world.offer = offer
+        agent, _ = start(world)
+        agent._clock = clock = Clock()
+        try:
+            assert await agent._reachable() is True
+            assert good, offer
+        except NetworkError as exc:
+            assert not good and exc is offer
+        assert clock.heard == ["ensure"]
+
+
+# -- the configuration
+
+
+def configure(path="/ota.json", **change):
+    settings = dict(SETTINGS, **change)
+    with open("/keys.json", "w") as f:
+        n = "v" + "7" * 340 + "Q"
+        json.dump({"keys": [{"kty": "RSA", "n": n, "e": "AQAB", "alg": "PS256"}]}, f)
+    with open(path, "w") as f:
+        json.dump(settings, f)
+
+
+def remove(*paths):
+    for path in paths:
+        try:
+            os.remove(path)
+        except OSError:
+            pass
+
+
+async def test_a_configuration_that_has_worked_is_kept_once():
+    world = World()
+    world.offer = NetworkError("no route")
+    start(world)
+    configure()
+    remove("/ota.json.good")
+    agent = Agent.from_config()
+    guard.stop()
+    agent._source = agent._trust = world
+    await refuses(NetworkError, agent)
+    assert "ota.json.good" not in os.listdir("/")
+    world.offer = {}
+    await agent.update_now()
+    assert "ota.json.good" in os.listdir("/")
+    remove("/ota.json.good")
+    await agent.update_now()
+    assert "ota.json.good" not in os.listdir("/"), "it has worked before"
+    remove("/ota.json")
+
+
+def test_the_configuration_says_where_offers_come_from():
+    start(World())
+    for source in ("static", "server"):
+        made = Agent(dict(SETTINGS, source=source))._source
+        assert type(made).__name__.lower() == source
+    guard.stop()
+
+
+def test_without_an_agent_the_application_runs_on_unwatched():
+    start(World())
+    remove("/ota.json", "/ota.json.good")
+    heard = []
+    with Instead(guard, stop=lambda: heard.append("stop")):
+        raises(ConfigError, Agent.from_config)
+    assert heard == ["stop"]
+
+
+def test_an_image_on_trial_that_makes_no_agent_goes_back():
+    remove("/ota.json", "/ota.json.good")
+    bench.put(IMAGE)
+    agent, _ = start(World(), *TRIAL, **ON_TRIAL)
+    raises(Reset, Agent.from_config)
+    failed = agent._journal.get("failed", list)
+    assert failed[0][0] == OWN and "ota.json" in failed[0][2]
+    assert OWN in health.failed_builds(agent._journal), "not tried again"
+
+
+def test_an_image_on_trial_without_a_way_back_stays():
+    remove("/ota.json", "/ota.json.good")
+    start(World(), *TRIAL, **ON_TRIAL)
+    bench.erase()
+    raises(ConfigError, Agent.from_config)
+
+
+def test_a_version_is_the_installed_one_or_the_images_own_or_the_configured_one():
+    agent, _ = start(World(), versions={OWN: "3.0.0"})
+    agent._running["version"] = "2.0.0"
+    assert agent.version() == "3.0.0"
+    agent._journal.update(versions=None)
+    assert agent.version() == "2.0.0"
+    agent._running["version"] = ""
+    assert agent.version() == "1.0.0"
+    agent, _ = start(World(), settings={"version": ""})
+    assert agent.version() == "0.0.0"
+
+
+def test_what_a_board_tells_about_itself():
+    agent, _ = start(World(), settings={"labels": ["a"], "channel": "beta", "hardware": "H"})
+    facts = agent.facts()
+    assert (facts["product"], facts["channel"], facts["hardware"]) == ("lamp", "beta", "H")
+    assert (facts["current_version"], facts["current_build"]) == ("1.0.0", OWN)
+    assert (facts["chip_id"], facts["labels"]) == (0, ["a"])
+    assert facts["device_id"] == agent.device_id and len(agent.device_id) == 12
+    assert facts["agent"] == twinslot.__version__
+    assert facts["micropython"].split(".") == [str(n) for n in sys.implementation.version[:3]]
+
+
+def test_the_clock_starts_from_what_the_journal_knows():
+    agent, _ = start(World(), time=1800000000, issued=1795165200)
+    assert agent._clock._bound == 1800000000 and agent._clock._signed == 1795165200
+    agent, _ = start(World(), issued=5)
+    assert agent._clock._signed == twinslot.agent.BUILD_FLOOR
+
+
+# -- what is told to whom
+
+
+async def test_reports_go_to_the_server_itself_over_a_verified_connection_only():
+    class Regardless(World):
+        async def poll(self, client, facts):
+            self.polls += 1
+            error = TlsError("expired")
+            error.dates = True
+            raise error
+
+        def regardless(self, error):
+            return self.other
+
+    world = Regardless()
+    world.other = World()
+    world.other.documents = {HOME + "lamp/stable.json": {"release": "r/2.0.0.jws"}}
+    waiting = {"attempt": "a", "version": "1", "build": OTHER, "status": "failed", "error": None}
+    agent, events = start(world, reports=[waiting])
+    agent._clock = clock = Clock()
+    world.refuse = [AssertionError("told over a connection that proves nothing")]
+    await installs(agent)
+    assert names(events)[:3] == ["checking", "failed", "staging"]
+    assert world.reports == [] and world.other.reports == []
+    assert agent._journal.get("reports", list) == [waiting], "and kept"
+    assert "doubt" in clock.heard
+    assert world.other.fetched[-1] == HOME + "lamp/blobs/a.bin"
+
+
+async def test_after_a_poll_that_worked_the_connections_dates_are_in_order():
+    world = World()
+    world.offer = {}
+    said = []
+    world.verified = lambda: said.append("verified")
+    agent, _ = start(world)
+    await agent.update_now()
+    assert said == ["verified"]
+
+
+async def test_mirrors_are_asked_in_turn_where_the_network_fails_and_told_nothing():
+    class Away(World):
+        async def poll(self, client, facts):
+            self.polls += 1
+            raise UnreachableError("nobody there")
+
+    world = Away()
+    second = "http://second.example/"
+    world.documents = {
+        MIRROR + "lamp/stable.json": NetworkError("reset"),
+        second + "lamp/stable.json": {"release": "r/2.0.0.jws"},
+    }
+    agent, _ = start(world, settings={"mirrors": [MIRROR, second]})
+    await installs(agent)
+    at = [HOME, MIRROR, second]
+    assert world.polls == 1
+    assert world.fetched == [base + "lamp/stable.json" for base in at[1:]] + [
+        second + "lamp/blobs/a.bin"
+    ]
+    assert world.reports == []
+
+
+async def test_a_server_that_answers_needs_no_mirror_and_every_poll_starts_with_it():
+    world = World()
+    world.offer = {}
+    agent, _ = start(world, settings={"mirrors": [MIRROR]})
+    await agent.update_now()
+    assert world.polls == 1 and world.fetched == []
+    world.offer = NetworkError("no route")
+    world.documents = {MIRROR + "lamp/stable.json": {"poll": 60}}
+    await agent.update_now()
+    await agent.update_now()
+    assert world.polls == 3, "the server first"
+    world.offer = FormatError("no offer")
+    await refuses(FormatError, agent)
+    assert len(world.fetched) == 2, "only the network's faults lead to a mirror"
+
+
+async def test_a_release_that_was_refused_is_known_by_its_name_at_a_mirror_too():
+    world = World(product="radio")
+    agent, _ = start(world, settings={"mirrors": [MIRROR]})
+    await refuses(ProductError, agent)
+    world.offer = NetworkError("no route")
+    world.documents = {MIRROR + "lamp/stable.json": {"release": "r/2.0.0.jws"}}
+    assert await agent.update_now() is False
+    assert len(world.released) == 1
+
+
+async def test_the_source_forgets_what_led_to_an_error():
+    world = World()
+    said = []
+    world.forget = lambda: said.append("forget")
+    world.offer = {}
+    agent, _ = start(world)
+    await agent.update_now()
+    assert said == []
+    world.offer = NetworkError("no route")
+    await refuses(NetworkError, agent)
+    assert said == ["forget"]
+
+
+async def test_the_clock_is_asked_before_and_doubted_after_a_failure_of_tls():
+    world = World()
+
+    def again(error):
+        raise error
+
+    world.regardless = again
+    for error, heard in (
+        (NetworkError("no route"), ["ensure"]),
+        (TlsError("expired"), ["ensure", "doubt"]),
+    ):
+        world.offer = error
+        agent, _ = start(world)
+        agent._clock = clock = Clock()
+        await refuses(type(error), agent)
+        assert clock.heard == heard
+
+
+async def test_a_slip_of_our_own_is_noted_once():
+    world = World()
+    agent, _ = start(world)
+    for error in (ValueError("slip"), ValueError("slip"), ValueError("another")):
+        world.offer = error
+        await refuses(InternalError, agent)
+    assert [entry[1:] for entry in agent._journal.log()] == [
+        ["", "failed", "ValueError: slip"],
+        ["", "failed", "ValueError: another"],
+    ]
+    world.offer = NetworkError("no route")
+    await refuses(NetworkError, agent)
+    assert len(agent._journal.log()) == 2
+
+
+async def test_a_long_slip_is_told_once_too():
+    world = World()
+    world.offer = ValueError("x" * 200)
+    agent, _ = start(world)
+    for _ in range(2):
+        await refuses(InternalError, agent)
+    assert len(agent._journal.log()) == 1
+
+
+async def test_failures_are_counted_while_trying_again_may_help():
+    world = World()
+    agent, _ = start(world)
+    for error, count in (
+        (NetworkError("no route"), 1),
+        (NetworkError("no route"), 2),
+        (RefusedError("no"), 0),
+        (NetworkError("no route"), 1),
+    ):
+        world.offer = error
+        await refuses(type(error), agent)
+        assert agent._failures == count
+    world.offer = {}
+    await agent.update_now()
+    assert agent._failures == 0
+
+
+def test_a_board_that_polls_often_backs_off_no_further():
+    agent, _ = start(World(), settings={"poll": 5})
+    agent._failures = 9
+    assert max(agent._delay_ms() for _ in range(40)) < 5000
+    agent._poll_s = 0
+    assert max(agent._delay_ms() for _ in range(40)) < 1000
+
+
+def test_each_failure_doubles_the_pause():
+    agent, _ = start(World(), settings={"poll": 21600})
+    for failures in range(1, 7):
+        agent._failures = failures
+        longest = max(agent._delay_ms() for _ in range(200))
+        assert 45000 << (failures - 1) < longest < 60000 << (failures - 1)
+
+
+# -- offers
+
+
+async def test_a_rollout_that_has_not_come_to_this_board_is_no_offer():
+    world = World()
+    agent, events = start(world)
+    for force in (False, True):
+        world.offer["rollout"] = {"percent": 0, "seed": "s"}
+        assert await agent.update_now(force) is False
+        assert world.released == [] and names(events)[-1] == "idle"
+    world.offer["rollout"] = {"percent": 100, "seed": "s"}
+    await installs(agent)
+
+
+async def test_force_makes_no_offer_out_of_nothing():
+    world = World()
+    world.offer = {}
+    agent, _ = start(world)
+    assert await agent.update_now(force=True) is False
+    assert world.released == []
+
+
+async def test_a_newer_keyring_is_taken_first_and_opens_what_was_refused():
+    world = World(product="radio")
+    asked = []
+
+    async def renew(client, version, base):
+        asked.append((version, base))
+        return version if version > 1 else None
+
+    world.renew = renew
+    agent, events = start(world, tried=[1, 2, 3])
+    await refuses(ProductError, agent)
+    world.offer["keyring"] = 1
+    assert await agent.update_now() is False, "nothing new"
+    assert agent._tried == [1, 2, 3]
+    world.offer["keyring"] = 2
+    world.manifest = make_release()
+    await installs(agent)
+    assert asked == [(0, HOME), (1, HOME), (2, HOME)]
+    assert ("keyring", {"version": 2}) in events
+    assert agent._tried == []
+
+
+async def test_a_keyring_that_can_not_be_taken_keeps_no_release_away():
+    world = World()
+
+    async def renew(client, version, base):
+        raise KeyringError("not by a root")
+
+    world.renew = renew
+    agent, events = start(world)
+    await installs(agent)
+    assert names(events)[:3] == ["checking", "failed", "staging"]
+    assert events[1][1]["code"] == "keyring"
+
+
+async def test_the_time_is_kept_for_the_next_boot_once_a_day():
+    world = World()
+    world.offer = {}
+    for known, lasting, kept in (
+        (1000, None, 1000),
+        (1000, 1000 + 86400, 1000),
+        (1000, 1000 + 86401, 1000 + 86401),
+    ):
+        agent, _ = start(world, time=known)
+        agent._clock = clock = Clock(lasting=lasting)
+        await agent.update_now()
+        assert agent._journal.get("time", int) == kept
+        assert clock.heard == ["ensure"]
+
+
+async def test_the_memory_that_an_update_needs_is_asked_for_to_the_byte():
+    import esp32
+
+    world = World()
+    world.offer = {}
+    need = twinslot.agent._TLS_NEED
+    for largest, good in ((need, True), (need - 1, False)):
+        agent, _ = start(world)
+        regions = lambda what, n=largest: [(9, 9, 9, 9), (100_000, 50_000, n, n)]  # noqa: E731
+        with Instead(esp32, idf_heap_info=regions):
+            if good:
+                await agent.update_now()
+            else:
+                await refuses(BusyError, agent)
+    agent, _ = start(world)
+    polls = world.polls
+    with Instead(twinslot.agent, _HEAP_NEED=1 << 29):
+        assert "heap" in str(await refuses(BusyError, agent))
+    assert world.polls == polls
+
+
+# -- a release
+
+
+async def test_only_what_did_not_come_is_tried_less_often():
+    world = World(product="radio")
+    agent, _ = start(world)
+    await refuses(ProductError, agent)
+    assert agent._tried == [], "it came, and was refused"
+    world = World()
+    world.manifest = UnreachableError("nobody there")
+    agent, _ = start(world)
+    for _ in range(3):
+        await refuses(UnreachableError, agent)
+    assert await agent.update_now() is False
+    assert len(world.released) == 3
+
+
+async def test_a_rest_ends_after_six_hours_and_tries_start_anew():
+    world = World()
+    world.manifest = UnreachableError("nobody there")
+    agent, _ = start(world)
+    clock = Time(1_000_000)
+    with Instead(twinslot.agent, time=clock):
+        for _ in range(3):
+            await refuses(UnreachableError, agent)
+        for later, rests in ((0, True), (6 * 3600 - 1, True), (6 * 3600, False), (-1, False)):
+            clock.now = 1_000_000 + later
+            assert agent._rests(agent._name(world.offer["release"])) is rests
+        assert agent._tried[1:] == [3, 1_000_000]
+        clock.now += 6 * 3600 + 1
+        await refuses(UnreachableError, agent)
+        assert agent._tried[1:] == [1, clock.now]
+        assert agent._journal.get("tried", list) == agent._tried
+
+
+async def test_a_try_counts_once_however_many_mirrors_failed():
+    world = World()
+    world.manifest = UnreachableError("nobody there")
+    world.documents = {MIRROR + "lamp/stable.json": {"release": "r/2.0.0.jws"}}
+    agent, _ = start(world, settings={"mirrors": [MIRROR]})
+    await refuses(UnreachableError, agent)
+    assert len(world.released) == 2
+    assert agent._tried[1] == 1
+    await refuses(UnreachableError, agent)
+    assert agent._tried[1] == 2
+
+
+async def test_a_count_that_can_not_be_kept_is_no_error_of_its_own():
+    world = World()
+    world.manifest = UnreachableError("nobody there")
+    agent, _ = start(world)
+
+    def full(**changes):
+        raise SpaceError("full")
+
+    agent._journal.update = full
+    try:
+        await refuses(UnreachableError, agent)
+    except SpaceError:
+        pass
+    del agent._journal.update
+    assert agent._tried[1] == 1
+
+
+async def test_what_is_reported_of_an_attempt():
+    world = World()
+    agent, events = start(world)
+    with Instead(twinslot.agent, time=Time(5)):
+        await installs(agent)
+    first, last = world.reports
+    assert len(first["attempt"]) == 12 and first["attempt"] == last["attempt"]
+    assert (first["version"], first["build"], first["bytes"]) == ("2.0.0", OTHER, 0)
+    assert (last["status"], last["bytes"], last["error"]) == ("staged", len(IMAGE), None)
+    said = dict(events)
+    assert said["staging"] == {"version": "2.0.0", "size": len(IMAGE)}
+    assert said["staged"] == {"version": "2.0.0", "bytes": len(IMAGE), "ms": 7}
+
+
+async def test_a_failure_is_logged_and_reported_with_its_version():
+    world = World(product="radio")
+    agent, _ = start(world)
+    await refuses(ProductError, agent)
+    report = world.reports[0]
+    assert (report["version"], report["build"], report["bytes"]) == ("2.0.0", OTHER, 0)
+    assert agent._journal.log()[-1][1:3] == ["2.0.0", "failed"]
+
+
+async def test_the_running_image_by_a_newer_name_is_idle():
+    image = make_release().firmware
+    firmware = release.Image("firmware", 0, 5000, image.sha256, OWN, image.payloads)
+    world = World(firmware=firmware, version="1.3.0")
+    agent, events = start(world, versions={OWN: "1.2.0"})
+    await agent.update_now()
+    assert events[-1] == ("idle", {"version": "1.3.0"})
+    world = World(firmware=firmware, version="1.1.0", security_version=2)
+    agent, events = start(world, versions={OWN: "1.2.0"}, floor=3)
+    await agent.update_now()
+    assert agent._journal.get("versions") == {OWN: "1.2.0"}
+    assert agent._journal.get("floor", int) == 3, "never lower"
+
+
+async def test_an_activated_image_gets_its_reset_where_something_kept_it():
+    world = World()
+    agent, _ = start(world)
+    bench.put(IMAGE)
+    agent._journal.update(trial={"build": OTHER})
+    bench.otadata((1, VALID), (2, NEW))
+    await installs(agent)
+    assert world.fetched == []
+    bench.otadata((1, VALID))
+
+
+async def test_the_connection_is_closed_before_the_slot_is_activated_and_after_any_poll():
+    world = World()
+    said = []
+
+    async def close():
+        said.append("close")
+
+    world.close = close
+    agent, _ = start(world)
+    activate = agent._slot.activate
+
+    def noted():
+        said.append("activate")
+        activate()
+
+    agent._slot.activate = noted
+    await installs(agent)
+    assert said[:2] == ["close", "activate"]
+    world.offer = {}
+    said.clear()
+    agent, _ = start(world)
+    await agent.update_now()
+    assert said == ["close"]
+
+
+async def test_what_activation_writes_down():
+    world = World(security_version=6, issued=1795165200)
+    agent, _ = start(world, settings={"hang": 33}, issued=1795165100, versions={"x": "0.1.0"})
+    await installs(agent)
+    trial = agent._journal.get("trial")
+    assert (trial["security"], trial["hang"], trial["back"]) == (6, 33, OWN)
+    assert trial["attempt"] == world.reports[0]["attempt"]
+    assert agent._journal.get("issued", int) == 1795165200
+    assert agent._journal.get("versions") == {OWN: "1.0.0"}
+    agent, _ = start(world, issued=1795165300)
+    await installs(agent)
+    assert agent._journal.get("issued", int) == 1795165300, "never older"
+
+
+# -- the budget
+
+
+async def test_a_day_costs_no_more_than_its_budget():
+    day = 20000 * 86400
+    agent, _ = start(World(), settings={"budget": 1000})
+    clock = Time(day)
+    with Instead(twinslot.agent, time=clock):
+        agent._spend(400)
+        agent._spend(0)
+        assert agent._journal.get("spent", list) == [20000, 400]
+        agent._spend(599)
+        assert agent._journal.get("spent", list) == [20000, 999]
+        assert "999" not in str(raises(BusyError, agent._spend, 1))
+        raises(BusyError, agent._spend, 0)
+        clock.now += 86399
+        raises(BusyError, agent._spend, 0)
+        clock.now += 1
+        agent._spend(0)
+        agent._spend(10)
+        assert agent._journal.get("spent", list) == [20001, 10]
+
+
+async def test_without_a_budget_nothing_is_booked():
+    agent, _ = start(World())
+    agent._spend(1 << 29)
+    assert agent._journal.get("spent", list) == []
+
+
+async def test_a_budget_that_is_used_up_is_said_before_anything_is_staged():
+    world = World()
+    day = int(twinslot.agent.time.time()) // 86400
+    agent, events = start(world, settings={"budget": 1000}, spent=[day, 1000])
+    await refuses(BusyError, agent)
+    assert "staging" not in names(events) and world.fetched == []
+
+
+async def test_bytes_that_can_not_be_booked_are_counted_all_the_same():
+    agent, _ = start(World(), settings={"budget": 1000})
+
+    def full(**changes):
+        raise SpaceError("full")
+
+    agent._journal.update = full
+    agent._spend(999)
+    raises(BusyError, agent._spend, 1000)
+    del agent._journal.update
+
+
+# -- two at once
+
+
+async def test_an_agent_is_free_again_after_an_update_and_within_its_own_task():
+    world = World()
+    world.offer = {}
+    agent, _ = start(world)
+    await agent.update_now()
+    assert agent._updating is None
+    done = asyncio.create_task(nothing())
+    await done
+    agent._updating = done
+    await agent.update_now()
+
+
+def test_progress_is_printed_at_every_tenth():
+    import builtins
+
+    lines = []
+    with Instead(builtins, print=lambda *args: lines.append(args)):
+        for done in range(65536, 20 * 65536 + 1, 65536):
+            twinslot.agent._console("progress", {"done": done, "total": 20 * 65536})
+    assert len(lines) == 10
+    with Instead(builtins, print=lambda *args: lines.append(args)):
+        twinslot.agent._console("idle", {"b": 2, "a": 1})
+    assert lines[-1] == ("twinslot:", "idle a=1 b=2")
