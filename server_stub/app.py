@@ -6,6 +6,7 @@ GET  /{product}/...           nobody's         the published tree, as any web se
 """
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -18,11 +19,15 @@ from .auth import Boards, refused
 from .http import Parts, add_handlers, body_schema, json_body, note_event, problem_response
 from .limits import Limits
 from .messages import CheckUpdate, ReportStatus
+from .presign import presigned
 from .problems import Problem
 from .tree import etag_matches
 from .wire import Gate, overloaded
 
 __all__ = ["Parts", "create_app"]
+
+URL_MAX = 512
+"""Characters of a URL that a board takes (``twinslot.url``)."""
 
 
 def create_app(parts: Parts) -> FastAPI:
@@ -93,13 +98,34 @@ def _add_tree(app: FastAPI, parts: Parts) -> None:
         file = await run_in_threadpool(parts.site.find, name)
         if file is None:
             raise Problem(404, "not_found", "nothing is published under this name")
-        if file.content is None and parts.settings.payload_url:
-            # Payloads are public by their hash and signed by their release: no token goes there.
-            return RedirectResponse(f"{parts.settings.payload_url}/{name}", 302)
+        if file.content is None and (elsewhere := _elsewhere(parts, request.method, name)):
+            return RedirectResponse(elsewhere, 302, {"Cache-Control": "no-store"})
         response = tree.respond(request, file)
         if isinstance(response, tree.Slice):
             return _InPlace(response, downloads, parts, name)
         return response
+
+
+def _elsewhere(parts: Parts, method: str, name: str) -> str | None:
+    """Where a payload is fetched, if not here. No token goes there: the release vouches for it."""
+    settings = parts.settings
+    if settings.payload_url is None:
+        return None
+    url = f"{settings.payload_url}/{name}"
+    if signing := settings.payload_signing:
+        url = presigned(
+            url,
+            signing.region,
+            signing.key_id,
+            signing.secret,
+            signing.valid_s,
+            time.time(),
+            method,
+        )
+    if len(url) > URL_MAX:
+        note_event("payload served here", name=name, why=f"its URL has {len(url)} characters")
+        return None
+    return url
 
 
 class _Fetchers:

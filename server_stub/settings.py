@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .offers import DEFAULT_POLL_S
+from .presign import VALID_MAX_S
 
 PREFIX = "TWINSLOT_"
 _POLL_MAX_S = 7 * 86400
@@ -47,6 +55,15 @@ class Enrolment(_Part):
     accept: list[dict[Literal["product", "hardware", "channel", "mac"], str]] = []
 
 
+class Signing(_Part):
+    """Signs the URLs that payloads are redirected to, for an S3-compatible store."""
+
+    region: Annotated[str, Field(min_length=1)]
+    key_id: Annotated[str, Field(min_length=1)]
+    secret: Annotated[str, Field(min_length=1)]
+    valid_s: Annotated[int, Field(ge=60, le=VALID_MAX_S)] = 900
+
+
 class Settings(_Part):
     """See the module. Paths are relative to the configuration file's folder."""
 
@@ -66,6 +83,7 @@ class Settings(_Part):
     enrolment: Enrolment = Enrolment()
     downloads: Literal["public", "token"] = "public"
     payload_url: str | None = None
+    payload_signing: Signing | None = None
     firmware_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = 3_900_000
     keep_days: Annotated[int, Field(ge=7, le=36500)] = 365
     schedules: Path | None = None
@@ -77,6 +95,12 @@ class Settings(_Part):
         if value is not None and not value.startswith(("https://", "http://")):
             raise ValueError("expected a URL")
         return value.rstrip("/") if value else value
+
+    @model_validator(mode="after")
+    def _together(self) -> "Settings":
+        if self.payload_signing and not self.payload_url:
+            raise ValueError("payload_signing: expected payload_url with it")
+        return self
 
     @property
     def poll_s(self) -> int:
@@ -120,7 +144,8 @@ def load(
         if variable.startswith(PREFIX) and root in Settings.model_fields:
             if root.endswith("_token"):
                 continue  # read by ``tokens``, which says where a bad one came from
-            _put(found, name.split("__"), _scalar(variable, text))
+            is_secret = name.endswith("secret")
+            _put(found, name.split("__"), text if is_secret else _scalar(variable, text))
     for name, value in overrides.items():
         if value is not None:
             _put(found, name.split("."), value)
@@ -129,11 +154,13 @@ def load(
     except ValidationError as exc:
         first = exc.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        saw = "" if first["type"] == "extra_forbidden" else f": saw {str(first['input'])[:80]!r}"
-        if where.endswith("_token"):
-            saw = ""
         message = first["msg"].removeprefix("Value error, ")
-        raise SettingsError(f"{path or 'settings'}: {where}{saw}: {message}") from None
+        if where:
+            secret = where.endswith(("_token", "secret")) or isinstance(first["input"], dict)
+            quiet = secret or first["type"] == "extra_forbidden"
+            saw = "" if quiet else f": saw {str(first['input'])[:80]!r}"
+            message = f"{where}{saw}: {message}"
+        raise SettingsError(f"{path or 'settings'}: {message}") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -600,6 +600,9 @@ def test_a_webhook_is_signed_tried_again_and_told_once(tmp_path):
         ("a: [", ("YAML",)),
         ("enrolment: {default: maybe}", ("enrolment.default", "maybe")),
         ("device_token: [hidden-secret]", ("device_token",)),
+        ("payload_signing: {region: r, key_id: k, secret: [hidden-secret]}", ("secret",)),
+        ("payload_signing: {region: r, secret: hidden-secret}", ("payload_signing.key_id",)),
+        ("payload_signing: {region: r, key_id: k, secret: hidden-secret}", ("payload_url",)),
     ],
 )
 def test_a_wrong_configuration_says_where_and_what(tmp_path, text, names):
