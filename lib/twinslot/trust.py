@@ -62,11 +62,11 @@ class Trust:
         if s["url"].startswith("https:"):
             tls = Tls(
                 ca=config.read(s["ca"]) if s["ca"] else None,
-                fingerprint=s["fingerprint"] or None,
+                fingerprint=s["fingerprint"],
                 client_cert=config.read(s["client_cert"]) if s["client_cert"] else None,
                 client_key=config.read(s["client_key"]) if s["client_key"] else None,
             )
-        self.client = self._open(tls, s["token"] or None, clock.observe)
+        self.client = self._open(tls, s["token"], clock.observe)
 
     def _open(self, tls, token=None, on_date=None):
         s = self._settings

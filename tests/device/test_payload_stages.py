@@ -1,14 +1,20 @@
 """The stages on the board: the native adding loop against its plain twin, what a payload needs."""
 
+import asyncio
+import binascii
+import builtins
 import os
 import random
+import struct
+from binascii import unhexlify
 
 from harness import Skip, raises
 
 from twinslot import payload, release
 from twinslot.errors import FormatError
+from twinslot.payload import BOUNDARY
 
-HEAP = "512K"
+HEAP = "4M"
 LIMIT = 1 << 30  # small integers of a 32-bit port end here
 
 
@@ -160,21 +166,333 @@ def test_what_a_payload_needs_of_the_heap():
     assert need("gzip", 12, "detools") > small + 1024
 
 
-def test_encodings_of_a_port_without_deflate():
-    import sys
-
-    assert payload.encodings() == ("identity", "gzip")
-    saved = sys.modules.pop("deflate", None)
-    sys.modules["deflate"] = None
-    try:
-        if payload.encodings() != ("identity",):
-            raise Skip("a module can't be hidden here")
-    finally:
-        del sys.modules["deflate"]
-        if saved:
-            sys.modules["deflate"] = saved
-
-
 def test_an_unknown_patch_is_refused():
     other = release.Payload("", "gzip", 0, 12, "xdelta", "")
     raises(FormatError, payload.open_stage, other, Body(b"", 1), (None, 0), 1)
+
+
+# -- gzip
+
+
+def member(content):
+    """A gzip member that stores its content."""
+    out = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+    at = 0
+    while True:
+        part = content[at : at + 60000]
+        at += len(part)
+        last = at == len(content)
+        out += struct.pack("<BHH", last, len(part), len(part) ^ 0xFFFF) + part
+        if last:
+            break
+    return out + struct.pack("<II", binascii.crc32(content) & 0xFFFFFFFF, len(content))
+
+
+# 65536 zeros in 96 bytes, by zlib: much output of little input.
+ZEROS = unhexlify(
+    "1f8b0800000000000203edc101010000008090feafee080a0000000000000000000000000000000000000000"
+    "000000000000000000000000000000000000000000000000000000000000000000000000000000000000006a"
+    "eb8e97d700000100"
+)
+GZIP = release.Payload("", "gzip", 0, 12, None, None)
+
+
+async def _inflate(content, size, step=1000, state=None, offset=0):
+    """Return the image's bytes, and (offset, state) of its boundaries."""
+    sink, seen = Sink(), []
+    at = state[0] if state else 0
+    stage = payload.open_stage(GZIP, Body(content[at:], step), None, size, state)
+    writer = payload.Writer(sink, size, offset)
+    await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
+    return sink.content, seen
+
+
+async def test_members_of_any_size_in_any_steps_are_one_image():
+    parts = [os.urandom(n) for n in (1, 1023, 1025, 4097, 2)]
+    image = b"".join(parts)
+    content = b"".join([member(part) for part in parts])
+    for step in (3, 100, 1023, 1024, 5000):
+        got, seen = await _inflate(content, len(image), step)
+        assert got == image, step
+        assert seen == [(len(image), None)]
+    got, _ = await _inflate(member(image), len(image) - 500)
+    assert got == image[:-500], "no more than the image wants"
+
+
+async def test_little_input_may_be_much_output():
+    for step in (1, 7, 2000):
+        got, _ = await _inflate(ZEROS + member(b"end"), BOUNDARY + 3, step)
+        assert got == bytes(BOUNDARY) + b"end"
+
+
+async def test_a_member_that_ends_at_a_boundary_is_where_a_download_goes_on():
+    image = os.urandom(2 * BOUNDARY + 700)
+    parts = [member(image[at : at + BOUNDARY]) for at in range(0, len(image), BOUNDARY)]
+    content = b"".join(parts)
+    ends = [len(parts[0]), len(parts[0]) + len(parts[1])]
+    for step in (100, 1024, 5000):
+        got, seen = await _inflate(content, len(image), step)
+        assert got == image
+        assert seen == [
+            (BOUNDARY, (ends[0], 0)),
+            (2 * BOUNDARY, (ends[1], 0)),
+            (len(image), None),
+        ]
+    got, seen = await _inflate(content, len(image), 1000, (ends[0], 0), BOUNDARY)
+    assert got == image[BOUNDARY:]
+    assert seen == [(2 * BOUNDARY, (ends[1], 0)), (len(image), None)]
+
+
+async def test_a_member_that_goes_on_over_a_boundary_can_not_be_gone_on_from_and_loses_no_byte():
+    image = os.urandom(2 * BOUNDARY)
+    parts = member(image[: BOUNDARY + 1]), member(image[BOUNDARY + 1 :])
+    for step in (1000, 5000):
+        got, seen = await _inflate(parts[0] + parts[1], len(image), step)
+        assert got == image
+        assert seen == [(BOUNDARY, None), (2 * BOUNDARY, None)]
+
+
+async def test_members_without_content_end_a_download_where_there_are_too_many():
+    nothing, image = member(b""), b"image"
+    good = nothing * 15 + member(image[:2]) + nothing * 14 + member(image[2:])
+    got, _ = await _inflate(good, len(image))
+    assert got == image
+    await _gzip_refused(nothing * 16 + member(image), len(image), "16 members without content")
+
+
+async def _gzip_refused(content, size, why):
+    for step in (10, 5000):
+        try:
+            await _inflate(content, size, step)
+        except FormatError as exc:
+            assert why in str(exc), exc
+        else:
+            raise AssertionError("not refused")
+
+
+async def test_gzip_that_is_cut_or_wrong_is_refused():
+    whole = member(os.urandom(3000))
+    for n in (5, 12, 100, 2000, len(whole) - 9):
+        await _gzip_refused(whole[:n], 3000, "cut short")
+    await _gzip_refused(whole, 3001, "1 bytes missing")
+    await _gzip_refused(b"", 3000, "3000 bytes missing")
+    for at in (0, 2, 10, len(whole) - 8):
+        wrong = bytearray(whole)
+        wrong[at] ^= 0x7
+        await _gzip_refused(bytes(wrong) + bytes(9), 3001, "malformed")
+
+
+async def test_what_follows_a_complete_image_is_read_and_harms_nothing():
+    image = os.urandom(3000)
+    got, _ = await _inflate(member(image) + b"no gzip", 3000)
+    assert got == image
+    rest = Body(member(image), 64)
+    stage = payload.open_stage(GZIP, rest, None, 3000)
+    await payload.pump(stage, payload.Writer(Sink(), 3000), lambda *_: None)
+    assert rest.received == len(member(image)), "the connection is left clean"
+
+
+async def test_inflating_rarely_waits():
+    """Each wait makes garbage: as long as there is input enough, none is asked for."""
+    image = os.urandom(3 * 4096)
+    body = Body(member(image), 4096)
+    stage = payload.open_stage(GZIP, body, None, len(image))
+    view = memoryview(bytearray(256))
+    got, waits = b"", 0
+    assert stage.take(view) == 0, "nothing is there yet"
+    while len(got) < len(image):
+        n = stage.take(view)
+        if not n:
+            waits += 1
+            n = await stage.readinto(view)
+        got += bytes(view[:n])
+    assert got == image
+    assert waits <= 16, waits
+
+
+async def test_a_gzip_of_a_patch():
+    base = os.urandom(3 * BOUNDARY)
+    image = base[: BOUNDARY - 10] + os.urandom(10) + base[2 * BOUNDARY : 2 * BOUNDARY + 300]
+    head = b"\0" + _number(len(image)) + _number(0)
+    first = head + _chunk(bytes(BOUNDARY - 10), image[BOUNDARY - 10 : BOUNDARY], BOUNDARY + 10)
+    second = _chunk(bytes(300), b"", 0)
+    both = release.Payload("", "gzip", 0, 12, "detools", "")
+
+    def read(offset, buf):
+        buf[:] = base[offset : offset + len(buf)]
+
+    for content, state in (
+        (member(first) + member(second), (len(member(first)), 2 * BOUNDARY)),
+        (member(first + second), None),
+    ):
+        sink, seen = Sink(), []
+        stage = payload.open_stage(both, Body(content, 700), (read, len(base)), len(image))
+        writer = payload.Writer(sink, len(image))
+        await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
+        assert sink.content == image
+        assert seen == [(BOUNDARY, state), (len(image), None)]
+        if state:
+            sink = Sink()
+            rest = Body(content[state[0] :], 700)
+            stage = payload.open_stage(both, rest, (read, len(base)), len(image), state)
+            writer = payload.Writer(sink, len(image), BOUNDARY)
+            await payload.pump(stage, writer, lambda *_: None)
+            assert sink.content == image[BOUNDARY:]
+
+
+# -- pace and boundaries
+
+
+async def test_other_tasks_get_their_turn_after_eight_reads_and_after_each_block():
+    body = Body(bytes(30), 1)
+    turns = []
+
+    async def sleep_ms(ms):
+        turns.append((ms, body.received))
+
+    plain = release.Payload("", "identity", 0, 0, None, None)
+    kept = asyncio.sleep_ms
+    asyncio.sleep_ms = sleep_ms
+    try:
+        stage = payload.open_stage(plain, body, None, 30)
+        await payload.pump(stage, payload.Writer(Sink(), 30), lambda *_: None)
+        assert turns == [(0, 8), (0, 16), (0, 24), (0, 30)]
+        turns.clear()
+        body = Body(bytes(3 * 4096), 4096)
+        stage = payload.open_stage(plain, body, None, 3 * 4096)
+        await payload.pump(stage, payload.Writer(Sink(), 3 * 4096), lambda *_: None)
+        assert [at for _, at in turns] == [4096, 8192, 12288]
+    finally:
+        asyncio.sleep_ms = kept
+
+
+async def test_a_plain_body_goes_on_anywhere():
+    plain = release.Payload("", "identity", 0, 0, None, None)
+    image = os.urandom(3 * BOUNDARY)
+    sink, seen = Sink(), []
+    stage = payload.open_stage(plain, Body(image[BOUNDARY:], 999), None, len(image), (BOUNDARY, 0))
+    writer = payload.Writer(sink, len(image), BOUNDARY)
+    await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
+    assert sink.content == image[BOUNDARY:]
+    assert seen == [(2 * BOUNDARY, (2 * BOUNDARY, 0)), (3 * BOUNDARY, None)]
+
+
+# -- what a patch may not say
+
+
+async def _patch_refused(content, why, base=bytes(64), size=2):
+    try:
+        await _apply(content, base, size)
+    except FormatError as exc:
+        assert why in str(exc), exc
+        return
+    raise AssertionError("not refused: %r" % content)
+
+
+async def test_each_thing_that_a_patch_may_not_say_is_named():
+    head, end = b"\0" + _number(2) + _number(0), _chunk(b"", b"ab", 0)
+    assert await _apply(head + end, bytes(64), 2) == b"ab"
+    for content, why in (
+        (b"\1" + head[1:] + end, "type"),
+        (b"\0" + _number(3) + _number(0) + end, "size of its image"),
+        (b"\0" + _number(2) + _number(1) + end, "data format"),
+        (b"\0" + _number(2) + _number(-1) + end, "a size"),
+        (head + _number(-1) + end, "a size"),
+        (head + _number(0) + _number(-1), "a size"),
+        (head + _chunk(b"", b"a", -1) + end, "leaves the base"),
+        (head + _chunk(b"", b"a", 65) + end, "leaves the base"),
+        (head + _number(65) + bytes(65), "beyond the base"),
+        (head + _chunk(b"", b"a", 63) + _number(2) + b"ab", "beyond the base"),
+        (head[:1], "cut short"),
+        (head, "cut short"),
+        (head + end[:-2], "cut short"),
+        (head + _number(LIMIT), "above 30 bits"),
+        (head + b"\x80\x80\x80\x80\x80\x00" + end[1:], "above 30 bits"),
+        (head + bytes(90) + end, "64 bytes without content"),
+    ):
+        await _patch_refused(content, why)
+
+
+async def test_a_patch_may_go_to_either_end_of_its_base():
+    base = bytes(range(64))
+    head = b"\0" + _number(4) + _number(0)
+    there = _chunk(b"", b"a", 64) + _chunk(b"", b"b", -64) + _chunk(b"", b"", 62)
+    assert await _apply(head + there + _chunk(b"\1\1", b"", 0), base, 4) == b"ab\x3f\x40"
+    there = _chunk(b"\1", b"a", 5) + _chunk(b"", b"b", -6) + _chunk(b"\1", b"", 0)
+    assert await _apply(head + there, base, 4) == b"\1ab\1"
+
+
+async def test_a_number_may_have_five_bytes_and_the_first_byte_of_content_the_64th_place():
+    head = b"\0" + _number(1) + _number(0)
+    padded = b"\x80\x80\x80\x80\x00"
+    assert await _apply(head + padded + _number(1) + b"x", bytes(64), 1) == b"x"
+    zeros = bytes(3 * 19)  # chunks without content; with the head 60 bytes of numbers
+    assert await _apply(head + zeros + b"\0\1x", bytes(64), 1) == b"x"
+    zeros += b"\0" + _number(0) + _number(0)
+    await _patch_refused(head + zeros + b"\0\1x", "64 bytes", size=1)
+
+
+async def test_a_patch_goes_on_between_chunks_only():
+    base = os.urandom(2 * BOUNDARY)
+    image = base[:BOUNDARY] + base[7 : 7 + BOUNDARY] + b"!"
+    head = b"\0" + _number(len(image)) + _number(0)
+    seek = 7 - BOUNDARY
+    even = head + _chunk(bytes(BOUNDARY), b"", seek) + _chunk(bytes(BOUNDARY), b"!", 0)
+    n = len(head + _chunk(bytes(BOUNDARY), b"", seek))
+    odd = head + _chunk(bytes(BOUNDARY - 1), image[BOUNDARY - 1 : BOUNDARY + 1], seek + 2)
+    odd += _chunk(bytes(BOUNDARY - 1), b"!", 0)
+
+    def read(offset, buf):
+        buf[:] = base[offset : offset + len(buf)]
+
+    for content, state in ((even, (n, 7)), (odd, None)):
+        for step in (1000, 4096):
+            sink, seen = Sink(), []
+            stage = payload.open_stage(PATCH, Body(content, step), (read, len(base)), len(image))
+            writer = payload.Writer(sink, len(image))
+            await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
+            assert sink.content == image
+            assert seen[0] == (BOUNDARY, state)
+    sink = Sink()
+    rest = Body(even[n:], 1000)
+    stage = payload.open_stage(PATCH, rest, (read, len(base)), len(image), (n, 7))
+    await payload.pump(stage, payload.Writer(sink, len(image), BOUNDARY), lambda *_: None)
+    assert sink.content == image[BOUNDARY:]
+
+
+# -- what a port may lack
+
+
+class Without:
+    """``with Without(name):`` nothing of that name can be imported."""
+
+    def __init__(self, name, error):
+        self.name = name
+        self.error = error
+
+    def __enter__(self):
+        self.kept = builtins.__import__
+
+        def refuse(name, *rest):
+            if name.endswith(self.name):
+                raise self.error
+            return self.kept(name, *rest)
+
+        builtins.__import__ = refuse
+
+    def __exit__(self, *_):
+        builtins.__import__ = self.kept
+
+
+def test_encodings_of_a_port_with_deflate_and_without():
+    assert payload.encodings() == ("identity", "gzip")
+    for module in ("deflate", "micropython"):
+        with Without(module, ImportError("none here")):
+            assert payload.encodings() == ("identity",)
+    assert payload.encodings() == ("identity", "gzip")
+
+
+def test_where_the_native_loop_can_not_be_loaded_the_plain_one_adds():
+    for error in (ImportError("left out"), SyntaxError("no emitter"), ValueError("architecture")):
+        with Without("add", error):
+            assert payload._adder() is payload.plain_add
