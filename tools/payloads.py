@@ -38,7 +38,7 @@ import twinslot
 from twinslot.errors import ChecksumError
 
 from .files import Progress, quiet
-from .virtual_esp32.board import find_micropython
+from .virtual_esp32.process import find_micropython
 
 BOUNDARY = 65536  # of the image; lib/twinslot/payload.py has the same
 WINDOW = 12  # 4 KiB of window on the device

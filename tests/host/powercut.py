@@ -2,8 +2,8 @@
 
 A life is an update from the first look at the release to the confirmation (or the way back),
 told by the real guard, agent, slot, health and journal on a virtual board; only the network is
-left out: release and payloads lie in a partition that nothing writes. The library lies in a ROM
-file system beside it, so that firmwares are small and every flash operation counts. The
+left out: release and payloads lie in a partition that nothing writes. Library and application lie
+in a ROM file system beside it, so that firmwares are small and every flash operation counts. The
 application writes a file at each start, as applications do.
 
 Replay a point that failed, with the board's console:
@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import random
+import shutil
 import struct
 import tempfile
 from dataclasses import dataclass
@@ -42,10 +43,11 @@ ota_0,   app,  ota_0, 0x10000,  0x30000,
 ota_1,   app,  ota_1, 0x40000,  0x30000,
 shelf,   data, 0x40,  0x70000,  0x50000,
 rom,     data, 0x41,  0xc0000,  0x40000,
-vfs,     data, fat,   0x100000, 0xc0000,
+vfs,     data, fat,   0x100000, 0x20000,
 """
 FACTORY = "factory, app,  factory, 0x1c0000, 0x30000,\n"
 PARTITIONS = {p.label: p for p in layout.parse_csv(TABLE + FACTORY, FLASH)}
+READ_ONLY = {"shelf", "rom"}
 SLOTS = {"ota_0": 0, "ota_1": 1}
 
 # Nothing twice: a number that stands for two things would hide that one was taken for the other.
@@ -64,12 +66,13 @@ _part = Partition("rom")
 _rom = bytearray(%d)
 _part.readblocks(0, _rom)
 vfs.mount(vfs.VfsRom(_rom), "/rom")
-sys.path.insert(1, "/rom")
+sys.path[:] = ["/rom", ".frozen"]  # else each import looks through the volume first
 import twinslot.guard
 twinslot.guard.start()
 """
 
-MAIN_PY = """
+MAIN_PY = "import application\n"
+APPLICATION_PY = """
 import asyncio
 import json
 import machine
@@ -269,7 +272,7 @@ def make_board(folder: Path, story: Story) -> Path:
     if story.broken or story.runs == "ota_1":
         entries = [otadata.entry(1, otadata.VALID), otadata.entry(2, otadata.VALID)]
     flash = build.make_flash(CHIP, FLASH, story.table, slots, entries=entries)
-    rom = make_tree(LIB)
+    rom = _make_rom(folder / "rom", story, files, releases)
     written = {"shelf": shelf, "rom": rom}
     if story.broken:
         broken = bytearray(story.image(ANCIENT))
@@ -281,15 +284,9 @@ def make_board(folder: Path, story: Story) -> Path:
         flash[part.offset : part.offset + len(content)] = content
     path = folder / "flash.bin"
     path.write_bytes(flash)
-    main = MAIN_PY % {
-        "crashes": (NEW,) if story.crashes else (),
-        "files": files,
-        "releases": releases,
-        "settings": SETTINGS,
-    }
     files = {
         "/boot.py": (BOOT_PY % len(rom)).encode(),
-        "/main.py": main.encode(),
+        "/main.py": MAIN_PY.encode(),
         "/keys.json": keys.public_path(folder / "release.key").read_bytes(),
     }
     vfs.write_files(path, files)
@@ -298,6 +295,18 @@ def make_board(folder: Path, story: Story) -> Path:
     if story.unarmed:
         _disarm(path, story)
     return path
+
+
+def _make_rom(folder: Path, story: Story, files: dict, releases: list[str]) -> bytes:
+    shutil.copytree(LIB, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    text = APPLICATION_PY % {
+        "crashes": (NEW,) if story.crashes else (),
+        "files": files,
+        "releases": releases,
+        "settings": SETTINGS,
+    }
+    (folder / "application.py").write_text(text)
+    return make_tree(folder)
 
 
 def _stock_shelf(folder: Path, story: Story) -> tuple[bytes, dict, list[str]]:

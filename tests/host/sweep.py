@@ -35,6 +35,7 @@ from powercut import (
     KINDS,
     NEW,
     PARTITIONS,
+    READ_ONLY,
     STORIES,
     Broken,
     Cut,
@@ -51,6 +52,7 @@ from powercut import (
     version_in,
 )
 
+from twinslot_tools.virtual_esp32.board import memory
 from twinslot_tools.virtual_esp32.chip.flash import PAGE, TRACED_ERASE, torn
 
 SEED = 20261121
@@ -114,6 +116,17 @@ def ways(number: int, op: Operation, shapes: dict[str, int], dice: random.Random
     for shape, times in shapes.items():
         for _ in range(times):
             yield Cut(number, "torn", shape, dice.randrange(1 << 16))
+
+
+def _key(flash: bytes, cuts: tuple[Cut, ...]) -> bytes:
+    """The same for two boards that are the same: of the partitions that nothing can write, all
+    boards of a story have the same."""
+    whole = memoryview(flash)
+    digest = hashlib.blake2b(digest_size=16, salt=bytes([is_strict(cuts)]))
+    for label in sorted(PARTITIONS.keys() - READ_ONLY):
+        part = PARTITIONS[label]
+        digest.update(whole[part.offset : part.offset + part.size])
+    return digest.digest()
 
 
 @dataclass
@@ -192,7 +205,7 @@ class Sweep:
     def _run(self, flash: bytes, cuts: tuple[Cut, ...] = ()) -> Life:
         """Run a board from here to its rest."""
         life = Life()
-        with tempfile.TemporaryDirectory(dir=self.folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=memory()) as scratch:
             path, trace = Path(scratch) / "flash.bin", Path(scratch) / "trace"
             path.write_bytes(flash)
 
@@ -219,8 +232,7 @@ class Sweep:
 
     def _live(self, flash: bytes, cuts: tuple[Cut, ...]) -> Life:
         """As `_run`, but only once for the same flash."""
-        salt = bytes([is_strict(cuts)])
-        key = hashlib.blake2b(flash, digest_size=16, salt=salt).digest()
+        key = _key(flash, cuts)
         with self._lock:
             found, mine = self._known.get(key), Future()
             if found is None:

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from boards import SIZE, firmware, flash_file, new_board, stock
 
-from twinslot_tools.virtual_esp32 import board as boards_module
-from twinslot_tools.virtual_esp32 import layout, show, vfs
+from twinslot_tools.virtual_esp32 import layout, process, show, vfs
 from twinslot_tools.virtual_esp32.board import Board, BoardError
 from twinslot_tools.virtual_esp32.chip.flash import Fault, flip_bits
 
@@ -648,7 +647,7 @@ def test_a_firmwares_tree_is_not_paid_from_the_programs_heap(tmp_path):
 
 
 def test_heap_is_the_same_where_the_fakes_can_not_be_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(boards_module, "chip_modules", lambda: boards_module.CHIP_FOLDER)
+    monkeypatch.setattr(process, "chip_modules", lambda: process.CHIP_FOLDER)
     main = f"x = bytearray({112 * 1024})\nimport gc\ngc.collect()\nprint(gc.mem_free() + len(x))"
     result = new_board(tmp_path, main, heap="128K").run()
     assert 126 * 1024 < int(result.console) < 134 * 1024

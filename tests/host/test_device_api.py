@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from twinslot_tools import stock
-from twinslot_tools.virtual_esp32.board import find_micropython
+from twinslot_tools.virtual_esp32.process import find_micropython
 
 ROOT = Path(__file__).parents[2]
 TABLE = json.loads((Path(__file__).parent / "api_since.json").read_text())

@@ -19,8 +19,9 @@ from stockfirmware import application, combined
 from twinslot_tools import cli, flash, keys, stock
 from twinslot_tools.lab import CRASH, Lab
 from twinslot_tools.virtual_esp32 import layout, show, vfs
-from twinslot_tools.virtual_esp32.board import Board, find_micropython
+from twinslot_tools.virtual_esp32.board import Board
 from twinslot_tools.virtual_esp32.chip import table
+from twinslot_tools.virtual_esp32.process import find_micropython
 
 TWINSLOT = Path(sys.executable).with_name("twinslot")
 ROOT = Path(__file__).parents[2]

@@ -14,8 +14,8 @@ from mpremote import mip as mpremote_mip
 
 import twinslot
 from twinslot_tools import device_files, mip
-from twinslot_tools.virtual_esp32.board import find_micropython
 from twinslot_tools.virtual_esp32.firmware import make_firmware
+from twinslot_tools.virtual_esp32.process import find_micropython
 
 ROOT = Path(__file__).parents[2]
 LIB = ROOT / "lib"

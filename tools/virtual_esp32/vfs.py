@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from . import show
-from .board import chip_modules, find_micropython
+from .process import chip_modules, command, find_micropython
 
 _HEAP = 8 << 20  # bytes
 
@@ -88,9 +88,13 @@ def _run(flash_path: Path | str, job: dict, micropython: str | None) -> dict:
             f"import sys;sys.path.insert(0,{str(chip_modules())!r});"
             f"import volume;volume.main({config.name!r})"
         )
-        command = [micropython or find_micropython(), "-X", f"heapsize={_HEAP}", "-c", code]
+        words = [*command(micropython or find_micropython()), "-X", f"heapsize={_HEAP}"]
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            [*words, "-c", code],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     try:
         answer = json.loads(done.stdout.splitlines()[-1])

@@ -218,7 +218,8 @@ class Stats:
         self._file.readinto(counts)
         return counts
 
-    def _save(self):
+    def save(self):
+        """Write the counters down."""
         self._file.seek(0)
         self._file.write(self.head)
 
@@ -238,7 +239,7 @@ class Stats:
         block = size == BLOCK
         head[4 if block else 3] += 1
         head[9] += ERASE_BLOCK_US if block else ERASE_SECTOR_US
-        self._save()
+        self.save()
         self._erased(offset // SECTOR, size // SECTOR)
 
     def count_program(self, size, pages=1):
@@ -247,12 +248,12 @@ class Stats:
         head[5] += pages
         head[6] += size
         head[9] += PROGRAM_PAGE_US * pages
-        self._save()
+        self.save()
 
     def count_read(self, size):
+        """Count a read. The file hears of it at the next operation, or by `save`."""
         self.head[7] += 1
         self.head[8] += size
-        self._save()
 
 
 class Flash:

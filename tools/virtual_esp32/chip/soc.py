@@ -46,11 +46,10 @@ class Panic(Exception):
     """Never seen: `panic` does not return."""
 
 
-def start(path):
-    """Read the board's configuration and open what it names."""
+def start(settings):
+    """Open what the board's configuration names."""
     global running, attended, _wire, _rtc, _main_thread
-    with open(path) as f:
-        open_flash(json.load(f))
+    open_flash(settings)
     _wire = open(config["wire"], "wb")
     _rtc = open(config["rtc"], "r+b")
     attended = config["repl"] is not None
@@ -145,6 +144,7 @@ def load_tree():
 
 def event(name, **fields):
     """Tell the parent something."""
+    flash.stats.save()
     fields["event"] = name
     _wire.write((json.dumps(fields) + "\n").encode())
 

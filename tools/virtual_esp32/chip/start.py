@@ -2,7 +2,8 @@
 
 Run as
     micropython -c "r = [bytearray(N)]; import sys; sys.path.insert(0, HERE);
-    import start; start.main(CONFIG, r)"
+    import start; start.main(r, CONFIG)"
+with the number of a file that holds the configuration, see `process.py`.
 The N bytes are the heap of the user, set aside before anything else takes a place in it. When the
 fakes are loaded, the holes between them are plugged and the N bytes are given back, so user code
 finds a heap of that size, in one piece, as on a board.
@@ -19,6 +20,7 @@ shared/runtime/pyexec.c.
 """
 
 import gc
+import json
 import sys
 
 import repl
@@ -29,6 +31,10 @@ import soc
 # What a board offers under these names; the rest of this folder disappears from sys.modules.
 _SHIMS = ("time", "tls", "os", "select", "sys", "_thread")
 _FAKES = ("esp32", "machine", "network", "esp")
+# All of them but sys, which is made of the board's configuration.
+_LATER = ["shim_" + name.strip("_") for name in _SHIMS if name != "sys"] + list(_FAKES)
+
+_kept = []  # a file that must not be closed
 
 _STUB_BOOT = """\
 # This file is executed on every boot (including wake-boot from deepsleep)
@@ -46,14 +52,26 @@ by firmware programming).
 """
 
 
-def main(config_path, reserve):
+def main(reserve, config_fd, ready_fd=-1):
     """Boot. Does not return.
 
     Args:
-        config_path: host file, see `board.py`.
         reserve: list with one bytearray, the user's heap.
+        config_fd: what is read there waits until a board is switched on.
+        ready_fd: a byte is written there when all is done that needs no board; -1: nowhere.
     """
-    soc.start(config_path)
+    for name in _LATER:
+        __import__(name)
+    _grow_qstr_pool()
+    gc.collect()
+    if ready_fd >= 0:
+        _kept.append(open(ready_fd, "wb"))
+        _kept[0].write(b"!")
+    with open(config_fd, "rb") as f:
+        config = f.read(1)
+        config += f.read()
+    soc.start(json.loads(config))
+    del config
     bent = shim_time.configure(soc.config["speed"], soc.config["wrap_in_ms"])
     bdev = _install_modules()
     if bent:
@@ -69,7 +87,6 @@ def main(config_path, reserve):
     if soc.attended:
         stdin = repl.Stdin()
         sys.modules["sys"].stdin = repl.Text(stdin)
-    _grow_qstr_pool()
     _hand_over_heap(reserve)
     soc.repl_mode = soc.config["repl"]
     error = _run("boot", frozen, namespace)
