@@ -5,15 +5,17 @@ from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, func, select
 
-from . import attempts, audit, devices
+from . import api_rollouts, attempts, audit, devices
 from .audit import Who
 from .http import Note, Parts, body_schema, change, csv_text, date, json_body, with_dates
 from .messages import Name, Text
 from .schema import attempts as attempt_table
+from .schema import devices as device_table
 from .schema import downloads as download_table
 from .schema import reports
+from .schema import rollouts as rollout_table
 from .store import bump
 
 IMPORT = "/api/v1/devices/import"
@@ -50,9 +52,48 @@ def detail(connection: Connection, parts: Parts, device_id: str) -> dict[str, An
     return with_dates(row)
 
 
+def glance(connection: Connection) -> dict[str, Any]:
+    """The fleet in a few numbers, each of one counting query, and the rollouts under way."""
+    now = int(time.time())
+
+    def grouped(column: Any) -> list[dict[str, Any]]:
+        rows = connection.execute(
+            select(column, func.count())
+            .where(device_table.c.enrolment == "accepted")
+            .group_by(column)
+            .order_by(func.count().desc())
+            .limit(12)
+        )
+        return [{"value": value, "boards": number} for value, number in rows]
+
+    all_ = select(func.count()).select_from(device_table)
+    active = connection.scalars(
+        select(rollout_table.c.id)
+        .where(rollout_table.c.state.in_(("pilot", "expand", "paused")))
+        .order_by(rollout_table.c.id.desc())
+        .limit(10)
+    ).all()
+    return {
+        "total": connection.execute(all_).scalar_one(),
+        "seen": connection.execute(
+            all_.where(device_table.c.last_seen > now - 86400)
+        ).scalar_one(),
+        "pending": connection.execute(
+            all_.where(device_table.c.enrolment == "pending")
+        ).scalar_one(),
+        "versions": grouped(device_table.c.current_version),
+        "statuses": grouped(device_table.c.status),
+        "rollouts": [api_rollouts.shown(connection, number) for number in active],
+    }
+
+
 def add_routes(app: FastAPI, parts: Parts) -> None:
     viewer = Depends(parts.people.need("viewer"))
     operator = Depends(parts.people.need("operator"))
+
+    @app.get("/api/v1/fleet", dependencies=[viewer])
+    async def fleet() -> dict:
+        return await parts.store.aread(glance)
 
     @app.get("/api/v1/devices", dependencies=[viewer])
     async def list_devices(

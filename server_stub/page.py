@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.responses import RedirectResponse, StreamingResponse
-from sqlalchemy import Connection, func, select
+from sqlalchemy import Connection, select
 
 from . import (
     api_fleet,
@@ -32,7 +32,6 @@ from .http import Note, Parts, change
 from .page_base import HERE, Away, Guard, Renderer, headers, same_page
 from .problems import Problem
 from .schema import attempts, downloads, users, windows
-from .schema import devices as device_table
 from .schema import rollouts as rollout_table
 
 _EVENT_S = 1.0
@@ -139,7 +138,7 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
 
         app.get(path, include_in_schema=False)(show)
 
-    view("/-/", "home.html", glance)
+    view("/-/", "home.html", api_fleet.glance)
     view("/-/devices/{device_id}", "device.html", _device(parts))
     view("/-/releases", "releases.html", _releases)
     view("/-/rollouts", "rollouts.html", _rollouts)
@@ -187,41 +186,6 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
 
         values = await parts.store.aread(read)
         return render("devices.html", me, filters=shown, **values)
-
-
-def glance(connection: Connection) -> dict[str, Any]:
-    """The fleet in a few numbers; each is one counting query."""
-    now = int(time.time())
-
-    def grouped(column: Any) -> list[tuple[Any, int]]:
-        rows = connection.execute(
-            select(column, func.count())
-            .where(device_table.c.enrolment == "accepted")
-            .group_by(column)
-            .order_by(func.count().desc())
-            .limit(12)
-        )
-        return [(value, number) for value, number in rows]
-
-    seen = select(func.count()).select_from(device_table)
-    active = connection.scalars(
-        select(rollout_table.c.id)
-        .where(rollout_table.c.state.in_(("pilot", "expand", "paused")))
-        .order_by(rollout_table.c.id.desc())
-        .limit(10)
-    ).all()
-    return {
-        "total": connection.execute(seen).scalar_one(),
-        "seen": connection.execute(
-            seen.where(device_table.c.last_seen > now - 86400)
-        ).scalar_one(),
-        "pending": connection.execute(
-            seen.where(device_table.c.enrolment == "pending")
-        ).scalar_one(),
-        "versions": grouped(device_table.c.current_version),
-        "statuses": grouped(device_table.c.status),
-        "rollouts": [api_rollouts.shown(connection, number) for number in active],
-    }
 
 
 def _device(parts: Parts) -> Callable[..., dict[str, Any]]:

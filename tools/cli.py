@@ -38,7 +38,11 @@ _ELSEWHERE = {
     "device": ("fleet_cli", "device", "See and steer the boards of a fleet."),
     "release": ("fleet_cli", "release", "Upload, flag, block and promote releases."),
     "rollout": ("fleet_cli", "rollout", "Bring a release to a fleet, stage by stage."),
-    "fleet": ("fleet_cli", "fleet", "The server: audit, export, backup, simulation."),
+    "fleet": (
+        "fleet_cli",
+        "fleet",
+        "The server: rules, people, jobs, audit, backup, simulation.",
+    ),
     "demo": ("demo", "demo", "Watch a virtual board update itself and survive a bad release."),
 }
 

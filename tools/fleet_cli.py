@@ -1,7 +1,7 @@
 """``twinslot device | release | rollout | fleet``: run a fleet from the command line.
 
-Which server, and as whom: ``--server``, ``--token``, ``--ca``, or the environment's
-``TWINSLOT_URL``, ``TWINSLOT_TOKEN``, ``TWINSLOT_CA``. ``--json`` prints the API's own answer.
+Which server, and as whom: see ``fleet_base``. ``--json`` prints the API's own answer. The rest of
+``twinslot fleet`` is in ``fleet_admin_cli``.
 """
 
 import asyncio
@@ -14,69 +14,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from . import fleet_admin_cli
+from .fleet_base import Json, cell, connect, out, print_json, query, table, talk
 from .fleet_http import Api, ApiError, Pool, multipart
-
-out = Console(highlight=False)
-talk = Console(stderr=True, highlight=False)
 
 device = typer.Typer(help="See and steer the boards of a fleet.", no_args_is_help=True)
 release = typer.Typer(help="Upload, flag, block and promote releases.", no_args_is_help=True)
 rollout = typer.Typer(help="Bring a release to a fleet, stage by stage.", no_args_is_help=True)
-fleet = typer.Typer(help="The server: state, audit, backup, simulation.", no_args_is_help=True)
-
-Json = Annotated[bool, typer.Option("--json", help="Print the API's answer.")]
-Server = Annotated[str, typer.Option(envvar="TWINSLOT_URL", help="https://host:port")]
-Token = Annotated[str, typer.Option(envvar="TWINSLOT_TOKEN", help="An API token.")]
-Ca = Annotated[Path | None, typer.Option(envvar="TWINSLOT_CA", help="The server's certificate.")]
-
-
-def _connect(
-    context: typer.Context,
-    server: Server = "https://127.0.0.1:8443",
-    token: Token = "",
-    ca: Ca = None,
-) -> None:
-    context.obj = Api(server, token, ca)
-
+fleet = typer.Typer(
+    help="The server: rules, people, jobs, audit, backup, simulation.", no_args_is_help=True
+)
 
 for _app in (device, release, rollout, fleet):
-    _app.callback()(_connect)
-
-
-def _print(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
-def _table(rows: list[dict[str, Any]], columns: list[str]) -> None:
-    if not out.is_terminal:  # for other programs: nothing is cut to a width
-        for row in rows:
-            print("\t".join(_cell(row.get(name)) for name in columns))
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in columns:
-        table.add_column(name.replace("_", " "))
-    for row in rows:
-        table.add_row(*(Text(_cell(row.get(name))) for name in columns))
-    out.print(table)
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "-"
-    if isinstance(value, dict):
-        return " ".join(f"{k}={v}" for k, v in value.items())
-    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _query(**members: Any) -> str:
-    from urllib.parse import urlencode
-
-    return urlencode({k: v for k, v in members.items() if v not in (None, "")})
+    _app.callback()(connect)
+fleet_admin_cli.add_to(fleet)
 
 
 # ---- device
@@ -89,20 +42,29 @@ def device_list(
     status: str = "",
     product: str = "",
     version: str = "",
+    enrolment: Annotated[str, typer.Option(help="pending, accepted, decommissioned")] = "",
     search: Annotated[str, typer.Option(help="Part of an id or MAC.")] = "",
     limit: int = 100,
+    after: Annotated[str, typer.Option(help="Go on behind this board.")] = "",
     as_json: Json = False,
 ) -> None:
     """List boards."""
-    query = _query(
-        label=label, status=status, product=product, version=version, q=search, limit=limit
+    wanted = query(
+        label=label,
+        status=status,
+        product=product,
+        version=version,
+        enrolment=enrolment,
+        q=search,
+        limit=limit,
+        after=after,
     )
-    found = context.obj.call("GET", f"devices?{query}")
+    found = context.obj.call("GET", f"devices?{wanted}")
     if as_json:
-        _print(found)
+        print_json(found)
     else:
         columns = ["device_id", "product", "current_version", "status", "enrolment", "last_seen"]
-        _table(found["devices"], columns)
+        table(found["devices"], columns)
 
 
 @device.command()
@@ -110,13 +72,13 @@ def show(context: typer.Context, device_id: str, as_json: Json = False) -> None:
     """Show one board and its attempts."""
     found = context.obj.call("GET", f"devices/{device_id}")
     if as_json:
-        _print(found)
+        print_json(found)
         return
     for name, value in found.items():
         if name not in ("history", "attempts"):
-            out.print(Text(f"{name:16} {_cell(value)}"))
+            out.print(Text(f"{name:16} {cell(value)}"))
     columns = ["version", "state", "reason", "origin", "offered", "ended"]
-    _table(found["attempts"], columns)
+    table(found["attempts"], columns)
 
 
 @device.command()
@@ -124,7 +86,7 @@ def explain(context: typer.Context, device_id: str, as_json: Json = False) -> No
     """Say in one sentence what the board would be offered now, and why."""
     found = context.obj.call("GET", f"devices/{device_id}/explain")
     if as_json:
-        _print(found)
+        print_json(found)
     else:
         print("\n".join([found["sentence"], *found["notes"]]))
 
@@ -140,7 +102,7 @@ def device_label(
     for text in labels:
         key, sign, value = text.partition("=")
         wanted[key if sign else text.removesuffix("-")] = value if sign else None
-    print(_cell(context.obj.call("PATCH", f"devices/{device_id}", {"labels": wanted})["tags"]))
+    print(cell(context.obj.call("PATCH", f"devices/{device_id}", {"labels": wanted})["tags"]))
 
 
 @device.command()
@@ -149,6 +111,14 @@ def accept(context: typer.Context, device_ids: list[str]) -> None:
     for device_id in device_ids:
         context.obj.call("PATCH", f"devices/{device_id}", {"enrolment": "accepted"})
         print(f"{device_id} accepted")
+
+
+@device.command()
+def hold(context: typer.Context, device_ids: list[str]) -> None:
+    """Offer boards nothing until they are accepted again."""
+    for device_id in device_ids:
+        context.obj.call("PATCH", f"devices/{device_id}", {"enrolment": "pending"})
+        print(f"{device_id} waits")
 
 
 @device.command()
@@ -209,7 +179,7 @@ def release_upload(
     if pilot_ready:
         found = context.obj.call("PATCH", f"firmware/{found['id']}", {"pilot_ready": True})
     if as_json:
-        _print(found)
+        print_json(found)
     else:
         print(f"firmware {found['id']}: {found['product']} {found['version']} {found['sha256']}")
 
@@ -217,12 +187,34 @@ def release_upload(
 @release.command("list")
 def release_list(context: typer.Context, product: str = "", as_json: Json = False) -> None:
     """List releases."""
-    found = context.obj.call("GET", f"firmware?{_query(product=product)}")
+    found = context.obj.call("GET", f"firmware?{query(product=product)}")
     if as_json:
-        _print(found)
+        print_json(found)
     else:
         columns = ["id", "product", "version", "channel", "size", "pilot_ready", "stable"]
-        _table(found["firmware"], [*columns, "blocked"])
+        table(found["firmware"], [*columns, "blocked"])
+
+
+@release.command("show")
+def release_show(context: typer.Context, number: int, as_json: Json = False) -> None:
+    """Show one release."""
+    _show_release(context.obj.call("GET", f"firmware/{number}"), as_json)
+
+
+def _show_release(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(found)
+        return
+    for name, value in found.items():
+        out.print(Text(f"{name:16} {cell(value)}"))
+
+
+@release.command()
+def download(context: typer.Context, number: int, to: Path) -> None:
+    """Fetch a release's image into a file."""
+    content = context.obj.fetch(f"firmware/{number}/download")
+    to.write_bytes(content)
+    print(f"{to}: {len(content)} bytes")
 
 
 @release.command()
@@ -231,11 +223,26 @@ def mark(
     number: int,
     pilot_ready: Annotated[bool | None, typer.Option("--pilot-ready/--not-pilot-ready")] = None,
     stable: Annotated[bool | None, typer.Option("--stable/--not-stable")] = None,
+    notes: Annotated[str | None, typer.Option(help="Release notes.")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Say how far a release may go."""
-    flags = {"pilot_ready": pilot_ready, "stable": stable}
+    """Say how far a release may go, and what it brings."""
+    flags = {"pilot_ready": pilot_ready, "stable": stable, "notes": notes}
     wanted = {name: value for name, value in flags.items() if value is not None}
-    _print(context.obj.call("PATCH", f"firmware/{number}", wanted))
+    _show_release(context.obj.call("PATCH", f"firmware/{number}", wanted), as_json)
+
+
+@release.command("remove")
+def release_remove(context: typer.Context, number: int) -> None:
+    """Remove a release that nothing needs, and its files."""
+    context.obj.call("DELETE", f"firmware/{number}")
+    print(f"firmware {number} removed")
+
+
+@release.command("gc")
+def release_gc(context: typer.Context) -> None:
+    """Remove payloads that no release names, and leftovers of broken uploads."""
+    print(cell(context.obj.call("POST", "firmware/gc")))
 
 
 @release.command()
@@ -261,7 +268,7 @@ def promote(
 ) -> None:
     """Make a channel offer a release."""
     if dry_run:
-        found = context.obj.call("GET", f"firmware/{number}/reach?{_query(channel=channel)}")
+        found = context.obj.call("GET", f"firmware/{number}/reach?{query(channel=channel)}")
         print(f"boards to move: {found['devices']}")
         return
     found = context.obj.call("POST", f"firmware/{number}/promote", {"channel": channel})
@@ -281,11 +288,15 @@ def rollout_create(
     ] = None,
     label: Annotated[list[str] | None, typer.Option(help="Only these boards.")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="name=value, as in bake_s=600.")] = None,
-    start: Annotated[bool, typer.Option("--start")] = False,
+    name: str = "",
+    at: Annotated[str, typer.Option(help="Start by itself then: 2026-12-01T09:00+01:00.")] = "",
+    start: Annotated[bool, typer.Option("--start", help="Start now.")] = False,
     as_json: Json = False,
 ) -> None:
     """Make a rollout; without --start it waits as a draft that says how many it will move."""
-    body: dict[str, Any] = {"product": product, "version": version, "start": start}
+    body: dict[str, Any] = {"product": product, "version": version, "start": start, "name": name}
+    if at:
+        body["starts_at"] = at
     if stage:
         body["stages"] = [_stage(text) for text in stage]
     if label:
@@ -306,7 +317,7 @@ def _stage(text: str) -> dict[str, Any]:
 
 def _show_rollout(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print(found)
+        print_json(found)
         return
     counts = " ".join(f"{n}={v}" for n, v in found["counts"].items())
     stage = f"stage {found['stage'] + 1} of {len(found['stages'])}"
@@ -321,9 +332,9 @@ def rollout_list(context: typer.Context, as_json: Json = False) -> None:
     """List rollouts."""
     found = context.obj.call("GET", "rollouts")
     if as_json:
-        _print(found)
+        print_json(found)
     else:
-        _table(found["rollouts"], ["id", "name", "state", "stage", "why"])
+        table(found["rollouts"], ["id", "name", "state", "stage", "why"])
 
 
 @rollout.command("show")
@@ -382,14 +393,28 @@ def target(
 # ---- fleet
 
 
+@fleet.command("status")
+def fleet_status(context: typer.Context, as_json: Json = False) -> None:
+    """The fleet at a glance: boards, what they run, rollouts under way."""
+    found = context.obj.call("GET", "fleet")
+    if as_json:
+        print_json(found)
+        return
+    print(f"{found['total']} boards, {found['seen']} seen within a day, {found['pending']} wait")
+    for what in ("versions", "statuses"):
+        shown = " ".join(f"{cell(row['value'])}={row['boards']}" for row in found[what])
+        print(f"{what:9} {shown}")
+    table(found["rollouts"], ["id", "name", "state", "stage", "why"])
+
+
 @fleet.command()
 def audit(context: typer.Context, limit: int = 50, as_json: Json = False) -> None:
     """Who changed what."""
-    found = context.obj.call("GET", f"audit?{_query(limit=limit)}")
+    found = context.obj.call("GET", f"audit?{query(limit=limit)}")
     if as_json:
-        _print(found)
+        print_json(found)
     else:
-        _table(found["audit"], ["at", "who", "action", "target", "before", "after"])
+        table(found["audit"], ["at", "who", "action", "target", "before", "after"])
 
 
 @fleet.command()
@@ -402,7 +427,7 @@ def export(
     kind = "json" if as_json else "csv"
     found = context.obj.call("GET", f"export/{what}?format={kind}")
     if as_json:
-        _print(found)
+        print_json(found)
     else:
         print(found, end="")
 
@@ -414,8 +439,8 @@ def call(
     path: Annotated[str, typer.Argument(help="As in windows or users/anna.")],
     body: Annotated[str | None, typer.Argument(help="JSON.")] = None,
 ) -> None:
-    """Call the API: windows, schedules, users, webhooks, jobs."""
-    _print(context.obj.call(method.upper(), path, json.loads(body) if body else None))
+    """Call the API as it is."""
+    print_json(context.obj.call(method.upper(), path, json.loads(body) if body else None))
 
 
 @fleet.command()
@@ -477,7 +502,7 @@ def sim(
         return {**result, "differences": len(differences), "examples": differences[:10]}
 
     result = asyncio.run(play())
-    _print(result)
+    print_json(result)
     if result["differences"] or result["state"] not in ("complete", "paused"):
         raise typer.Exit(1)
 

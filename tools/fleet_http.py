@@ -37,23 +37,61 @@ class Api:
         headers = {"Authorization": f"Bearer {self.token}"}
         if data is not None:
             headers["Content-Type"] = kind or "application/json"
-        url = f"{self.url.rstrip('/')}/api/v1/{path}"
+        url = f"{self._home()}api/v1/{path}"
         request = urllib.request.Request(url, data, headers, method=method)
+        content, is_json, _ = self._open(request)
+        return json.loads(content) if is_json else content.decode()
+
+    def fetch(self, path: str) -> bytes:
+        """Return a file, wherever the server says it is; the token goes to the server only.
+
+        Raises:
+            ApiError: it can't be had.
+        """
+        url = f"{self._home()}api/v1/{path}"
+        for _ in range(3):
+            at_home = url.startswith(self._home())
+            headers = {"Authorization": f"Bearer {self.token}"} if at_home else {}
+            content, _, moved = self._open(urllib.request.Request(url, headers=headers))
+            if not moved:
+                return content
+            url = urllib.parse.urljoin(url, moved)
+        raise ApiError(f"{self.url}: redirected too often")
+
+    def _home(self) -> str:
+        return f"{self.url.rstrip('/')}/"
+
+    def _open(self, request: urllib.request.Request) -> tuple[bytes, bool, str | None]:
+        """Send a request; return content, whether it is JSON, and where it says to go instead."""
+        at_home = request.full_url.startswith(self._home())
+        context = self.tls() if at_home else ssl.create_default_context()
+        opener = urllib.request.build_opener(
+            urllib.request.HTTPSHandler(context=context), _NoRedirect
+        )
         try:
-            with urllib.request.urlopen(request, timeout=60, context=self.tls()) as answer:
-                content = answer.read()
+            with opener.open(request, timeout=60) as answer:
                 is_json = "json" in answer.headers.get("Content-Type", "")
+                return answer.read(), is_json, None
         except urllib.error.HTTPError as exc:
             with exc:
+                if 300 < exc.code < 400 and (moved := exc.headers.get("Location")):
+                    return b"", False, moved
                 raise ApiError(_said(exc)) from None
         except (urllib.error.URLError, OSError) as exc:
-            raise ApiError(f"{self.url}: {getattr(exc, 'reason', exc)}") from None
-        return json.loads(content) if is_json else content.decode()
+            where = self.url if at_home else request.host
+            raise ApiError(f"{where}: {getattr(exc, 'reason', exc)}") from None
 
     def tls(self) -> ssl.SSLContext | None:
         if not self.url.startswith("https:"):
             return None
         return ssl.create_default_context(cafile=str(self.ca) if self.ca else None)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """urllib's own would send the token along, to whatever host."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def _said(exc: urllib.error.HTTPError) -> str:

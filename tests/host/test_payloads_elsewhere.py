@@ -19,6 +19,7 @@ from botocore.credentials import Credentials
 from fleet import FLEET, Board, running
 
 from twinslot_server.presign import presigned
+from twinslot_tools.fleet_http import Api
 from twinslot_tools.lab import Lab
 
 REGION, KEY_ID, SECRET = "eu-central-1", "AKIATESTTESTTESTTEST", "wJalrXUtnFEMI/K7MDENG+bPxRfi"
@@ -150,7 +151,9 @@ def elsewhere(tmp_path, monkeypatch) -> Iterator[Store]:
     store.server_close()
 
 
-def test_a_board_fetches_its_payload_from_the_store_and_shows_it_no_token(tmp_path, elsewhere):
+def test_a_board_fetches_its_payload_from_the_store_and_shows_it_no_token(
+    tmp_path, elsewhere, monkeypatch
+):
     """The first answer breaks off: it goes on at its checkpoint, by another signed URL."""
     host = urlsplit(elsewhere.url).netloc
     with Lab(tmp_path / "lab", settings={"allow_hosts": [host]}) as lab:
@@ -160,7 +163,13 @@ def test_a_board_fetches_its_payload_from_the_store_and_shows_it_no_token(tmp_pa
         lab.wait_for_server(lambda d: d["status"] == "confirmed")
         image = lab.firmware("1.1.0").read_bytes()
         assert image in lab.flash.read_bytes()
-    (first, second) = elsewhere.seen
+        ca = lab.folder / "server" / "server.crt"
+        monkeypatch.setenv("SSL_CERT_FILE", str(ca))
+        operator = Api(lab.url, (ca.parent / "operator-token").read_text().strip(), ca)
+        (release,) = operator.call("GET", "firmware")["firmware"]
+        assert operator.fetch(f"firmware/{release['id']}/download") == image
+    (first, second, third) = elsewhere.seen
+    assert third == (200, None, None), "nor does the command line"
     assert first == (200, None, None)
     assert second[0] == 200 and second[1].startswith("bytes=") and second[2] is None
 
