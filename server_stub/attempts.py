@@ -1,9 +1,13 @@
-"""Attempts in the database: what offers, polls and reports make of them (rules: ``truth``)."""
+"""Attempts in the database: what offers, polls and reports make of them (rules: ``truth``).
+
+What every poll and report runs is made once, here: to build a statement costs more than to run it.
+"""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, bindparam, func, select, update
 
 from . import truth
 from .schema import attempts, job_nodes, reports
@@ -14,30 +18,39 @@ TRIES_WITHIN_S = 86400
 _NOT_THE_BUILDS_FAULT = ("superseded", "interrupted", "timed_out")
 _FIELDS = [field.name for field in dataclasses.fields(Attempt)]
 
+_OF_BOARD = (
+    select(attempts)
+    .where(attempts.c.device_id == bindparam("board"))
+    .order_by(attempts.c.id.desc())
+    .limit(1)
+)
+_NAMED = _OF_BOARD.where(attempts.c.attempt == bindparam("name"))
+_TRIES = (
+    select(attempts.c.build, func.count())
+    .where(
+        attempts.c.device_id == bindparam("board"),
+        attempts.c.state.in_(truth.BAD),
+        attempts.c.ended > bindparam("since"),
+        func.coalesce(attempts.c.reason, "").not_in(_NOT_THE_BUILDS_FAULT),
+    )
+    .group_by(attempts.c.build)
+)
+_ADD = attempts.insert().returning(*attempts.c)
+_CHANGE = update(attempts).where(attempts.c.id == bindparam("row")).returning(*attempts.c)
+_SET_NODE = update(job_nodes).where(
+    job_nodes.c.job_id == bindparam("job"), job_nodes.c.device_id == bindparam("board")
+)
+
 
 def latest(connection: Connection, device_id: str) -> Any:
     """The newest attempt of a board, or None."""
-    return connection.execute(
-        select(attempts)
-        .where(attempts.c.device_id == device_id)
-        .order_by(attempts.c.id.desc())
-        .limit(1)
-    ).first()
+    return connection.execute(_OF_BOARD, {"board": device_id}).first()
 
 
 def tries(connection: Connection, device_id: str, now: int) -> dict[str, int]:
     """Attempts of the last day that went wrong, by build."""
-    rows = connection.execute(
-        select(attempts.c.build, func.count())
-        .where(
-            attempts.c.device_id == device_id,
-            attempts.c.state.in_(truth.BAD),
-            attempts.c.ended > now - TRIES_WITHIN_S,
-            func.coalesce(attempts.c.reason, "").not_in(_NOT_THE_BUILDS_FAULT),
-        )
-        .group_by(attempts.c.build)
-    )
-    return dict(rows.all())
+    since = now - TRIES_WITHIN_S
+    return dict(connection.execute(_TRIES, {"board": device_id, "since": since}).all())
 
 
 def on_poll(connection: Connection, row: Any, device: Any, now: int) -> Any:
@@ -62,72 +75,59 @@ def on_offer(
             if open_row.state == "offered" and _origin(open_row) != _origin_of(offer):
                 changed = offer
             if any(getattr(open_row, name) != value for name, value in changed.items()):
-                connection.execute(
-                    update(attempts).where(attempts.c.id == open_row.id).values(**changed)
-                )
+                connection.execute(_CHANGE, {"row": open_row.id, **changed})
             return
         save(connection, open_row, truth.give_up(as_attempt(open_row), "superseded", now))
-    connection.execute(
-        attempts.insert().values(
-            **_blank(device.device_id, now),
-            from_build=device.current_build,
-            from_version=device.current_version,
-            **offer,
-        )
-    )
+    connection.execute(_ADD, {**_blank(device, now), **offer})
 
 
 def on_report(
     connection: Connection, device: Any, report: dict[str, Any], now: int
-) -> tuple[Any, Any]:
-    """Book a report that was not known yet; return the attempt before and after."""
-    row = _attempt_meant(connection, device, report, now)
+) -> tuple[str, Any]:
+    """Book a report that was not known yet; return the attempt's state before, and it after."""
+    row, new = _attempt_meant(connection, device, report, now)
+    before = _attempt(new) if row is None else as_attempt(row)
     error = report.get("error") or {}
     after = truth.after_report(
-        as_attempt(row), report["status"], now, error.get("code"), report.get("bytes")
+        before, report["status"], now, error.get("code"), report.get("bytes")
     )
-    saved = save(connection, row, after)
-    if row.job_id is not None:
-        set_node(connection, row.job_id, device.device_id, saved)
-    return row, saved
+    if row is None:
+        saved = connection.execute(_ADD, {**new, **dataclasses.asdict(after)}).one()
+    else:
+        saved = save(connection, row, after, new)
+    if saved.job_id is not None:
+        set_node(connection, saved.job_id, device.device_id, saved)
+    return before.state, saved
 
 
-def _attempt_meant(connection: Connection, device: Any, report: dict[str, Any], now: int) -> Any:
-    named = connection.execute(
-        select(attempts)
-        .where(attempts.c.device_id == device.device_id, attempts.c.attempt == report["attempt"])
-        .order_by(attempts.c.id.desc())
-        .limit(1)
-    ).first()
-    if named is not None:
-        return named
-    row = latest(connection, device.device_id)
+def _attempt_meant(
+    connection: Connection, device: Any, report: dict[str, Any], now: int
+) -> tuple[Any, dict[str, Any]]:
+    """Find the attempt a report speaks of: its row and what more is known of it now, or None and
+    the values of a new one."""
+    board, name = device.device_id, report["attempt"]
+    row = latest(connection, board)
+    if row is None or row.attempt != name:
+        named = connection.execute(_NAMED, {"board": board, "name": name}).first()
+        row = named or row
+    if row is not None and row.attempt == name:
+        return row, {}
     build = report.get("build") or ""
     origin: dict[str, Any] = {"origin": "board"}
     if row is not None and row.build == (build or row.build):
         if row.attempt is None and (row.state in truth.OPEN or row.presumed):
-            connection.execute(
-                update(attempts).where(attempts.c.id == row.id).values(attempt=report["attempt"])
-            )
-            return row
+            return row, {"attempt": name}
         if row.state in truth.OPEN or (row.state == "failed" and row.presumed):
             # The board has begun anew, after a reset or a broken download.
             origin = _origin(row)
             save(connection, row, truth.give_up(as_attempt(row), "interrupted", now))
-    new = connection.execute(
-        attempts.insert()
-        .values(
-            **_blank(device.device_id, now),
-            **origin,
-            attempt=report["attempt"],
-            build=build or (row.build if row is not None and origin["origin"] != "board" else ""),
-            version=report.get("version"),
-            from_build=device.current_build,
-            from_version=device.current_version,
-        )
-        .returning(attempts.c.id)
-    ).scalar_one()
-    return connection.execute(select(attempts).where(attempts.c.id == new)).one()
+    return None, {
+        **_blank(device, now),
+        **origin,
+        "attempt": name,
+        "build": build or (row.build if row is not None and origin["origin"] != "board" else ""),
+        "version": report.get("version"),
+    }
 
 
 def time_out(connection: Connection, *where: Any, now: int) -> None:
@@ -178,15 +178,12 @@ _NODE_STATUS = {"confirmed": "completed", "failed": "failed", "rolledback": "fai
 
 def set_node(connection: Connection, job_id: int, device_id: str, attempt: Any) -> None:
     """Show an attempt as the status of a job's node."""
-    connection.execute(
-        update(job_nodes)
-        .where(job_nodes.c.job_id == job_id, job_nodes.c.device_id == device_id)
-        .values(
-            status=_NODE_STATUS.get(attempt.state, "in_progress"),
-            error_message=attempt.reason,
-            updated=attempt.updated,
-        )
-    )
+    values = {
+        "status": _NODE_STATUS.get(attempt.state, "in_progress"),
+        "error_message": attempt.reason,
+        "updated": attempt.updated,
+    }
+    connection.execute(_SET_NODE, {"job": job_id, "board": device_id, **values})
 
 
 def as_attempt(row: Any) -> Attempt:
@@ -194,17 +191,26 @@ def as_attempt(row: Any) -> Attempt:
     return Attempt(**{name: getattr(row, name) for name in _FIELDS})
 
 
-def save(connection: Connection, row: Any, after: Attempt) -> Any:
+def save(
+    connection: Connection, row: Any, after: Attempt, more: Mapping[str, Any] | None = None
+) -> Any:
+    """Write what differs from ``row``, and ``more``; return the row as it is now."""
     changed = {n: getattr(after, n) for n in _FIELDS if getattr(after, n) != getattr(row, n)}
+    changed |= more or {}
     if not changed:
         return row
-    connection.execute(update(attempts).where(attempts.c.id == row.id).values(**changed))
-    return connection.execute(select(attempts).where(attempts.c.id == row.id)).one()
+    return connection.execute(_CHANGE, {"row": row.id, **changed}).one()
 
 
-def _blank(device_id: str, now: int) -> dict[str, Any]:
+def _attempt(values: Mapping[str, Any]) -> Attempt:
+    return Attempt(**{name: values[name] for name in _FIELDS if name in values})
+
+
+def _blank(device: Any, now: int) -> dict[str, Any]:
     return {
-        "device_id": device_id,
+        "device_id": device.device_id,
+        "from_build": device.current_build,
+        "from_version": device.current_version,
         "state": "offered",
         "presumed": False,
         "said_confirmed": False,

@@ -13,6 +13,7 @@ from . import devices
 from .schema import downloads
 from .store import Store
 
+_PIECE = 500  # boards in one transaction: a few milliseconds
 _WAITING = 10_000  # downloads between two flushes; more are counted, not listed
 
 
@@ -49,19 +50,19 @@ class Behind:
             )
 
     def flush(self) -> None:
-        """Write it all down in one transaction."""
-        if not (self._seen or self._downloads):
-            return
+        """Write it all down, in pieces that keep no report waiting for long."""
         seen, self._seen = self._seen, {}
         fetched, self._downloads = self._downloads, []
+        times = sorted(seen.items())
+        for first in range(0, len(times), _PIECE):
+            piece = times[first : first + _PIECE]
+            self._store.write(lambda connection, some=piece: devices.seen(connection, some))
+        if fetched:
+            self._store.write(lambda connection: self._list(connection, fetched))
 
-        def work(connection: Connection) -> None:
-            devices.seen(connection, seen)
-            if fetched:
-                connection.execute(downloads.insert(), fetched)
-                newest = connection.execute(select(func.max(downloads.c.id))).scalar_one()
-                connection.execute(
-                    downloads.delete().where(downloads.c.id <= newest - self._downloads_kept)
-                )
-
-        self._store.write(work)
+    def _list(self, connection: Connection, fetched: list[dict[str, Any]]) -> None:
+        connection.execute(downloads.insert(), fetched)
+        newest = connection.execute(select(func.max(downloads.c.id))).scalar_one()
+        connection.execute(
+            downloads.delete().where(downloads.c.id <= newest - self._downloads_kept)
+        )

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, select
 
 from . import attempts, devices, offers, policy, releases, rollouts, stages, truth, windows
 from .offers import Board, Candidate, Decision, Situation
-from .schema import job_nodes, members
+from .schema import job_nodes
 from .settings import Settings
 from .site import Channel, ChannelError, Site
 
@@ -172,14 +172,7 @@ class Chooser:
         ]
         if not running:
             return []
-        mine = set(
-            connection.scalars(
-                select(members.c.rollout_id).where(
-                    members.c.device_id == row.device_id,
-                    members.c.rollout_id.in_([r.id for r in running]),
-                )
-            )
-        )
+        mine = rollouts.of_board(connection, row.device_id)
         for rollout in running:
             release = rules.releases[rollout.release_id]
             if rollout.id not in mine and not self._joins(connection, rollout, release, row):
@@ -223,9 +216,9 @@ class Chooser:
         connection: Connection, rollout: Any, row: Any, latest: Any
     ) -> tuple[str, str] | None:
         """Why this member of a running rollout must wait, if it must."""
-        own = rollouts.newest_attempt(connection, rollout.id, row.device_id)
-        if own is not None and latest is not None and own.id == latest.id:
-            own = latest
+        own = latest
+        if latest is not None and latest.rollout_id != rollout.id:
+            own = rollouts.newest_attempt(connection, rollout.id, row.device_id)
         if own is not None:
             if own.state in truth.OPEN:
                 return None

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, update
+from sqlalchemy import Connection
 
 from . import attempts, devices, events, rollouts, truth
 from .behind import Behind
@@ -24,16 +24,20 @@ from .limits import Limits
 from .messages import CheckUpdate, ReportStatus
 from .offers import Decision
 from .problems import Problem
-from .schema import devices as device_table
 from .schema import reports as report_table
 from .settings import Settings
 from .site import Site
-from .store import Store, insert
+from .store import INSERTS, Store
 
 log = logging.getLogger("twinslot.server")
 
 REMEMBER_S = 3600.0
 """Only the age of failed tries and the expiry of a release change an answer by time alone."""
+
+_ADD_REPORT = {
+    dialect: make(report_table).on_conflict_do_nothing().returning(report_table.c.id)
+    for dialect, make in INSERTS.items()
+}
 
 _UNPUBLISHED = ("no_channel", "bad_pointer", "bad_release", "bad_keyring")
 
@@ -103,6 +107,7 @@ class Desk:
         answer, settled = await self._store.awrite(
             lambda connection: self._answer(connection, ask.device_id, facts, token, now)
         )
+        self._behind.seen(ask.device_id, now)
         if settled:
             self._keep(ask.device_id, _Kept(stamp, time.monotonic() + REMEMBER_S, answer))
         return answer
@@ -136,7 +141,7 @@ class Desk:
         latest = attempts.latest(connection, device_id)
         if latest is not None:
             after = attempts.on_poll(connection, latest, row, now)
-            self._ended(connection, latest, after, now)
+            self._ended(connection, latest.state, after, now)
             latest = after
         decision, channel = self._chooser.decide(connection, row, latest, now, booking=True)
         poll_s = self._chooser.poll_s(connection, row, channel, now)
@@ -191,9 +196,10 @@ class Desk:
     async def report(self, report: ReportStatus, token: str | None) -> bool:
         """Keep a report; False where the same one is known already."""
         self.reports += 1
-        new = await self._store.awrite(
-            lambda connection: self._report(connection, report, token, int(time.time()))
-        )
+        now = int(time.time())
+        new = await self._store.awrite(lambda c: self._report(c, report, token, now))
+        if not new:
+            self._behind.seen(report.device_id, now)
         self._kept.pop(report.device_id, None)
         return new
 
@@ -204,21 +210,15 @@ class Desk:
         before = devices.find(connection, device_id)
         _check_token(before, token)
         # A board this server has never seen may report: its database may be a new one.
-        row = devices.touch(
-            connection,
-            device_id,
-            {},
-            now,
-            self._settings.enrolment_of({}),
-            self._limits.devices,
-            before,
-        )
+        enrolment = self._settings.enrolment_of({})
+        row = before
+        if row is None:
+            limit = self._limits.devices
+            row = devices.touch(connection, device_id, {}, now, enrolment, limit, None)
         kept = report.model_dump(exclude={"device_id", "current_version", "current_build"})
         added = connection.execute(
-            insert(connection, report_table)
-            .values(device_id=device_id, received=now, **kept)
-            .on_conflict_do_nothing()
-            .returning(report_table.c.id)
+            _ADD_REPORT[connection.dialect.name],
+            {"device_id": device_id, "received": now, **kept},
         ).scalar_one_or_none()
         if added is None:
             return False
@@ -226,33 +226,31 @@ class Desk:
             "current_version": report.current_version,
             "current_build": report.current_build,
         }
-        connection.execute(
-            update(device_table)
-            .where(device_table.c.device_id == device_id)
-            .values(
-                status=report.status,
-                status_version=report.version,
+        devices.change(
+            connection,
+            row,
+            {
+                "status": report.status,
+                "status_version": report.version,
+                "last_seen": now,
                 **{name: value for name, value in running.items() if value is not None},
-            )
+            },
         )
         if added % 16 == 0 or self._limits.reports_per_device < 16:
             attempts.keep_last(connection, device_id, self._limits.reports_per_device)
-        old, after = attempts.on_report(connection, row, kept, now)
-        self._ended(connection, old, after, now, said=True)
+        was, after = attempts.on_report(connection, row, kept, now)
+        self._ended(connection, was, after, now, said=True)
         return True
 
     def _ended(
-        self, connection: Connection, before: Any, after: Any, now: int, said: bool = False
+        self, connection: Connection, was: str, after: Any, now: int, said: bool = False
     ) -> None:
-        """Do what the end of an attempt asks for."""
-        if after.state == before.state or after.state in truth.OPEN:
+        """Do what the end of an attempt asks for; ``was`` is its state before."""
+        if after.state == was or after.state in truth.OPEN:
             return
         if not said:
-            connection.execute(
-                update(device_table)
-                .where(device_table.c.device_id == after.device_id)
-                .values(status=after.state, status_version=after.version)
-            )
+            status = {"status": after.state, "status_version": after.version}
+            devices.change(connection, after, status)
         if after.job_id is not None:
             attempts.set_node(connection, after.job_id, after.device_id, after)
         events.emit(

@@ -5,10 +5,10 @@ import hashlib
 import io
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Select, delete, func, select, update
+from sqlalchemy import Connection, Select, bindparam, delete, func, select, update
 
 from .messages import DEVICE_ID
 from .problems import Problem
@@ -21,13 +21,16 @@ _VALUE = re.compile(r"[^\x00-\x1f\x7f=,]{0,64}")
 CSV_COLUMNS = ("device_id", "mac", "product", "channel", "hardware", "labels", "token")
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,256}=*")
 
+_FIND = select(devices).where(devices.c.device_id == bindparam("board"))
+_CHANGE = update(devices).where(devices.c.device_id == bindparam("board")).returning(*devices.c)
+
 
 def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def find(connection: Connection, device_id: str) -> Any:
-    return connection.execute(select(devices).where(devices.c.device_id == device_id)).first()
+    return connection.execute(_FIND, {"board": device_id}).first()
 
 
 def get(connection: Connection, device_id: str) -> Any:
@@ -53,7 +56,8 @@ def touch(
 ) -> Any:
     """Register a board or renew what is known of it; None in ``facts`` overwrites too.
 
-    ``row`` is what :func:`find` found, None for a new board.
+    ``row`` is what :func:`find` found, None for a new board. Where nothing changed nothing is
+    written: that the board was seen is the write-behind's.
 
     Raises:
         StoreError: it is new and the registry is full.
@@ -73,24 +77,31 @@ def touch(
     changed = {k: v for k, v in facts.items() if getattr(row, k) != v}
     if "labels" in changed:
         _keep_reported(connection, device_id, changed["labels"])
-    connection.execute(
-        update(devices)
-        .where(devices.c.device_id == device_id)
-        .values(**changed, last_seen=max(now, row.last_seen))
-    )
-    return find(connection, device_id) if changed else row
+    return change(connection, row, {**changed, "last_seen": now}) if changed else row
 
 
-def seen(connection: Connection, times: Mapping[str, int]) -> None:
-    """Renew many ``last_seen`` at once."""
-    if times:
-        table = devices.name
+def change(connection: Connection, row: Any, values: Mapping[str, Any]) -> Any:
+    """Write ``values`` of a board; return its row as it is now."""
+    return connection.execute(_CHANGE, {"board": row.device_id, **values}).one()
+
+
+def seen(connection: Connection, times: Sequence[tuple[str, int]]) -> None:
+    """Renew many ``last_seen`` at once: of device id, and seconds since 1970."""
+    if connection.dialect.name == "sqlite":
         connection.exec_driver_sql(
-            f"UPDATE {table} SET last_seen = %s WHERE device_id = %s AND last_seen < %s"
-            if connection.dialect.name != "sqlite"
-            else f"UPDATE {table} SET last_seen = ? WHERE device_id = ? AND last_seen < ?",
-            [(at, device_id, at) for device_id, at in sorted(times.items())],
+            "UPDATE devices SET last_seen = ? WHERE device_id = ? AND last_seen < ?",
+            [(at, device_id, at) for device_id, at in times],
         )
+        return
+    # A row that another worker holds is being renewed by it; to wait for it could be for ever.
+    connection.exec_driver_sql(
+        "UPDATE devices SET last_seen = free.at FROM ("
+        " SELECT d.device_id, s.at FROM devices d"
+        " JOIN unnest(%s::text[], %s::bigint[]) AS s (device_id, at) USING (device_id)"
+        " WHERE d.last_seen < s.at FOR UPDATE OF d SKIP LOCKED"
+        ") AS free WHERE devices.device_id = free.device_id",
+        ([device_id for device_id, _ in times], [at for _, at in times]),
+    )
 
 
 def listing(

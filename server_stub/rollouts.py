@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, case, func, select, update
+from sqlalchemy import Connection, bindparam, case, func, select, update
 
 from . import attempts as tries
 from . import stages, truth
@@ -27,28 +27,43 @@ ACTIONS = {
 }
 
 
+_GET = (
+    select(
+        rollouts,
+        releases.c.product,
+        releases.c.version,
+        releases.c.channel,
+        releases.c.build,
+        releases.c.path,
+        releases.c.hardware,
+    )
+    .join(releases, releases.c.id == rollouts.c.release_id)
+    .where(rollouts.c.id == bindparam("rollout"))
+)
+_LOCK = _GET.with_for_update(of=rollouts)
+_MINE = select(members.c.rollout_id).where(members.c.device_id == bindparam("board"))
+_IN_FLIGHT = (
+    select(func.count())
+    .select_from(attempts)
+    .where(attempts.c.rollout_id == bindparam("rollout"), attempts.c.state.in_(truth.OPEN))
+)
+_NEWEST = (
+    select(attempts)
+    .where(
+        attempts.c.rollout_id == bindparam("rollout"), attempts.c.device_id == bindparam("board")
+    )
+    .order_by(attempts.c.id.desc())
+    .limit(1)
+)
+
+
 def get(connection: Connection, rollout_id: int, lock: bool = False) -> Any:
     """One rollout with its release.
 
     Raises:
         Problem: 404.
     """
-    query = (
-        select(
-            rollouts,
-            releases.c.product,
-            releases.c.version,
-            releases.c.channel,
-            releases.c.build,
-            releases.c.path,
-            releases.c.hardware,
-        )
-        .join(releases, releases.c.id == rollouts.c.release_id)
-        .where(rollouts.c.id == rollout_id)
-    )
-    if lock:
-        query = query.with_for_update(of=rollouts)
-    row = connection.execute(query).first()
+    row = connection.execute(_LOCK if lock else _GET, {"rollout": rollout_id}).first()
     if row is None:
         raise Problem(404, "no_rollout", f"no rollout {rollout_id}")
     return row
@@ -266,11 +281,12 @@ def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
 
 def in_flight(connection: Connection, rollout_id: int) -> int:
     """Open attempts of a rollout."""
-    return connection.execute(
-        select(func.count())
-        .select_from(attempts)
-        .where(attempts.c.rollout_id == rollout_id, attempts.c.state.in_(truth.OPEN))
-    ).scalar_one()
+    return connection.execute(_IN_FLIGHT, {"rollout": rollout_id}).scalar_one()
+
+
+def of_board(connection: Connection, device_id: str) -> set[int]:
+    """The rollouts a board is a member of, ended ones too."""
+    return set(connection.scalars(_MINE, {"board": device_id}))
 
 
 def after_bad_report(connection: Connection, rollout_id: int, now: int) -> str | None:
@@ -382,9 +398,4 @@ def back(connection: Connection, rollout_id: int, release: Any, now: int) -> int
 
 def newest_attempt(connection: Connection, rollout_id: int, device_id: str) -> Any:
     """A board's newest attempt of a rollout, or None."""
-    return connection.execute(
-        select(attempts)
-        .where(attempts.c.rollout_id == rollout_id, attempts.c.device_id == device_id)
-        .order_by(attempts.c.id.desc())
-        .limit(1)
-    ).first()
+    return connection.execute(_NEWEST, {"rollout": rollout_id, "board": device_id}).first()

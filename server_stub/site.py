@@ -13,8 +13,10 @@ Nothing is written here; releases are published by the tool that holds the key.
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from twinslot import jws, keyring
 from twinslot.errors import OtaError, ReleaseError
@@ -27,6 +29,8 @@ _RELEASE = re.compile(rf"{_NAME}/r/[A-Za-z0-9][A-Za-z0-9.+-]{{0,63}}\.jws")
 _BLOB = re.compile(rf"{_NAME}/blobs/([0-9a-f]{{2}})/(\1[0-9a-f]{{62}})\.(?:bin|gz)")
 _RELEASE_NAME = re.compile(r"r/[A-Za-z0-9][A-Za-z0-9.+-]{0,63}\.jws")
 _PAYLOAD_NAME = re.compile(r"blobs/([0-9a-f]{2})/\1[0-9a-f]{62}\.(?:bin|gz)")
+
+T = TypeVar("T")
 
 SMALL_FILE_BYTES = 65536
 """A pointer or a release is read whole; the device's own limit is 12 KiB."""
@@ -62,7 +66,7 @@ class Channel:
 
 
 class Site:
-    """A published folder, read afresh on every request; verified releases are remembered.
+    """A published folder. What was read is remembered as long as no file it came from changed.
 
     Args:
         root: the folder ``twinslot publish`` wrote.
@@ -76,6 +80,7 @@ class Site:
         self._keys = keys
         self._roots = roots
         self._releases: dict[str, tuple[tuple, Release]] = {}
+        self._kept: dict[tuple, tuple[dict[Path, Any], Any]] = {}
 
     @staticmethod
     def is_payload(url: str) -> bool:
@@ -134,9 +139,13 @@ class Site:
             ChannelError: it must not be offered.
         """
         product = name.partition("/")[0]
-        release = self._release(name, self.trusted(product))
-        self._check_payloads(product, release)
-        return release
+
+        def read() -> tuple[Release, list[Path]]:
+            release = self._release(name, self.trusted(product))
+            self._check_payloads(product, release)
+            return release, self._files(name, release)
+
+        return self._remembered(("release", name), read)
 
     def channel(self, product: str, channel: str) -> Channel:
         """Read a channel's pointer and the release it names.
@@ -146,6 +155,15 @@ class Site:
                 malformed, the release does not verify, or a payload is missing or of another
                 size than the release says.
         """
+
+        def read() -> tuple[Channel, list[Path]]:
+            found = self._channel(product, channel)
+            pointer = self.root / product / f"{channel}.json"
+            return found, [pointer, *self._files(found.release_path, found.release)]
+
+        return self._remembered(("channel", product, channel), read)
+
+    def _channel(self, product: str, channel: str) -> Channel:
         name = f"{product}/{channel}.json"
         file = self.find(name)
         if file is None or file.content is None:
@@ -167,6 +185,29 @@ class Site:
 
         Told to every board that asks, whatever the channel offers; the boards verify it.
         """
+        path = self.root / product / "keyring.jws"
+        return self._remembered(
+            ("keyring", product), lambda: (self._keyring_version(product), [path])
+        )
+
+    def _remembered(self, key: tuple, read: Callable[[], tuple[T, list[Path]]]) -> T:
+        """What ``read`` found, with the files it depends on; afresh when one of them changes."""
+        kept = self._kept.get(key)
+        if kept and all(_stamp_of(path) == stamp for path, stamp in kept[0].items()):
+            return kept[1]
+        found, paths = read()
+        stamps = {path: _stamp_of(path) for path in paths}
+        if read()[0] == found:  # the stamps are of what was read
+            self._kept[key] = (stamps, found)
+        return found
+
+    def _files(self, name: str, release: Release) -> list[Path]:
+        """What an offer of a release depends on."""
+        folder = self.root / name.partition("/")[0]
+        payloads = (p.url for p in release.firmware.payloads if _PAYLOAD_NAME.fullmatch(p.url))
+        return [self.root / name, folder / "keyring.jws", *(folder / url for url in payloads)]
+
+    def _keyring_version(self, product: str) -> int:
         file = self.find(f"{product}/keyring.jws")
         try:
             content = file.content if file else None
@@ -226,12 +267,13 @@ def _payload(token: bytes, trusted: dict | None) -> bytes:
         raise ReleaseError("release file", str(exc), "a compact JWS") from exc
 
 
-def _stamp_of(path: Path) -> tuple[int, int, int] | None:
+def _stamp_of(path: Path) -> tuple[int, ...] | None:
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    # The time of the inode's change tells of a rename, too, as when a link takes a file's place.
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino
 
 
 def read_bounded(path: Path) -> bytes | None:

@@ -2,11 +2,13 @@
 
 Every change is a function of a connection. Changes that wait at the same moment share one
 transaction (group commit), each within a savepoint of its own: one that fails takes none of the
-others with it. What was answered is on disk (SQLite: WAL, synchronous=FULL).
+others with it. What was answered is on disk (SQLite: WAL, synchronous=FULL). A change may be run
+more than once: where another worker's transaction was in the way, the whole is done anew.
 """
 
 import asyncio
 import concurrent.futures
+import contextlib
 import logging
 import queue
 import threading
@@ -25,10 +27,18 @@ DATABASE = "server.sqlite3"
 HEAD = "0003"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BATCH = 256
+_TRIES = 5
+_IN_THE_WAY = ("40001", "40P01", "55P03")
+"""PostgreSQL's serialization_failure, deadlock_detected, lock_not_available: nothing was done.
+After any other error the outcome is another's to judge; SQLite has waited already."""
+
 _FOREIGN_GENERATION_S = 0.5  # how soon one worker sees what another has changed
 _MIGRATION_LOCK = 0x7457_0001
 
 log = logging.getLogger("twinslot.server")
+
+INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
+"""INSERTs that know ``on_conflict_do_nothing`` and ``..._do_update``, by dialect."""
 
 T = TypeVar("T")
 Change = Callable[[Connection], T]
@@ -87,12 +97,8 @@ class Store:
 
     def submit(self, change: Change[T]) -> "concurrent.futures.Future[T]":
         """Queue a change; the future holds its result once it is durable."""
-        with self._lock:
-            if self._thread is None:  # not at construction: a forked worker has no threads
-                self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
-                self._thread.start()
         future: concurrent.futures.Future = concurrent.futures.Future()
-        self._work.put((change, future))
+        self._queue(change, future)
         return future
 
     def write(self, change: Change[T]) -> T:
@@ -100,7 +106,16 @@ class Store:
         return self.submit(change).result()
 
     async def awrite(self, change: Change[T]) -> T:
-        return await asyncio.wrap_future(self.submit(change))
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue(change, future)
+        return await future
+
+    def _queue(self, change: Change, future: Any) -> None:
+        with self._lock:
+            if self._thread is None:  # not at construction: a forked worker has no threads
+                self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
+                self._thread.start()
+        self._work.put((change, future))
 
     def _write(self) -> None:
         while True:
@@ -113,32 +128,30 @@ class Store:
                 return
 
     def _commit(self, batch: list) -> None:
-        if not batch:
-            return
-        done: list[tuple[concurrent.futures.Future, Any, BaseException | None]] = []
-        try:
-            with self._engine.execution_options(write=True).begin() as connection:
-                for change, future in batch:
-                    try:
-                        with connection.begin_nested():
-                            done.append((future, change(connection), None))
-                    except Exception as exc:
-                        done.append((future, None, exc))
-                generation = _read_generation(connection)
-        except Exception as exc:
-            if len(batch) > 1 and not self.is_sqlite:
-                # Another worker's transaction was in the way (a deadlock ends one of the two).
-                for item in batch:
-                    self._commit([item])
-                return
-            done = [(future, None, exc) for _, future in batch]
-        else:
-            self.generation = generation
-        for future, result, error in done:
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
+        done: list[_Done] = []
+        for left in reversed(range(_TRIES if batch else 0)):
+            try:
+                done, self.generation = self._transact(batch)
+                break
+            except Exception as exc:
+                if left and _was_in_the_way(exc):
+                    continue
+                done = [(future, None, exc) for _, future in batch]
+                break
+        _settle(done)
+
+    def _transact(self, batch: list) -> "tuple[list[_Done], int]":
+        done: list[_Done] = []
+        with self._engine.execution_options(write=True).begin() as connection:
+            for change, future in batch:
+                try:
+                    with connection.begin_nested():
+                        done.append((future, change(connection), None))
+                except Exception as exc:
+                    if _was_in_the_way(exc):
+                        raise
+                    done.append((future, None, exc))
+            return done, _read_generation(connection)
 
     # -- what others have changed -------------------------------------------------------------
 
@@ -166,11 +179,39 @@ class Store:
             _migrate(connection, found)
 
 
+_Done = tuple[Any, Any, BaseException | None]
+"""A future, and its result or what went wrong."""
+
+
+def _was_in_the_way(exc: Exception) -> bool:
+    return getattr(getattr(exc, "orig", None), "sqlstate", None) in _IN_THE_WAY
+
+
+def _settle(done: list[_Done]) -> None:
+    """Tell who waits; an event loop is woken once for all that wait in it."""
+    loops: dict[asyncio.AbstractEventLoop, list[_Done]] = {}
+    for item in done:
+        if isinstance(item[0], asyncio.Future):
+            loops.setdefault(item[0].get_loop(), []).append(item)
+    _tell([item for item in done if not isinstance(item[0], asyncio.Future)])
+    for loop, items in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits
+            loop.call_soon_threadsafe(_tell, items)
+
+
+def _tell(done: list[_Done]) -> None:
+    for future, result, error in done:
+        if future.cancelled():
+            continue
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+
 def insert(connection: Connection, table: Table) -> Any:
-    """An INSERT that knows ``on_conflict_do_nothing`` and ``..._do_update`` in both dialects."""
-    if connection.dialect.name == "sqlite":
-        return sqlite.insert(table)
-    return postgresql.insert(table)
+    """An INSERT of the database in use, one of ``INSERTS``."""
+    return INSERTS[connection.dialect.name](table)
 
 
 def bump(connection: Connection) -> None:
