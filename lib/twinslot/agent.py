@@ -446,7 +446,7 @@ class Agent:
         try:
             await foreseen(self._bring(report, url, name, force, wait_s))
         except OtaError as exc:
-            self._journal.update(waiting=None)  # the next one is an attempt of its own
+            self._note(waiting=None)  # the next one is an attempt of its own
             if self._fetching:
                 self._count(name)
             # One that did not come at all was perhaps damaged on the way, or is a portal's page:
@@ -626,10 +626,14 @@ class Agent:
         self._counted = True
         tries = self._tries(name) % _TRIES  # a rest is over
         self._tried = [binascii.crc32(name.encode()), tries + 1, int(time.time())]
+        self._note(tried=self._tried)
+
+    def _note(self, **changes):
+        """Keep in the journal what an update can do without."""
         try:
-            self._journal.update(tried=self._tried)
+            self._journal.update(**changes)
         except SpaceError as exc:
-            print("twinslot: not counted:", exc)
+            print("twinslot: not kept:", exc)
 
     def _spend(self, n):
         """Book ``n`` bytes of payload. Raises BusyError once the budget of the day is used up."""
@@ -640,10 +644,7 @@ class Agent:
         booked = self._journal.get("spent", list)
         spent = n + (booked[1] if booked[:1] == [day] else 0)
         if n:
-            try:
-                self._journal.update(spent=[day, spent])
-            except SpaceError as exc:
-                print("twinslot: not booked:", exc)
+            self._note(spent=[day, spent])
         if spent >= budget:
             raise BusyError("bytes today", spent, "less than the budget of %d" % budget)
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from boards import new_board
 from powercut import STORIES, make_board, run_to_rest, switch_on
 from sweep import read_trace
 
@@ -101,3 +102,24 @@ def alive(pid):
     except OSError:
         return False
     return stat.rsplit(")", 1)[1].split()[0] != "Z"
+
+
+COLLECTING = """
+import _thread, gc, time
+done = []
+def collect():
+    gc.collect()
+    done.append(1)
+for n in range(20):
+    _thread.start_new_thread(collect, ())
+    while len(done) <= n:
+        time.sleep_ms(1)
+print("collected", len(done))
+"""
+
+
+@cloned
+def test_a_thread_of_a_clone_can_collect_garbage(tmp_path):
+    """The collector stops the other threads by the numbers libc knows them by."""
+    result = new_board(tmp_path, COLLECTING).run(timeout=30)
+    assert "collected 20" in result.console
