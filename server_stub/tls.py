@@ -93,62 +93,88 @@ def _load(certificate: Path, key: Path, names: list[str]) -> Certificate:
 
 
 def _make(certificate: Path, key: Path, names: list[str]) -> None:
-    private = ec.generate_private_key(ec.SECP256R1())
+    private = new_key()
+    here = ["localhost", "127.0.0.1", socket.gethostname() or "localhost"]
+    made = issue(private.public_key(), [*here, *names], private)
+    # The key first: a certificate without its key would look finished.
+    write_new(key, key_pem(private), mode=0o600)
+    write_new(certificate, certificate_pem(made), mode=0o644)
+
+
+def issue(
+    public: ec.EllipticCurvePublicKey,
+    names: list[str],
+    signer: ec.EllipticCurvePrivateKey,
+    issuer: x509.Certificate | None = None,
+) -> x509.Certificate:
+    """Make a server's certificate, signed by ``issuer``'s key, or by its own."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Twinslot server")])
-    key_id = x509.SubjectKeyIdentifier.from_public_key(private.public_key())
-    now = dt.datetime.now(dt.UTC)
-    built = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(private.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(_VALID_FROM)
-        .not_valid_after(now + dt.timedelta(days=365 * VALID_YEARS + VALID_YEARS // 4))
+    signers_id = x509.SubjectKeyIdentifier.from_public_key(signer.public_key())
+    return (
+        builder(subject, issuer.subject if issuer else subject, public, VALID_YEARS)
         .add_extension(x509.SubjectAlternativeName(_general_names(names)), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_digital_signature(), critical=True)
+        # ECDHE-ECDSA signs the handshake and does nothing else with the key (RFC 8422, 5.3).
+        .add_extension(key_usage(digital_signature=True), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(key_id, critical=False)
         .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(key_id), critical=False
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(signers_id),
+            critical=False,
         )
-        .sign(private, hashes.SHA256())
+        .sign(signer, hashes.SHA256())
     )
-    pem = private.private_bytes(
+
+
+def builder(
+    subject: x509.Name, issuer: x509.Name, public: ec.EllipticCurvePublicKey, years: int
+) -> x509.CertificateBuilder:
+    """Begin a certificate of this server: what all of them have in common."""
+    until = dt.datetime.now(dt.UTC) + dt.timedelta(days=365 * years + years // 4)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(public)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(_VALID_FROM)
+        .not_valid_after(until)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public), critical=False)
+    )
+
+
+def key_usage(**allowed: bool) -> x509.KeyUsage:
+    """A KeyUsage that allows these and nothing else."""
+    members = (
+        "digital_signature content_commitment key_encipherment data_encipherment key_agreement"
+        " key_cert_sign crl_sign encipher_only decipher_only"
+    ).split()
+    return x509.KeyUsage(**{name: allowed.get(name, False) for name in members})
+
+
+def new_key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP256R1())
+
+
+def key_pem(private: ec.EllipticCurvePrivateKey) -> bytes:
+    return private.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    # The key first: a certificate without its key would look finished.
-    write_new(key, pem, mode=0o600)
-    write_new(certificate, built.public_bytes(serialization.Encoding.PEM), mode=0o644)
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    return certificate.public_bytes(serialization.Encoding.PEM)
 
 
 def _general_names(names: list[str]) -> list[x509.GeneralName]:
-    wanted = dict.fromkeys(["localhost", "127.0.0.1", socket.gethostname() or "localhost", *names])
     result: list[x509.GeneralName] = []
-    for name in wanted:
+    for name in names:
         try:
             result.append(x509.IPAddress(ipaddress.ip_address(name)))
         except ValueError:
             result.append(x509.DNSName(name.lower()))
     return list(dict.fromkeys(result))
-
-
-def _digital_signature() -> x509.KeyUsage:
-    # ECDHE-ECDSA signs the handshake and does nothing else with the key (RFC 8422 section 5.3).
-    return x509.KeyUsage(
-        digital_signature=True,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        key_cert_sign=False,
-        crl_sign=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def prepare_data_folder(data: Path, site: Path) -> None:

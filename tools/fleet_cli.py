@@ -444,6 +444,21 @@ def call(
 
 
 @fleet.command()
+def certificate(
+    folder: Annotated[Path, typer.Argument(help="Where the authority is, or shall be.")],
+    name: Annotated[
+        list[str] | None, typer.Option(help="Host name or address of the server (repeatable).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make an authority for boards to trust, and a certificate of it for the server. Again, to
+    renew the certificate: boards that trust the authority notice nothing."""
+    command = [sys.executable, "-m", "twinslot_server.authority", str(folder)]
+    command += [f"--name={text}" for text in name or ()] + ["--json"] * as_json
+    raise typer.Exit(subprocess.call(command))
+
+
+@fleet.command()
 def backup(
     data: Annotated[Path, typer.Argument(help="The server's private folder.")], to: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """The server's certificate: made once, and trusted by every TLS stack a board or tool has."""
 
 import datetime as dt
+import json
 import shutil
 import socket
 import ssl
@@ -14,7 +15,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from servers import serving
 
-from twinslot_server import tls
+from twinslot_server import authority, tls
 
 MICROPYTHON = Path(sys.executable).parent / "micropython"
 
@@ -169,3 +170,71 @@ def test_a_damaged_certificate_is_an_error(tmp_path):
     (tmp_path / "server.crt").write_text("-----BEGIN CERTIFICATE-----\nxx\n")
     with pytest.raises(tls.CertificateError, match="not a usable certificate"):
         tls.ensure(tmp_path, [])
+
+
+# ---- an authority of one's own
+
+
+def make(folder, *names, code=0):
+    """Run the command; return what it says."""
+    done = subprocess.run(
+        [Path(sys.executable).with_name("twinslot"), "fleet", "certificate", str(folder), "--json"]
+        + [f"--name={name}" for name in names],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout) if code == 0 else done.stderr
+
+
+def test_boards_that_trust_the_authority_notice_no_new_certificate(tmp_path):
+    """A name more, and what is renewed is trusted; what another authority has signed is not."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "server.yml").write_text("certificate: pki/server.crt\nkey: pki/server.key\n")
+    config = ["--config", str(tmp_path / "server.yml")]
+    first = make(tmp_path / "pki", "updates.example.org", "192.0.2.7")
+    ca = tmp_path / "ca.der"
+    ca.write_bytes(ssl.PEM_cert_to_DER_cert(Path(first["ca"]).read_text()))
+    with serving(tmp_path / "site", *config) as server:
+        for name in ("updates.example.org", "192.0.2.7"):
+            run = micropython(server, name, ca)
+            assert run.stdout.strip() == "HTTP/1.1 404", run.stdout + run.stderr
+        run = micropython(server, "new.example.org", ca)
+        assert "does not match" in run.stdout + run.stderr
+        start = next(line for line in server.log() if line["event"] == "start")
+        assert start["fingerprint"] == first["fingerprint"]
+    second = make(tmp_path / "pki", "new.example.org")
+    assert second["names"] == ["new.example.org"]
+    assert second["fingerprint"] != first["fingerprint"]
+    with serving(tmp_path / "site", *config) as server:
+        assert micropython(server, "new.example.org", ca).stdout.strip() == "HTTP/1.1 404"
+        other = make(tmp_path / "other", "new.example.org")
+        ca.write_bytes(ssl.PEM_cert_to_DER_cert(Path(other["ca"]).read_text()))
+        run = micropython(server, "new.example.org", ca)
+        assert "not correctly signed" in run.stdout + run.stderr
+
+
+def test_a_certificate_is_renewed_for_the_names_it_had(tmp_path):
+    made = authority.renew(tmp_path, ["updates.example.org"])
+    again = authority.renew(tmp_path, [])
+    assert again.names == made.names == ("updates.example.org",)
+    assert again.fingerprint != made.fingerprint
+    for private in (made.key, tmp_path / "ca.key"):
+        assert private.stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_missing_for_a_certificate_is_said(tmp_path):
+    assert "expected a --name" in make(tmp_path, code=1)
+    make(tmp_path, "a.example")
+    (tmp_path / "ca.key").unlink()
+    assert "ca.key" in make(tmp_path, "a.example", code=1)
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_the_openssl_tool_verifies_what_the_authority_signs_and_no_authority_below_it(tmp_path):
+    made = authority.renew(tmp_path, ["updates.example.org"])
+    verify = ["openssl", "verify", "-x509_strict", "-CAfile", str(tmp_path / "ca.crt")]
+    verify += ["-purpose", "sslserver", "-verify_hostname", "updates.example.org"]
+    run = subprocess.run([*verify, str(made.certificate)], check=False, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    inner = x509.load_pem_x509_certificate((tmp_path / "ca.crt").read_bytes()).extensions
+    assert inner.get_extension_for_class(x509.BasicConstraints).value.path_length == 0
