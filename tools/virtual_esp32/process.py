@@ -156,7 +156,7 @@ from micropython_run import run_main
 
 libc = ctypes.CDLL(None)
 wire = socket.socket(fileno={wire})
-# Where libc keeps the number of its first thread: by that a second one stops it to collect garbage.
+# Where libc keeps the number of its first thread: by it another one stops that to collect garbage.
 tid = ctypes.c_void_p()
 if libc.prctl(40, ctypes.byref(tid)):  # PR_GET_TID_ADDRESS
     sys.exit("this kernel does not say")
