@@ -257,6 +257,16 @@ async def test_whatever_leaves_a_step_is_an_error_of_the_package():
             assert text in str(exc) and type(exc) is kind
 
 
+def test_F66_a_fleet_that_gets_power_back_at_once_asks_in_an_orderly_fashion():
+    agent, _ = start(World(), settings={"poll": 21600})
+    boards, waits = 3000, [0] * 10
+    for n in range(boards):
+        agent.device_id = "240ac4%06x" % n
+        waits[agent._first_delay_ms() // 30_001] += 1
+    mean = boards // len(waits)
+    assert 0.7 * mean < min(waits) and max(waits) < 1.3 * mean, waits
+
+
 # -- wifi
 
 
@@ -814,15 +824,11 @@ async def test_a_count_that_can_not_be_kept_is_no_error_of_its_own():
     world.manifest = UnreachableError("nobody there")
     agent, _ = start(world)
 
-    def full(**changes):
+    def full(key, body):
         raise SpaceError("full")
 
-    agent._journal.update = full
-    try:
-        await refuses(UnreachableError, agent)
-    except SpaceError:
-        pass
-    del agent._journal.update
+    agent._journal._store = full
+    await refuses(UnreachableError, agent)
     assert agent._tried[1] == 1
 
 
@@ -913,6 +919,94 @@ async def test_what_activation_writes_down():
     assert agent._journal.get("issued", int) == 1795165300, "never older"
 
 
+# -- fetched now, installed later
+
+
+async def test_a_release_that_may_only_be_installed_later_is_fetched_and_waits():
+    asked = []
+    world = World()
+    world.offer["install"] = 3600
+    agent, events = start(world)
+    agent.on_install(lambda step, manifest: asked.append(step) or True)
+    assert await agent.update_now() is False
+    assert names(events)[-2:] == ["staged", "waiting"] and events[-1][1] == {"seconds": 3600}
+    assert bench.read(len(IMAGE)) == IMAGE and bench.states() == {0: VALID}
+    assert asked == ["download"]
+    waiting = agent._journal.get("waiting", list)
+    assert waiting[:2] == [OTHER, world.reports[0]["attempt"]]
+    assert agent.facts()["staged"] == OTHER
+    fetched, released = len(world.fetched), len(world.released)
+    assert await agent.update_now() is False
+    assert names(events)[-2:] == ["checking", "waiting"]
+    assert (len(world.fetched), len(world.released)) == (fetched, released), "it is here"
+    world.offer["install"] = 0
+    await installs(agent)
+    assert len(world.fetched) == fetched
+    assert asked == ["download", "activate"]
+    assert {r["attempt"] for r in world.reports} == {waiting[1]}, "one attempt"
+    assert agent._journal.get("waiting", list) == []
+    assert agent._journal.get("trial")["attempt"] == waiting[1]
+
+
+async def test_while_one_release_waits_another_is_fetched():
+    world = World()
+    world.offer["install"] = 3600
+    agent, _ = start(world)
+    await agent.update_now()
+    world.offer = {"release": HOME + "lamp/r/2.0.1.jws", "install": 3600}
+    world.manifest = make_release(version="2.0.1")
+    await agent.update_now()
+    assert len(world.released) == 2
+
+
+async def test_what_waits_costs_nothing_of_a_budget_that_is_used_up():
+    world = World()
+    world.offer["install"] = 3600
+    agent, _ = start(world, settings={"budget": len(IMAGE)})
+    await agent.update_now()
+    world.offer["install"] = 0
+    await installs(agent)
+
+
+async def test_a_failure_ends_the_waiting():
+    world = World()
+    world.offer["install"] = 3600
+    agent, _ = start(world)
+    await agent.update_now()
+    first = world.reports[0]["attempt"]
+    world.offer["install"] = 0
+    agent.on_install(lambda step, manifest: False)
+    await refuses(RefusedError, agent)
+    assert agent._journal.get("waiting", list) == []
+    agent._done = None
+    agent.on_install(lambda step, manifest: True)
+    await installs(agent)
+    assert world.reports[-1]["attempt"] != first
+
+
+def test_what_a_board_tells_of_its_memory_and_its_boot():
+    import esp
+
+    agent, _ = start(World())
+    facts = agent.facts()
+    assert facts["flash"] == 4 << 20 and facts["reset_cause"] == twinslot.agent.guard._PWRON + 1
+    assert facts["staged"] == ""
+    stats = os.statvfs("/")
+    assert facts["free"] == stats[0] * stats[3] > 0
+    flash_size = esp.flash_size
+    try:
+        del esp.flash_size
+        assert agent.facts()["flash"] is None
+    finally:
+        esp.flash_size = flash_size
+    with Instead(os, statvfs=_unmounted):
+        assert agent.facts()["free"] is None
+
+
+def _unmounted(path):
+    raise OSError(19)
+
+
 # -- the budget
 
 
@@ -953,13 +1047,12 @@ async def test_a_budget_that_is_used_up_is_said_before_anything_is_staged():
 async def test_bytes_that_can_not_be_booked_are_counted_all_the_same():
     agent, _ = start(World(), settings={"budget": 1000})
 
-    def full(**changes):
+    def full(key, body):
         raise SpaceError("full")
 
-    agent._journal.update = full
+    agent._journal._store = full
     agent._spend(999)
     raises(BusyError, agent._spend, 1000)
-    del agent._journal.update
 
 
 # -- two at once

@@ -58,10 +58,6 @@ def test_I13_F67_attack_is_refused_for_its_own_reason(played, name):
     assert row["held"] and row["code"] in codes, row
 
 
-def test_every_attack_of_the_demo_has_its_row():
-    assert set(ROWS) == {name for name, _, _, _ in ATTACKS}
-
-
 def test_I13_a_board_is_well_after_all_of_them(played):
     found, table = played
     assert found["running_slot_untouched"] is True

@@ -4,22 +4,42 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from test_attacks import ROWS
+
 from twinslot_tools import coverage_of_faults as faults
+from twinslot_tools.attacks import ATTACKS
 
 SCRIPT = Path(faults.__file__)
 
 
-def test_every_row_of_the_catalogue_has_a_test_or_a_reason():
-    catalogue, covered = faults.collect()
+@pytest.fixture(scope="module")
+def collected():
+    return faults.collect()
+
+
+def test_every_row_of_the_catalogue_has_a_test_or_a_reason(collected):
+    catalogue, covered = collected
     assert len(catalogue) == 147
     assert faults.problems(catalogue, covered, faults.names_of_tests()) == []
 
 
-def test_the_command_lists_every_row_and_counts():
+@pytest.mark.parametrize("row", [f"I{n}" for n in range(1, 21) if n != 6])
+def test_each_incident_that_can_apply_is_a_test_by_its_name(collected, row):
+    """All but I6: the server takes no multipart."""
+    names = collected[1][row]
+    assert [name for name in names if row in faults.rows_in(name)], names
+
+
+def test_every_attack_of_the_demo_has_its_row():
+    assert set(ROWS) == {name for name, _, _, _ in ATTACKS}
+
+
+def test_the_command_lists_every_row_and_counts(collected):
     done = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for row in faults.collect()[0]:
+    for row in collected[0]:
         assert any(line.startswith(f"{row} ") for line in lines), row
     assert "rows covered by" in lines[-1]
 

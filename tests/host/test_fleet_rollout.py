@@ -219,7 +219,7 @@ def test_a_rollout_goes_stage_by_stage_to_its_end(fleet):
     assert fleet.release("1.1.0")["stable"]
 
 
-def test_a_bad_build_stops_itself_within_the_pilot(fleet):
+def test_I20_F121_a_bad_build_stops_itself_within_the_pilot(fleet):
     """F121, I20: what is bad reaches no more than the pilot, and offers stop at once."""
     all_boards = boards(fleet, 40)
     number = rollout(fleet, [{"count": 5}, {"percent": 100}], failure_percent=10)

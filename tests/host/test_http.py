@@ -1132,10 +1132,10 @@ for name, target in {
         args=FOLLOW,
     )
 case(
-    "F45_redirect_from_https_to_http_is_refused",
+    "F45_I11_redirect_from_https_to_http_is_refused",
     refused("redirect refused: URL scheme: saw http, expected https"),
     redirects_to("http", "/secret"),
-    url="<https>/F45_redirect_from_https_to_http_is_refused",
+    url="<https>/F45_I11_redirect_from_https_to_http_is_refused",
     client={"tls": {"ca": "der:ca"}, "allow_http": True, "allow_hosts": ["localhost"]},
     args=FOLLOW,
 )

@@ -572,7 +572,7 @@ HOSTILE = {
 }
 
 
-def test_F92_hostile_patches_are_refused(cases):
+def test_I18_F92_hostile_patches_are_refused(cases):
     for content in HOSTILE.values():
         for how in ({"encoding": "identity"}, {}):
             packed = content if how else gzip.compress(content, mtime=0)

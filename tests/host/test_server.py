@@ -315,7 +315,7 @@ def test_an_unknown_device_is_a_404(server):
 
 
 @pytest.mark.parametrize(("method", "path", "role"), ROUTES)
-def test_every_route_takes_its_own_role_only(server, method, path, role):
+def test_I7_F117_every_route_takes_its_own_role_only(server, method, path, role):
     """F117: role x endpoint, and I7: a token that is empty, a prefix, longer, or odd."""
     right = server.token(role)
     wrong = server.token("operator" if role == "device" else "device")

@@ -14,9 +14,12 @@ from twinslot.errors import (
     SecurityVersionError,
     SpaceError,
 )
+from twinslot_tools.virtual_esp32.bootloader import PWRON_RESET
+from twinslot_tools.virtual_esp32.chip.flash import Fault, PowerCut
 from twinslot_tools.virtual_esp32.firmware import make_bootloader, make_firmware
 
 BLOCK = 4096
+BOUNDARY = 65536  # a checkpoint's distance
 
 
 def firmware(version="1.1.0", **options):
@@ -217,3 +220,52 @@ def test_F71_fewer_bytes_than_the_release_says_are_refused(board):
             run(stop())
         with pytest.raises(PartitionError):
             slot.activate()
+
+
+# ---- power cuts, again and again
+
+
+async def go_on(board, image):
+    """What a boot does for an update: begin, write with checkpoints, verify, activate."""
+    slot, journal = board.slot(), board.journal()
+    if board.running == "ota_1":
+        slot.confirm()
+        return
+    start = await slot.begin(described(image), journal.checkpoint() or None)
+    for at in range(start, len(image), BLOCK):
+        slot.write(image[at : at + BLOCK])
+        if (at + BLOCK) % BOUNDARY == 0:
+            journal.save_checkpoint(slot.checkpoint())
+    await slot.finish()
+    slot.activate()
+
+
+def storm(board, image, every, boots):
+    """Cut the power at every so many flash operations; True once the image is confirmed."""
+    old = board.slot_bytes("ota_0")
+    for n in range(boots):
+        board.board.fault = Fault(board.board.stats.ops + every, "torn", None, n)
+        try:
+            run(go_on(board, image))
+        except PowerCut:
+            pass
+        else:
+            if board.running == "ota_1":
+                return True
+        board.board.fault = None
+        assert board.boot(PWRON_RESET), "the board does not boot any more"
+        assert board.slot_bytes("ota_0") == old
+        if board.running == "ota_1":
+            assert board.slot_bytes("ota_1")[: len(image)] == image, "not verified, and it boots"
+    return False
+
+
+def test_F33_a_storm_of_power_cuts_harms_nothing_and_lets_an_update_through_in_the_end():
+    """From where a checkpoint fits between two cuts, each boot gets one checkpoint further."""
+    image = firmware(size=150_000, secure_version=4)
+    between = 17 * BOUNDARY // BLOCK  # an erase and 16 pages for each block
+    for every in (1, 2, 3, 16, 17, 18, 33, 100, 200, between):
+        storm(OnHost(firmware("1.0.0", secure_version=4)), image, every, 6)
+    for every in (between + 1, between + 7, 2 * between, 1000):
+        board = OnHost(firmware("1.0.0", secure_version=4))
+        assert storm(board, image, every, 8), every
