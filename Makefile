@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint bench size compat packages faults faults-long powercut soak fuzz mutants setup clean
+.PHONY: help demo load test lint bench size compat packages faults faults-long powercut soak fuzz fuzz-api mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -24,6 +24,7 @@ help:
 	@echo "make powercut  cut the power at every flash operation, in every way (about an hour)"
 	@echo "make soak N=1000 SEED=1  update one board N times, with faults and power cuts"
 	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
+	@echo "make fuzz-api SECONDS=60  fuzz the server by its OpenAPI document"
 	@echo "make mutants break each line of the trusted code, see that a test notices"
 	@echo "make clean   remove .venv and build"
 
@@ -91,6 +92,9 @@ faults: $(READY)
 
 fuzz: $(READY)
 	@$(BIN)/python tests/fuzz/run.py $(SECONDS)
+
+fuzz-api: $(READY)
+	@$(BIN)/python tests/fuzz/api.py $(SECONDS)
 
 mutants: $(READY)
 	@$(BIN)/python tests/mutants/run.py $(MODULE)

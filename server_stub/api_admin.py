@@ -9,8 +9,8 @@ from sqlalchemy import Connection
 
 from . import auth, metrics, webhooks
 from .audit import Who
-from .http import Note, Parts, body_schema, change, json_body, with_dates
-from .messages import Name
+from .http import Note, Parts, change, json_body, with_dates
+from .messages import Id, Name
 
 
 class _Body(BaseModel):
@@ -25,7 +25,9 @@ class NewUser(_Body):
 
 
 class NewWebhook(_Body):
-    url: Annotated[str, Field(max_length=500)]
+    url: Annotated[
+        str, Field(max_length=500, pattern="^https?://", examples=["https://example.org/"])
+    ]
     events: Annotated[list[str], Field(max_length=20)] = ["*"]
 
 
@@ -66,7 +68,7 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         rows = await parts.store.aread(auth.list_users)
         return {"users": [with_dates(row) for row in rows]}
 
-    @app.put("/api/v1/users/{name}", openapi_extra=body_schema(NewUser))
+    @app.put("/api/v1/users/{name}")
     async def set_user(
         name: Name,
         who: Annotated[Who, admin],
@@ -87,7 +89,7 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         rows = await parts.store.aread(webhooks.listing)
         return {"webhooks": [with_dates(row) for row in rows]}
 
-    @app.post("/api/v1/webhooks", status_code=201, openapi_extra=body_schema(NewWebhook))
+    @app.post("/api/v1/webhooks", status_code=201)
     async def create_webhook(
         who: Annotated[Who, admin],
         wanted: Annotated[NewWebhook, Depends(json_body(NewWebhook))],
@@ -97,7 +99,7 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         )
 
     @app.delete("/api/v1/webhooks/{webhook_id}")
-    async def remove_webhook(webhook_id: int, who: Annotated[Who, admin]) -> dict:
+    async def remove_webhook(webhook_id: Id, who: Annotated[Who, admin]) -> dict:
         return await change(
             parts, who, "webhook.remove", lambda c, note: remove_webhook_one(c, note, webhook_id)
         )

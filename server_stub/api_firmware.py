@@ -13,12 +13,13 @@ from starlette.datastructures import UploadFile
 
 from . import jobs, releases, rollouts
 from .audit import Who
-from .http import Note, Parts, body_schema, change, json_body, with_dates
-from .messages import DeviceId, Name, Text
+from .http import Note, Parts, change, checked, json_body, with_dates
+from .messages import DeviceId, Id, LabelText, Name, Text
 from .problems import Problem
 
 UPLOAD = "/api/v1/firmware/upload"
 _MAX_FILES = 17
+Notes = Annotated[str, Field(max_length=2048)]
 
 log = logging.getLogger("twinslot.server")
 
@@ -33,7 +34,12 @@ class ChangeFirmware(_Body):
     pilot_ready: bool | None = None
     stable: bool | None = None
     blocked: Annotated[str, Field(min_length=1, max_length=300)] | None = None
-    notes: Annotated[str, Field(max_length=2048)] | None = None
+    notes: Notes | None = None
+
+
+class _UploadFields(_Body):
+    channel: Name = "stable"
+    notes: Notes | None = None
 
 
 class Promote(_Body):
@@ -43,13 +49,13 @@ class Promote(_Body):
 class Target(_Body):
     nodes: list[DeviceId] | None = None
     node_type: Text | None = None
-    label: list[str] = []
+    label: Annotated[list[LabelText], Field(max_length=16)] = []
 
 
 class NewUpdate(_Body):
     """``POST /api/v1/ota/updates``"""
 
-    firmware_id: int | None = None
+    firmware_id: Id | None = None
     product: Name | None = None
     version: Text | None = None
     target: Target = Target()
@@ -61,7 +67,7 @@ class NodeProgress(_Body):
     """``POST /api/v1/ota/updates/{id}/progress``, from a gateway for one of its nodes."""
 
     node_id: DeviceId
-    current_part: Annotated[int, Field(ge=0)] = 0
+    current_part: Annotated[int, Field(ge=0, le=1 << 20)] = 0
     total_parts: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     status: Literal["in_progress", "completed", "failed"] = "in_progress"
     error_message: Annotated[str, Field(max_length=500)] | None = None
@@ -91,13 +97,13 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
         return {"firmware": [with_dates(row) for row in rows]}
 
     @app.get("/api/v1/firmware/{firmware_id}", dependencies=[viewer])
-    async def firmware(firmware_id: int) -> dict:
+    async def firmware(firmware_id: Id) -> dict:
         row = await parts.store.aread(lambda c: releases.get(c, firmware_id))
         return with_dates(releases.public(row))
 
     @app.get("/api/v1/firmware/{firmware_id}/reach", dependencies=[viewer])
     async def reach(
-        firmware_id: int,
+        firmware_id: Id,
         channel: Annotated[str | None, Query(max_length=64)] = None,
         label: Annotated[list[str], Query(max_length=16)] = [],  # noqa: B006
     ) -> dict:
@@ -110,14 +116,14 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
         return {"devices": await parts.store.aread(work)}
 
     @app.get("/api/v1/firmware/{firmware_id}/download", dependencies=[viewer])
-    async def download(firmware_id: int) -> Response:
+    async def download(firmware_id: Id) -> Response:
         row = await parts.store.aread(lambda c: releases.get(c, firmware_id))
         plain = [blob for blob in row.blobs if blob.endswith(".bin")] or row.blobs
         return RedirectResponse("/" + plain[0], 302)
 
-    @app.patch("/api/v1/firmware/{firmware_id}", openapi_extra=body_schema(ChangeFirmware))
+    @app.patch("/api/v1/firmware/{firmware_id}")
     async def change_firmware(
-        firmware_id: int,
+        firmware_id: Id,
         who: Annotated[Who, operator],
         wanted: Annotated[ChangeFirmware, Depends(json_body(ChangeFirmware))],
     ) -> dict:
@@ -129,9 +135,9 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
             lambda c, note: with_dates(change_one(c, note, firmware_id, values)),
         )
 
-    @app.post("/api/v1/firmware/{firmware_id}/promote", openapi_extra=body_schema(Promote))
+    @app.post("/api/v1/firmware/{firmware_id}/promote")
     async def promote(
-        firmware_id: int,
+        firmware_id: Id,
         who: Annotated[Who, operator],
         wanted: Annotated[Promote, Depends(json_body(Promote))],
     ) -> dict:
@@ -143,7 +149,7 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
         )
 
     @app.delete("/api/v1/firmware/{firmware_id}")
-    async def remove(firmware_id: int, who: Annotated[Who, operator]) -> dict:
+    async def remove(firmware_id: Id, who: Annotated[Who, operator]) -> dict:
         return await change(
             parts, who, "firmware.remove", lambda c, note: remove_one(c, note, parts, firmware_id)
         )
@@ -165,15 +171,14 @@ async def upload_one(parts: Parts, who: Who, form: Any) -> tuple[dict, bool]:
         Problem: refused, and why.
     """
     token, files = await run_in_threadpool(_read_form, form)
-    channel = _field(form, "channel", "stable")
+    sent = checked(_UploadFields, {n: form[n] for n in ("channel", "notes") if form.get(n)})
     release, found = await run_in_threadpool(
         releases.check_upload, parts.site, token, files, parts.settings.firmware_bytes
     )
     name = await run_in_threadpool(releases.store_files, parts.site, release, token, found)
 
     def work(connection: Connection, note: Note) -> tuple[dict, bool]:
-        notes = form.get("notes") or None
-        row, new = releases.add(connection, parts.site, name, release, channel, notes)
+        row, new = releases.add(connection, parts.site, name, release, sent.channel, sent.notes)
         note(f"{row.product} {row.version}", None, {"sha256": row.sha256, "new": new})
         return releases.public(row), new
 
@@ -249,13 +254,6 @@ def cancel_update_one(connection: Connection, note: Note, update_id: int) -> dic
     return after
 
 
-def _field(form: Any, name: str, default: str) -> str:
-    value = form.get(name) or default
-    if not isinstance(value, str) or not value.replace("-", "").replace("_", "").isalnum():
-        raise Problem(422, "malformed", f"{name}: expected a name")
-    return value[:64]
-
-
 def _read_form(form: Any) -> tuple[bytes, dict[str, BinaryIO]]:
     signed = form.get("release")
     if not isinstance(signed, UploadFile):
@@ -275,7 +273,7 @@ def _add_updates(app: FastAPI, parts: Parts) -> None:
     viewer = Depends(parts.people.need("viewer"))
     operator = Depends(parts.people.need("operator"))
 
-    @app.post("/api/v1/ota/updates", status_code=201, openapi_extra=body_schema(NewUpdate))
+    @app.post("/api/v1/ota/updates", status_code=201)
     async def create_update(
         who: Annotated[Who, operator],
         wanted: Annotated[NewUpdate, Depends(json_body(NewUpdate))],
@@ -303,11 +301,11 @@ def _add_updates(app: FastAPI, parts: Parts) -> None:
         return {"updates": [with_dates(row) for row in rows]}
 
     @app.get("/api/v1/ota/updates/{update_id}", dependencies=[viewer])
-    async def get_update(update_id: int) -> dict:
+    async def get_update(update_id: Id) -> dict:
         return with_dates(await parts.store.aread(lambda c: jobs.get(c, update_id)))
 
     @app.delete("/api/v1/ota/updates/{update_id}")
-    async def cancel_update(update_id: int, who: Annotated[Who, operator]) -> dict:
+    async def cancel_update(update_id: Id, who: Annotated[Who, operator]) -> dict:
         return await change(
             parts,
             who,
@@ -315,9 +313,9 @@ def _add_updates(app: FastAPI, parts: Parts) -> None:
             lambda c, note: with_dates(cancel_update_one(c, note, update_id)),
         )
 
-    @app.post("/api/v1/ota/updates/{update_id}/progress", openapi_extra=body_schema(NodeProgress))
+    @app.post("/api/v1/ota/updates/{update_id}/progress")
     async def progress(
-        update_id: int,
+        update_id: Id,
         who: Annotated[Who, operator],
         wanted: Annotated[NodeProgress, Depends(json_body(NodeProgress))],
     ) -> dict:

@@ -9,8 +9,8 @@ from sqlalchemy import Connection, func, select
 
 from . import api_rollouts, attempts, audit, devices
 from .audit import Who
-from .http import Note, Parts, body_schema, change, csv_text, date, json_body, with_dates
-from .messages import Name, Text
+from .http import Note, Parts, change, csv_text, date, json_body, with_dates
+from .messages import DeviceId, Id, Name, Text
 from .schema import attempts as attempt_table
 from .schema import devices as device_table
 from .schema import downloads as download_table
@@ -127,17 +127,17 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         )
 
     @app.get("/api/v1/devices/{device_id}", dependencies=[viewer])
-    async def device(device_id: str) -> dict:
+    async def device(device_id: DeviceId) -> dict:
         return await parts.store.aread(lambda c: detail(c, parts, device_id))
 
     @app.get("/api/v1/devices/{device_id}/explain", dependencies=[viewer])
-    async def explain(device_id: str) -> dict:
+    async def explain(device_id: DeviceId) -> dict:
         now = int(time.time())
         return await parts.store.aread(lambda c: parts.desk.explain(c, device_id, now))
 
-    @app.patch("/api/v1/devices/{device_id}", openapi_extra=body_schema(ChangeDevice))
+    @app.patch("/api/v1/devices/{device_id}")
     async def change_device(
-        device_id: str,
+        device_id: DeviceId,
         who: Annotated[Who, operator],
         wanted: Annotated[ChangeDevice, Depends(json_body(ChangeDevice))],
     ) -> dict:
@@ -148,7 +148,7 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         return await change(parts, who, "device.change", work)
 
     @app.delete("/api/v1/devices/{device_id}")
-    async def decommission(device_id: str, who: Annotated[Who, operator]) -> dict:
+    async def decommission(device_id: DeviceId, who: Annotated[Who, operator]) -> dict:
         def work(connection: Connection, note: Note) -> dict:
             decommission_one(connection, note, device_id)
             return detail(connection, parts, device_id)
@@ -156,7 +156,7 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         return await change(parts, who, "device.decommission", work)
 
     @app.post("/api/v1/devices/{device_id}/token")
-    async def new_token(device_id: str, who: Annotated[Who, operator]) -> dict:
+    async def new_token(device_id: DeviceId, who: Annotated[Who, operator]) -> dict:
         return await change(
             parts, who, "device.token", lambda c, note: new_token_one(c, note, device_id)
         )
@@ -165,7 +165,7 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
     async def labels() -> dict:
         return {"labels": await parts.store.aread(devices.label_table)}
 
-    @app.put("/api/v1/labels/{key}", openapi_extra=body_schema(DescribeLabel))
+    @app.put("/api/v1/labels/{key}")
     async def describe_label(
         key: Name,
         who: Annotated[Who, operator],
@@ -180,10 +180,10 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/api/v1/audit", dependencies=[viewer])
     async def read_audit(
-        before: Annotated[int, Query(ge=1)] = 1 << 62,
+        before: Id | None = None,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     ) -> dict:
-        rows = await parts.store.aread(lambda c: audit.listing(c, before, limit))
+        rows = await parts.store.aread(lambda c: audit.listing(c, limit, before))
         return {"audit": [{**row, "at": date(row["at"])} for row in rows]}
 
     @app.get("/api/v1/export/{what}", dependencies=[viewer])
@@ -257,10 +257,10 @@ def change_one(connection: Connection, note: Note, device_id: str, wanted: dict[
 def _export(connection: Connection, what: str) -> list[dict[str, Any]]:
     if what == "devices":
         tags = devices.labels_of_all(connection)
-        found = devices.listing(connection, "", 1 << 31, {})
+        found = devices.listing(connection, "", None, {})
         return [{**with_dates(row), "tags": tags.get(row["device_id"], {})} for row in found]
     if what == "audit":
-        return [with_dates(row) for row in audit.listing(connection, 1 << 62, 1 << 31)]
+        return [with_dates(row) for row in audit.listing(connection)]
     table = attempt_table if what == "attempts" else download_table
     return [
         with_dates(dict(row._mapping))

@@ -9,49 +9,41 @@ from sqlalchemy import Connection, select
 
 from . import events, releases, rollouts, schedules
 from .audit import Who
-from .http import Note, Parts, body_schema, change, json_body, seconds, with_dates
-from .messages import Name, Text
+from .http import Note, Parts, change, json_body, seconds, with_dates
+from .messages import Id, LabelText, Name, Text
 from .problems import Problem
 from .schema import rollouts as rollout_table
 from .schema import windows as window_table
+from .stages import Policy
 from .store import bump
 from .windows import Window
 
-Action = Literal["start", "pause", "resume", "abort", "expand"]
-
-DEFAULT_STAGES = [{"percent": p} for p in (1, 5, 10, 25, 50, 100)]
+Verb = Literal["start", "pause", "resume", "abort", "expand"]
+Day = Annotated[int, Field(ge=0, le=6)]
+Clock = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$", examples=["22:00"])]
+Labels = Annotated[list[LabelText], Field(max_length=16)]
+_Kind = Literal["percent", "count", "label"]
+Stage = Annotated[dict[_Kind, float | int | str], Field(min_length=1, max_length=1)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+DEFAULT_STAGES: list[Stage] = [{"percent": p} for p in (1, 5, 10, 25, 50, 100)]
 
 
 class NewRollout(_Body):
     """``POST /api/v1/rollouts``"""
 
-    firmware_id: int | None = None
+    firmware_id: Id | None = None
     product: Name | None = None
     version: Text | None = None
     name: Annotated[str, Field(max_length=100)] = ""
-    stages: list[dict[str, Any]] = DEFAULT_STAGES
-    target: dict[Literal["label"], list[str]] = {}
-    policy: dict[
-        Literal[
-            "success_percent",
-            "failure_percent",
-            "min_sample",
-            "bake_s",
-            "max_concurrent",
-            "timeout_s",
-            "seen_within_s",
-            "gate",
-            "include_new",
-            "promote",
-            "deadline_s",
-        ],
-        float | int | bool,
-    ] = {}
-    starts_at: str | None = None
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=100)] = DEFAULT_STAGES
+    target: dict[Literal["label"], Labels] = {}
+    policy: Policy = Policy()
+    starts_at: Text | None = None
     seed: Annotated[str, Field(max_length=64)] | None = None
     start: bool = False
 
@@ -68,27 +60,34 @@ class SendBack(_Body):
 class Retarget(_Body):
     """``PATCH /api/v1/rollouts/{id}``; an empty list means every board."""
 
-    target: dict[Literal["label"], Annotated[list[str], Field(max_length=16)]]
+    target: dict[Literal["label"], Labels]
 
 
 class NewWindow(_Body):
     """``POST /api/v1/windows``; days: 0 is Monday."""
 
-    label: Annotated[str, Field(max_length=130)] = "*"
+    label: LabelText | Literal["*"] = "*"
     kind: Literal["download", "install"] = "install"
     zone: Text = "UTC"
-    days: list[int] = [0, 1, 2, 3, 4, 5, 6]
-    start: Text
-    end: Text
+    days: Annotated[list[Day], Field(min_length=1, max_length=7)] = [0, 1, 2, 3, 4, 5, 6]
+    start: Clock
+    end: Clock
+
+
+class Action(_Body):
+    """What a schedule does; a ``backup`` stands in ``schedules.yaml`` only."""
+
+    do: Literal["start_rollout", "pause_rollout", "resume_rollout", "expand_rollout", "gc"]
+    rollout: Id | None = None
 
 
 class NewSchedule(_Body):
     """``POST /api/v1/schedules``; ``action`` as in ``{"do": "start_rollout", "rollout": 3}``."""
 
     name: Name
-    cron: Text
+    cron: Annotated[Text, Field(examples=["0 9 * * mon"])]
     zone: Text = "UTC"
-    action: dict[str, Any]
+    action: Action
 
 
 def shown(connection: Connection, rollout_id: int) -> dict[str, Any]:
@@ -194,9 +193,10 @@ def remove_window_one(connection: Connection, note: Note, window_id: int) -> dic
 
 def create_schedule_one(connection: Connection, note: Note, wanted: NewSchedule) -> dict[str, Any]:
     """Make or replace the schedule of a name."""
-    number = schedules.put(connection, wanted.model_dump(), "api")
-    note(f"schedule {wanted.name}", None, wanted.model_dump())
-    return {"id": number, **wanted.model_dump()}
+    values = wanted.model_dump(exclude_none=True)
+    number = schedules.put(connection, values, "api")
+    note(f"schedule {wanted.name}", None, values)
+    return {"id": number, **values}
 
 
 def remove_schedule_one(connection: Connection, note: Note, schedule_id: int) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def _add_rollouts(app: FastAPI, parts: Parts) -> None:
 
         return {"rollouts": await parts.store.aread(work)}
 
-    @app.post("/api/v1/rollouts", status_code=201, openapi_extra=body_schema(NewRollout))
+    @app.post("/api/v1/rollouts", status_code=201)
     async def create_rollout(
         who: Annotated[Who, operator],
         wanted: Annotated[NewRollout, Depends(json_body(NewRollout))],
@@ -237,12 +237,12 @@ def _add_rollouts(app: FastAPI, parts: Parts) -> None:
         return await change(parts, who, "rollout.create", work)
 
     @app.get("/api/v1/rollouts/{rollout_id}", dependencies=[viewer])
-    async def get_rollout(rollout_id: int) -> dict:
+    async def get_rollout(rollout_id: Id) -> dict:
         return await parts.store.aread(lambda c: shown(c, rollout_id))
 
-    @app.patch("/api/v1/rollouts/{rollout_id}", openapi_extra=body_schema(Retarget))
+    @app.patch("/api/v1/rollouts/{rollout_id}")
     async def retarget(
-        rollout_id: int,
+        rollout_id: Id,
         who: Annotated[Who, operator],
         wanted: Annotated[Retarget, Depends(json_body(Retarget))],
     ) -> dict:
@@ -251,9 +251,9 @@ def _add_rollouts(app: FastAPI, parts: Parts) -> None:
             parts, who, "rollout.target", lambda c, note: target_one(c, note, rollout_id, label)
         )
 
-    @app.post("/api/v1/rollouts/{rollout_id}/back", openapi_extra=body_schema(SendBack))
+    @app.post("/api/v1/rollouts/{rollout_id}/back")
     async def send_back(
-        rollout_id: int,
+        rollout_id: Id,
         who: Annotated[Who, operator],
         wanted: Annotated[SendBack, Depends(json_body(SendBack))],
     ) -> dict:
@@ -264,10 +264,10 @@ def _add_rollouts(app: FastAPI, parts: Parts) -> None:
             lambda c, note: back_one(c, note, rollout_id, wanted),
         )
 
-    @app.post("/api/v1/rollouts/{rollout_id}/{action}", openapi_extra=body_schema(Why))
+    @app.post("/api/v1/rollouts/{rollout_id}/{action}")
     async def act(
-        rollout_id: int,
-        action: Action,
+        rollout_id: Id,
+        action: Verb,
         who: Annotated[Who, operator],
         wanted: Annotated[Why, Depends(json_body(Why))],
     ) -> dict:
@@ -290,7 +290,7 @@ def _add_windows(app: FastAPI, parts: Parts) -> None:
         )
         return {"windows": [dict(row._mapping) for row in rows]}
 
-    @app.post("/api/v1/windows", status_code=201, openapi_extra=body_schema(NewWindow))
+    @app.post("/api/v1/windows", status_code=201)
     async def create_window(
         who: Annotated[Who, operator],
         wanted: Annotated[NewWindow, Depends(json_body(NewWindow))],
@@ -300,7 +300,7 @@ def _add_windows(app: FastAPI, parts: Parts) -> None:
         )
 
     @app.delete("/api/v1/windows/{window_id}")
-    async def remove_window(window_id: int, who: Annotated[Who, operator]) -> dict:
+    async def remove_window(window_id: Id, who: Annotated[Who, operator]) -> dict:
         return await change(
             parts, who, "window.remove", lambda c, note: remove_window_one(c, note, window_id)
         )
@@ -315,7 +315,7 @@ def _add_schedules(app: FastAPI, parts: Parts) -> None:
         rows = await parts.store.aread(schedules.listing)
         return {"schedules": [with_dates(row) for row in rows]}
 
-    @app.post("/api/v1/schedules", status_code=201, openapi_extra=body_schema(NewSchedule))
+    @app.post("/api/v1/schedules", status_code=201)
     async def create_schedule(
         who: Annotated[Who, operator],
         wanted: Annotated[NewSchedule, Depends(json_body(NewSchedule))],
@@ -325,7 +325,7 @@ def _add_schedules(app: FastAPI, parts: Parts) -> None:
         )
 
     @app.delete("/api/v1/schedules/{schedule_id}")
-    async def remove_schedule(schedule_id: int, who: Annotated[Who, operator]) -> dict:
+    async def remove_schedule(schedule_id: Id, who: Annotated[Who, operator]) -> dict:
         return await change(
             parts,
             who,

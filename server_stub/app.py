@@ -6,17 +6,25 @@ GET  /{product}/...           nobody's         the published tree, as any web se
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse
 
-from . import api_admin, api_firmware, api_fleet, api_rollouts, page, page_forms, tree
+from . import api_admin, api_firmware, api_fleet, api_rollouts, openapi, page, page_forms, tree
 from .auth import Boards, refused
-from .http import Parts, add_handlers, body_schema, json_body, note_event, problem_response
+from .http import (
+    Parts,
+    add_handlers,
+    allowed_methods,
+    json_body,
+    note_event,
+    problem_response,
+)
 from .limits import Limits
 from .messages import CheckUpdate, ReportStatus
 from .presign import presigned
@@ -50,13 +58,14 @@ def create_app(parts: Parts) -> FastAPI:
     for module in (api_fleet, api_firmware, api_rollouts, api_admin, page):
         module.add_routes(app, parts)
     _add_tree(app, parts)
+    app.openapi = functools.cache(lambda: openapi.describe(app))
     return app
 
 
 def _add_device_routes(app: FastAPI, parts: Parts) -> None:
     board = Depends(Boards(parts.store, parts.device_token))
 
-    @app.post("/api/v1/check-update", openapi_extra=body_schema(CheckUpdate))
+    @app.post("/api/v1/check-update")
     async def check_update(
         request: Request,
         token: Annotated[str | None, board],
@@ -69,7 +78,7 @@ def _add_device_routes(app: FastAPI, parts: Parts) -> None:
             return Response(status_code=304, headers=headers)
         return Response(answer.body, 200, headers, "application/json")
 
-    @app.post("/api/v1/report-status", openapi_extra=body_schema(ReportStatus))
+    @app.post("/api/v1/report-status")
     async def report_status(
         token: Annotated[str | None, board],
         report: Annotated[ReportStatus, Depends(json_body(ReportStatus))],
@@ -97,6 +106,8 @@ def _add_tree(app: FastAPI, parts: Parts) -> None:
             await may_fetch(request)
         file = await run_in_threadpool(parts.site.find, name)
         if file is None:
+            if set(allowed_methods(request)) - {"GET", "HEAD"}:
+                raise HTTPException(405)
             raise Problem(404, "not_found", "nothing is published under this name")
         if file.content is None and (elsewhere := _elsewhere(parts, request.method, name)):
             return RedirectResponse(elsewhere, 302, {"Cache-Control": "no-store"})

@@ -46,12 +46,14 @@ def note(
     )
 
 
-def listing(connection: Connection, before: int, limit: int) -> list[dict[str, Any]]:
+def listing(
+    connection: Connection, limit: int | None = None, before: int | None = None
+) -> list[dict[str, Any]]:
     """The newest lines, those with an id below ``before``."""
-    rows = connection.execute(
-        select(audit).where(audit.c.id < before).order_by(audit.c.id.desc()).limit(limit)
-    )
-    return [dict(row._mapping) for row in rows]
+    query = select(audit).order_by(audit.c.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(audit.c.id < before)
+    return [dict(row._mapping) for row in connection.execute(query)]
 
 
 def _plain(values: Mapping[str, Any] | None) -> dict[str, Any] | None:

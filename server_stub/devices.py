@@ -105,9 +105,9 @@ def seen(connection: Connection, times: Sequence[tuple[str, int]]) -> None:
 
 
 def listing(
-    connection: Connection, after: str, limit: int, filters: Mapping[str, Any]
+    connection: Connection, after: str, limit: int | None, filters: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
-    """Boards by id, from the one behind ``after``."""
+    """Boards by id, from the one behind ``after``; None: all."""
     query = _filtered(select(devices), filters).where(devices.c.device_id > after)
     rows = connection.execute(query.order_by(devices.c.device_id).limit(limit))
     return [public(row) for row in rows]
@@ -267,19 +267,20 @@ def import_csv(connection: Connection, text: str, now: int, limit: int) -> dict[
     Raises:
         Problem: 422 with the line that is wrong.
     """
-    reader = csv.DictReader(io.StringIO(text))
-    unknown = set(reader.fieldnames or ()) - set(CSV_COLUMNS)
-    if "device_id" not in (reader.fieldnames or ()) or unknown:
+    names, lines = _csv_lines(text)
+    if "device_id" not in names or set(names) - set(CSV_COLUMNS):
         raise Problem(
             422,
             "malformed",
             f"line 1: expected device_id and any of {', '.join(CSV_COLUMNS[1:])}",
         )
     rows, tokens, tags = [], {}, []
-    for number, line in enumerate(reader, 2):
+    for number, line in enumerate(lines, 2):
         device_id = (line.get("device_id") or "").strip()
         if not re.fullmatch(DEVICE_ID[1:-1], device_id) or None in line:
             raise Problem(422, "malformed", f"line {number}: no usable device_id")
+        if any(len(line.get(name) or "") > 64 for name in CSV_COLUMNS[1:5]):
+            raise Problem(422, "malformed", f"line {number}: more than 64 characters")
         token = (line.get("token") or "").strip()
         if token == "new":
             token = tokens[device_id] = secrets.token_urlsafe(32)
@@ -325,6 +326,14 @@ def import_csv(connection: Connection, text: str, now: int, limit: int) -> dict[
         )
     bump(connection)
     return {"imported": len(rows), "new": count(connection, {}) - before, "tokens": tokens}
+
+
+def _csv_lines(text: str) -> tuple[Sequence[str], list[dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        return reader.fieldnames or (), list(reader)
+    except csv.Error as exc:
+        raise Problem(422, "malformed", f"line {reader.line_num}: {exc}") from None
 
 
 def _renew(connection: Connection, row: Mapping[str, Any]) -> None:

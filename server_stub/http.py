@@ -12,8 +12,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
 from sqlalchemy import Connection
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import DatabaseError, DataError, IntegrityError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from . import audit
 from .audit import Who
@@ -78,11 +79,6 @@ def _malformed(exc: ValidationError) -> Problem:
     first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"]) or "the body"
     return Problem(422, "malformed", f"{where}: {first['msg']}")
-
-
-def body_schema(model: type[BaseModel]) -> dict:
-    content = {"application/json": {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
 
 
 async def change(parts: Parts, who: Who, action: str, work: Callable[[Connection, Note], T]) -> T:
@@ -188,15 +184,35 @@ def add_handlers(app: FastAPI, limits: Limits) -> None:
     app.add_exception_handler(RequestValidationError, _query_problem)
     app.add_exception_handler(StoreError, _store_problem(limits))
     app.add_exception_handler(DatabaseError, _store_problem(limits))
+    app.add_exception_handler(IntegrityError, _conflict_problem)
+    # SQLite's driver says it of a number above 64 bits, PostgreSQL's of one above a column's 32.
+    app.add_exception_handler(OverflowError, _unfit_problem)
+    app.add_exception_handler(DataError, _unfit_problem)
     app.add_exception_handler(ValueError, _value_problem)
     app.add_exception_handler(Exception, _bug)
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """The methods of all routes with this path; of the tree, which has every path, if no others.
+
+    The framework names those of one route only.
+    """
+    found: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            if not (found and route.path.startswith("/{")):
+                found |= route.methods or set()
+    return sorted(found)
 
 
 async def _http_problem(request: Request, exc: Exception) -> Response:
     assert isinstance(exc, HTTPException)
     if not isinstance(exc, Problem):  # the framework's own: no such route, no such method
         code = {404: "not_found", 405: "method"}.get(exc.status_code, "request")
-        exc = Problem(exc.status_code, code, str(exc.detail), exc.headers)
+        headers = exc.headers
+        if exc.status_code == 405:
+            headers = {"Allow": ", ".join(allowed_methods(request))}
+        exc = Problem(exc.status_code, code, str(exc.detail), headers)
     client = request.client.host if request.client else None
     note_event(
         "refused", code=exc.code, path=request.url.path[:200], client=client, why=exc.detail
@@ -232,6 +248,16 @@ def _store_problem(limits: Limits) -> Callable[[Request, Exception], Awaitable[R
         )
 
     return handle
+
+
+async def _conflict_problem(_request: Request, _exc: Exception) -> Response:
+    detail = "something there has this name or token already"
+    return problem_response(Problem(409, "conflict", detail))
+
+
+async def _unfit_problem(_request: Request, _exc: Exception) -> Response:
+    detail = "a number or text that the registry can't hold"
+    return problem_response(Problem(422, "malformed", detail))
 
 
 async def _bug(_request: Request, exc: Exception) -> Response:

@@ -5,19 +5,29 @@ A newer agent may say more than this server understands; that must never cost it
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    WithJsonSchema,
+)
 
 DEVICE_ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$"
 _MESSAGE_CHARS = 500
 
-DeviceId = Annotated[str, StringConstraints(pattern=DEVICE_ID)]
+DeviceId = Annotated[str, StringConstraints(pattern=DEVICE_ID), Field(examples=["attic"])]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Text = Annotated[str, StringConstraints(max_length=64)]
 LongText = Annotated[str, StringConstraints(max_length=200)]
+LabelText = Annotated[str, StringConstraints(pattern=r"^[^=]{1,64}=.{0,64}$")]  # key=value
+Id = Annotated[int, Field(ge=1, le=0x7FFF_FFFF)]  # what the databases number rows with
 Attempt = Annotated[
     str,
     BeforeValidator(lambda v: str(v) if type(v) is int else v),
     StringConstraints(min_length=1, max_length=64),
+    WithJsonSchema({"type": ["string", "integer"], "minLength": 1, "maxLength": 64}),
 ]
 
 RESET_CAUSES = {1: "power on", 2: "hard", 3: "watchdog", 4: "deep sleep", 5: "soft"}

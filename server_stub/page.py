@@ -249,7 +249,7 @@ def _rules(connection: Connection) -> dict[str, Any]:
         "labels": devices.label_table(connection),
         "windows": all_of(windows),
         "schedules": schedules.listing(connection),
-        "actions": list(schedules.ACTIONS),
+        "actions": [name for name in schedules.ACTIONS if name != "backup"],
     }
 
 
@@ -259,7 +259,7 @@ def _logs(connection: Connection) -> dict[str, Any]:
         return [dict(row._mapping) for row in rows]
 
     return {
-        "audit": audit.listing(connection, 1 << 62, 50),
+        "audit": audit.listing(connection, 50),
         "downloads": newest(downloads),
         "attempts": newest(attempts),
     }

@@ -307,8 +307,6 @@ def _create_schedule(c: Connection, note: Note, values: Fields, _: At) -> None:
     action: dict[str, Any] = {"do": values.get("do", "")}
     if rollout := values.get("rollout", "").strip():
         action["rollout"] = _number("rollout", rollout, int)
-    if to := values.get("to", "").strip():
-        action["to"] = to
     wanted = {name: values.get(name, "") for name in ("name", "cron", "zone")}
     wanted = checked(api_rollouts.NewSchedule, {**wanted, "action": action})
     api_rollouts.create_schedule_one(c, note, wanted)

@@ -21,7 +21,7 @@ ACTIONS = {
     "resume_rollout": {"rollout"},
     "expand_rollout": {"rollout"},
     "gc": set(),
-    "backup": {"to"},
+    "backup": {"to"},  # in the file only: no request names a path
 }
 
 
@@ -36,7 +36,7 @@ def check(wanted: Mapping[str, Any]) -> CronTrigger:
         ValueError: cron, zone or action can't be.
     """
     action = wanted["action"]
-    needs = ACTIONS.get(action.get("do"))
+    needs = ACTIONS.get(str(action.get("do")))
     if needs is None:
         raise ValueError(f"do {action.get('do')!r}: expected one of {', '.join(ACTIONS)}")
     if set(action) != {"do", *needs}:

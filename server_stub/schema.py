@@ -3,6 +3,8 @@
 Times are whole seconds since 1970 by the server's clock; a board's own may be unset.
 """
 
+from typing import Any
+
 from sqlalchemy import (
     JSON,
     BigInteger,
@@ -13,12 +15,25 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
-    String,
     Table,
+    TypeDecorator,
     UniqueConstraint,
 )
+from sqlalchemy import String as _String
 
 metadata = MetaData()
+
+
+class String(TypeDecorator):
+    """Text as every database takes it: PostgreSQL refuses NUL, and a board may say anything."""
+
+    impl = _String
+    cache_ok = True
+
+    def process_bind_param(self, value: Any, dialect: Any) -> Any:
+        return value.replace("\0", "\N{REPLACEMENT CHARACTER}") if value else value
+
+
 _JSON = JSON(none_as_null=True)
 
 

@@ -11,10 +11,11 @@ depends on when the scheduler runs.
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 BUCKETS = 10_000
 ACTIVE = ("pilot", "expand")
+_MOST = 0x7FFF_FFFF  # what a database takes for a number
 
 Board = tuple[str, Mapping[str, str]]  # device id, labels
 
@@ -35,16 +36,19 @@ class Policy:
     promote: bool = True  # when complete, the channel points to the release
     deadline_s: int = 0  # after so much of a stage its boards update outside windows too; 0: never
 
+    # Of JSON: these members, these types, and no others.
+    __pydantic_config__: ClassVar = {"extra": "forbid", "strict": True, "allow_inf_nan": False}
+
     def __post_init__(self) -> None:
         for name in ("success_percent", "failure_percent"):
             if not 0 <= getattr(self, name) <= 100:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 100")
         for name in ("min_sample", "max_concurrent", "timeout_s", "seen_within_s"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 1 or more")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 1 to {_MOST}")
         for name in ("bake_s", "deadline_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
+            if not 0 <= getattr(self, name) <= _MOST:
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 to {_MOST}")
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,8 @@ def check_stages(stages: Sequence[Mapping[str, Any]]) -> None:
             if not (key and sign):
                 raise ValueError(f"stage {number}: label {value!r}: expected key=value")
             continue
-        if type(value) not in (int, float) or value <= 0 or (kind == "percent" and value > 100):
+        top = 100 if kind == "percent" else _MOST
+        if type(value) not in (int, float) or not 0 < value <= top:
             raise ValueError(f"stage {number}: {kind} {value!r} is out of range")
         if value < before.get(kind, 0):
             raise ValueError(f"stage {number}: {kind} {value} is less than before")

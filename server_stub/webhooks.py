@@ -33,8 +33,12 @@ KEPT = 10_000
 
 def check_url(url: str) -> str:
     """Raises Problem 422 for what is no HTTP(S) URL."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+    try:
+        parts = urlsplit(url)
+        usable = parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:
+        usable = False
+    if not usable or parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
         raise Problem(422, "malformed", "url: expected http(s)://host/path")
     return url
 

@@ -306,6 +306,125 @@ def test_killed_in_the_middle_of_a_rollout_it_goes_on(tmp_path):
             remote.client.close()
 
 
+# ---- what people and boards may say
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def fleet(request, tmp_path):
+    url = None
+    if request.param == "postgres":
+        url = fresh(request.getfixturevalue("pg"), "f" + tmp_path.name)
+    found = Fleet(tmp_path, url)
+    yield found
+    found.close()
+
+
+BIG = "9" * 400
+HUGE = "99999999999999999999"  # above 64 bits
+QUERIES = [f"devices?{name}=%00" for name in ("q", "after", "label", "version")]
+QUERIES += ["firmware?product=%00", "firmware/1/reach?label=%00=1"]
+QUERIES += ["devices/%00", "ota/updates/pending?gateway=%00"]
+QUERIES += [f"{what}/{HUGE}" for what in ("firmware", "rollouts", "ota/updates")]
+QUERIES += [f"{what}/2147483648" for what in ("firmware", "rollouts", "ota/updates")]
+QUERIES += [f"audit?before={HUGE}", "audit?before=2147483648"]
+BODIES = [
+    ("rollouts", '{"firmware_id": HUGE}'),
+    ("rollouts", '{"product": "x", "version": "\\u0000"}'),
+    ("rollouts", '{"firmware_id": 1, "name": "\\u0000", "seed": "\\u0000"}'),
+    ("rollouts", '{"firmware_id": 1, "policy": {"bake_s": Infinity}}'),
+    ("rollouts", '{"firmware_id": 1, "policy": {"success_percent": NaN}}'),
+    ("rollouts", '{"firmware_id": 1, "policy": {"seen_within_s": 1e999}}'),
+    ("rollouts", '{"firmware_id": 1, "policy": {"seen_within_s": BIG}, "start": true}'),
+    ("rollouts", '{"firmware_id": 1, "policy": {"max_concurrent": 1.5}}'),
+    ("rollouts", '{"firmware_id": 1, "policy": {"gate": 3}}'),
+    ("rollouts", '{"firmware_id": 1, "stages": [{"percent": NaN}]}'),
+    ("rollouts", '{"firmware_id": 1, "stages": [{"count": BIG}]}'),
+    ("windows", '{"start": "00:00", "end": "00:00", "label": "\\u0000="}'),
+    ("schedules", '{"name": "d", "cron": "* * * * *", "action": {"do": ["gc"]}}'),
+    ("schedules", '{"name": "d", "cron": "* * * * *", "action": {"do": {}}}'),
+    ("schedules", '{"name": "d", "cron": "* * * * *", "action": {"do": "gc", "rollout": NaN}}'),
+    ("webhooks", '{"url": "http://a\\u0000b/"}'),
+    ("webhooks", '{"url": "http://host:99999999/"}'),
+    ("webhooks", '{"url": "http://[::1"}'),
+    ("ota/updates", '{"firmware_id": HUGE}'),
+    ("devices/import", "device_id,mac\nb2,\0\n"),
+    ("devices/import", "device_id\r\rb5"),
+    ("devices/import", "device_id,mac\nb9," + "x" * 200_000),
+    ("devices/import", "device_id,token\nb6,0123456789abcdefghij\nb7,0123456789abcdefghij"),
+]
+BODIES = [(path, body.replace("HUGE", HUGE).replace("BIG", BIG)) for path, body in BODIES]
+
+
+def test_F116_no_number_and_no_text_of_a_request_is_a_5xx(fleet):
+    fleet.publish("1.1.0")
+    Board(fleet, "b1").poll()
+    headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+    for query in QUERIES:
+        answer = fleet.client.get(f"/api/v1/{query}", headers=headers)
+        assert answer.status_code < 500, (query, answer.text)
+    for path, body in BODIES:
+        answer = fleet.client.post(f"/api/v1/{path}", headers=headers, content=body.encode())
+        assert answer.status_code < 500, (path, body[:80], answer.text)
+    # And nothing of it was stored that trips those who read it.
+    for path in ("devices", "rollouts", "windows", "schedules", "webhooks", "audit", "labels"):
+        assert isinstance(fleet.api("GET", path)[path], list), path
+    for what in ("devices", "audit"):
+        assert isinstance(fleet.api("GET", f"export/{what}"), list), what
+    assert Board(fleet, "b1").poll()["poll"]
+
+
+def test_numbers_that_are_none_are_refused(fleet):
+    fleet.publish("1.1.0")
+    for path, body in BODIES:
+        if "NaN" in body or "Infinity" in body or "1e999" in body or BIG in body:
+            headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+            answer = fleet.client.post(f"/api/v1/{path}", headers=headers, content=body.encode())
+            assert answer.status_code == 422, body[:80]
+    assert fleet.api("GET", "rollouts")["rollouts"] == []
+
+
+def test_a_report_with_a_nul_is_kept(fleet):
+    """PostgreSQL refuses the character: the board would have reported for ever."""
+    board = Board(fleet, "b1", agent="agent\0x")
+    board.poll()
+    board.attempt = "1"
+    board.report("failed", "1.1.0", {"code": "x", "message": "line\0noise"})
+    found = fleet.api("GET", "devices/b1")
+    assert found["agent"] == "agent\ufffdx"
+    assert found["history"][0]["error"]["message"].startswith("line")
+
+
+def test_the_audit_log_can_be_read(fleet):
+    for key in ("one", "two"):
+        fleet.api("PUT", f"labels/{key}", {"description": "d"})
+    newest, older = fleet.api("GET", "audit")["audit"]
+    assert (newest["target"], older["target"]) == ("two", "one")
+    assert fleet.api("GET", f"audit?before={newest['id']}")["audit"] == [older]
+    assert len(fleet.api("GET", "export/audit")) == 2
+
+
+def test_F117_no_request_names_a_file_to_write(fleet, tmp_path):
+    """A backup holds the server's key and tokens: where it goes, schedules.yaml says."""
+    target = tmp_path / "site" / "sensor-node" / "stable.json"
+    plan = {"name": "x", "cron": "* * * * *", "action": {"do": "backup", "to": str(target)}}
+    assert fleet.api("POST", "schedules", plan)["code"] == "malformed"
+    assert fleet.api("GET", "schedules")["schedules"] == []
+
+
+@pytest.mark.parametrize("channel", ["../x", ".hidden", "é", "a/b", "x" * 65])
+def test_an_upload_names_a_channel_as_all_others_do(tmp_path, channel):
+    with fleets.running(tmp_path / "fleet") as fleet:
+        site = tmp_path / "made" / "site"
+        site.mkdir(parents=True)
+        form = fleets.upload_files(site, servers.publish_version(site, "1.1.0"))
+        headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+        answer = fleet.client.post(
+            "/api/v1/firmware/upload", headers=headers, files=form, data={"channel": channel}
+        )
+        assert answer.json()["code"] == "malformed"
+        assert list(fleet.site_folder.iterdir()) == []
+
+
 # ---- backup, schedules
 
 

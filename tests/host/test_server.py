@@ -501,13 +501,30 @@ def test_a_large_body_is_refused_before_it_is_read(server):
 
 def test_wrong_methods_and_paths_are_problems_too(server):
     with server.client(server.token("device")) as client:
-        assert problem(client.get("/api/v1/check-update")) == (404, "not_found")
+        assert problem(client.get("/api/v1/check-update")) == (405, "method")
         assert problem(client.post("/nothing")) == (405, "method")
         assert problem(client.get("/api/v2/check-update")) == (404, "not_found")
         operator = {"Authorization": f"Bearer {server.token('operator')}"}
         for query in ({"limit": "0"}, {"limit": "x"}, {"limit": "1001"}, {"after": "x" * 65}):
             response = client.get("/api/v1/devices", params=query, headers=operator)
             assert problem(response) == (422, "malformed")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/api/v1/check-update", {"POST"}),
+        ("PUT", "/api/v1/rollouts", {"GET", "POST"}),
+        ("DELETE", "/api/v1/labels/site", {"PUT"}),
+        ("POST", "/nothing", {"GET", "HEAD"}),
+    ],
+)
+def test_a_wrong_method_is_told_the_right_ones(server, method, path, allowed):
+    """RFC 9110 section 15.5.6."""
+    with server.client(server.token("device")) as client:
+        response = client.request(method, path)
+    assert problem(response) == (405, "method")
+    assert set(response.headers["allow"].split(", ")) == allowed
 
 
 # ---- slow and many clients, with short limits
