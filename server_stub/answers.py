@@ -41,6 +41,7 @@ class Offer(_Answer):
     reason: str = ""
     release: str = ""
     rollout: Share | None = None
+    install: Annotated[int, Field(ge=1)] | None = None  # seconds until it may be installed
 
 
 class Ok(_Answer):
@@ -63,6 +64,10 @@ class Device(_Answer):
     status_version: str | None
     first_seen: Date | None
     last_seen: Date | None
+    staged: str | None
+    flash: int | None
+    free: int | None
+    reset_cause: str | None
     address: str | None
     enrolment: Literal["pending", "accepted", "decommissioned"]
     own_token: bool
@@ -100,6 +105,7 @@ class Attempt(_Answer):
     presumed: bool
     said_confirmed: bool
     polled_new: Date | None
+    waits_until: Date | None
     bytes: int | None
     offered: Date
     updated: Date
@@ -120,6 +126,7 @@ class Explained(_Answer):
     release: str | None
     version: str | None
     origin: str | None
+    install_in_s: int
     notes: list[str]
 
 
@@ -290,6 +297,20 @@ class Rollout(_Answer):
 
 
 class Rollouts(_Answer):
+    rollouts: list[Rollout]
+
+
+class Grouped(_Answer):
+    value: str | None
+    boards: int
+
+
+class Fleet(_Answer):
+    total: int
+    seen: int  # within a day
+    pending: int
+    versions: list[Grouped]
+    statuses: list[Grouped]
     rollouts: list[Rollout]
 
 

@@ -36,7 +36,7 @@ Note = Callable[..., None]
 
 TIMES = (
     "first_seen last_seen received offered updated ended polled_new created stage_started"
-    " passed_at starts_at at expires last_run"
+    " passed_at starts_at at expires last_run waits_until"
 ).split()
 
 

@@ -35,10 +35,14 @@ RESET_CAUSES = {1: "power on", 2: "hard", 3: "watchdog", 4: "deep sleep", 5: "so
 
 # What is merely shown must never cost a board its update: what can't be is not known.
 Bytes = Annotated[
-    int | None, BeforeValidator(lambda v: v if type(v) is int and 0 <= v < 1 << 40 else None)
+    int | None,
+    BeforeValidator(lambda v: v if type(v) is int and 0 <= v < 1 << 40 else None),
+    WithJsonSchema({"description": "a number of bytes; anything else is not known"}),
 ]
 ResetCause = Annotated[
-    str | None, BeforeValidator(lambda v: RESET_CAUSES.get(v) if type(v) is int else None)
+    str | None,
+    BeforeValidator(lambda v: RESET_CAUSES.get(v) if type(v) is int else None),
+    WithJsonSchema({"description": "machine.reset_cause(); anything else is not known"}),
 ]
 
 Status = Literal["checking", "staging", "staged", "trial", "confirmed", "rolledback", "failed"]

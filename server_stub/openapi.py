@@ -23,6 +23,7 @@ _BYTES = {"type": "string", "contentMediaType": "application/octet-stream"}
 _ANSWERS = {
     "check_update": answers.Offer,
     "report_status": answers.Ok,
+    "fleet": answers.Fleet,
     "list_devices": answers.Devices,
     "import_devices": answers.Imported,
     "device": answers.DeviceDetail,
