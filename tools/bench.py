@@ -303,7 +303,7 @@ def smallest_heap() -> Iterator[Figure]:
 
 # Samples what is alive each time the agent lets it run: between any two blocks.
 _LIVE = """    import gc
-    import twinslot.add, twinslot.download, twinslot.payload, twinslot.sources.static
+    import twinslot.native, twinslot.download, twinslot.payload, twinslot.sources.static
     gc.collect()
     base = peak = gc.mem_alloc()
     print("live imported", base)

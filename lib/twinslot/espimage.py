@@ -88,43 +88,74 @@ def parse(head):
     }
 
 
+def plain_xor(buf, n):
+    """Return the XOR of the first ``n`` bytes of ``buf``: the twin of ``native.xor``."""
+    fold = 0
+    for at in range(0, n, _FOLD):  # many at once
+        fold ^= int.from_bytes(buf[at : min(at + _FOLD, n)], "little")
+    result = 0
+    for byte in fold.to_bytes(_FOLD, "little"):
+        result ^= byte
+    return result
+
+
+def _native_xor():
+    try:
+        from .native import xor
+
+        return xor
+    except (ImportError, SyntaxError, ValueError):  # left out, no emitter, another architecture
+        return plain_xor
+
+
 class Walk:
     """Verify an image while its bytes pass by, in order and in pieces of any size.
 
     Nothing is raised before ``finish``: whether these are the bytes that were signed comes first.
-    Allocates two numbers of 256 bytes for each 256 bytes of image, and drops them at once.
+    Allocates nothing for a piece that lies within a segment's data.
     """
 
     def __init__(self):
         self._sha = hashlib.sha256()
-        self._fold = 0  # of the segments' data, XORed in pieces of _FOLD bytes
+        self._xor = _native_xor()
         self._part = _HEAD
         self._left = 24  # bytes of the part that are still to come
         self._kept = b""  # of a part that is looked at when it is whole
         self._length = 0
         self._segments = 0
-        self._checksum = 0
+        self._checksum = _CHECKSUM_SEED  # of the segments' data so far
+        self._stored = 0  # what the image says it is
         self._build = None
         self.problem = "it ends early"
 
     def feed(self, buf):
         """Take the next bytes (bytes-like, at most a block)."""
+        n = len(buf)
+        if self._part == _DATA and n < self._left:  # the usual case: no new object
+            self._pass(buf, n)
+            return
         view = memoryview(buf)
         at = 0
-        while at < len(view) and self._part != _DONE:
-            piece = view[at : at + min(self._left, _FOLD)]
+        while at < n and self._part != _DONE:
+            piece = view[at : at + self._left]
             at += len(piece)
-            self._left -= len(piece)
-            if self._part != _DIGEST:
-                self._length += len(piece)
-                self._sha.update(piece)
             if self._part == _DATA:
-                self._fold ^= int.from_bytes(piece, "little")
+                self._pass(piece, len(piece))
             else:
+                self._left -= len(piece)
                 self._kept += bytes(piece)
+                if self._part != _DIGEST:
+                    self._length += len(piece)
+                    self._sha.update(piece)
             while not self._left and self._part != _DONE:
                 kept, self._kept = self._kept, b""
                 self._part, self._left = self._next(self._part, kept)
+
+    def _pass(self, data, n):
+        self._left -= n
+        self._length += n
+        self._sha.update(data)
+        self._checksum ^= self._xor(data, n)
 
     def _next(self, part, kept):
         """Look at a whole part; return the next one and its length."""
@@ -148,17 +179,14 @@ class Walk:
             # The checksum is the last byte of a 16-byte unit.
             return (_SEGMENT, 8) if self._segments else (_PADDING, 16 - self._length % 16)
         if part == _PADDING:
-            self._checksum = kept[-1]
+            self._stored = kept[-1]
             return _DIGEST, 32
         self._judge(kept)
         return _DONE, 0
 
     def _judge(self, digest):
-        checksum = _CHECKSUM_SEED
-        for byte in self._fold.to_bytes(_FOLD, "little"):
-            checksum ^= byte
-        if checksum != self._checksum:
-            self.problem = "checksum 0x%02x, 0x%02x is right" % (self._checksum, checksum)
+        if self._stored != self._checksum:
+            self.problem = "checksum 0x%02x, 0x%02x is right" % (self._stored, self._checksum)
         elif self._sha.digest() != digest:
             self.problem = "its appended SHA-256 belongs to another"
         else:

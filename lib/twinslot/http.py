@@ -110,8 +110,8 @@ class Response:
         self._chunked = False
         self._in_chunk = False
         self.received = 0
-        self._waited_ms = 0
-        self._arrived = 0
+        self._waited_ms = self._arrived = 0
+        self._pause = self._since = 0  # ms of the next pause, and when the first one began
         self._keep = minor == 1 and b"close" not in found.get(b"connection", b"").lower()
         self._read_head(found)
         self._frame(found, minor)
@@ -219,52 +219,78 @@ class Response:
             TimeoutError_: a stall, the deadline, or less than the minimum rate.
             HttpError: malformed chunks.
         """
+        while True:
+            await sleep_ms(0)  # lets other tasks run even while bytes keep coming
+            n = self.take(buf, len(buf))
+            if n != 0:
+                return n or 0
+            await self.wait()
+
+    def take(self, buf, n):
+        """Read up to ``n`` bytes of what is there; the rest as ``readinto``. Allocates nothing.
+
+        Returns:
+            1 to n bytes; 0: await ``wait()`` first; None at the end of the body.
+        """
         link = self._link
         if link is None:
-            return 0
-        if link.owner is not self:
+            return None
+        if link.owner not in (self, None):
             raise NetworkError("body: the client has given this answer up")
-        client = self._client
-        since = ticks_ms()
+        n = min(n, self._left)
+        if not n:
+            return 0
         try:
-            if self._chunked and not self._left and not await self._next_chunk(link, since):
+            got = link.take(buf, n) or link.read(buf, n, "body")
+            if got is None:
                 return 0
-            n = min(len(buf), self._left)
-            got = link.take(buf, n)
-            pause = 0  # lets other tasks run even while bytes keep coming
-            while not got:
-                # Here and not in a coroutine of the link: each would cost 200 bytes per read.
-                await sleep_ms(pause)
-                got = link.read(buf, n, "body")
-                if got is None:
-                    link.check(since, client.read_timeout_ms, "body")
-                    pause = longer(pause)
-                elif not got:
-                    raise NetworkError(
-                        "the body ends early", self.received, self.length or "more in its chunk"
-                    )
-            self._waited_ms += ticks_diff(ticks_ms(), since)
-            self._arrived += got
-            if self._waited_ms >= client.rate_window_ms:
-                self._check_rate(client)
+            if not got:
+                raise NetworkError(
+                    "the body ends early", self.received, self.length or "more in its chunk"
+                )
         except BaseException:
             link.close()
             raise
+        self._pause = 0
+        self._arrived += got
         self.received += got
         self._left -= got
         if not self._left and not self._chunked:
             self._end()
         return got
 
+    async def wait(self):
+        """Let other tasks run until ``take`` may find something. Raises as ``readinto``."""
+        link = self._link
+        if link is None or link.owner is not self:
+            return
+        client = self._client
+        now = ticks_ms()
+        try:
+            if self._left:
+                if not self._pause:
+                    self._since = now
+                link.check(self._since, client.read_timeout_ms, "body")
+                await sleep_ms(self._pause)
+                self._pause = longer(self._pause)
+            else:
+                await self._next_chunk(link, now)
+            # Only time spent waiting counts: flash writes between two reads are not the server's.
+            self._waited_ms += ticks_diff(ticks_ms(), now)
+            if self._waited_ms >= client.rate_window_ms:
+                self._check_rate(client)
+        except BaseException:
+            link.close()
+            raise
+
     def _check_rate(self, client):
-        # Only time spent waiting counts: flash writes between two reads are not the server's.
         rate = self._arrived * 1000 // self._waited_ms
         if rate < client.min_rate:
             raise TimeoutError_("body too slow", "%d B/s" % rate, "%d B/s" % client.min_rate)
         self._waited_ms = self._arrived = 0
 
     async def _next_chunk(self, link, since):
-        """Read up to the data of the next chunk; False after the last chunk and its trailers."""
+        """Read up to the data of the next chunk, or past the last one and its trailers."""
         limit_ms = self._client.read_timeout_ms
         if self._in_chunk and await link.line(since, limit_ms, "chunk"):
             raise self._refuse("chunk: data goes on past its size")
@@ -274,11 +300,9 @@ class Response:
             raise self._refuse("chunk size", _clip(line))
         self._in_chunk = True
         self._left = size
-        if size:
-            return True
-        await link.fields(since, limit_ms, "trailer", HEAD_MAX)
-        self._end()
-        return False
+        if not size:
+            await link.fields(since, limit_ms, "trailer", HEAD_MAX)
+            self._end()
 
     async def read(self, limit):
         """Return the whole body, which must not be longer than ``limit`` bytes.

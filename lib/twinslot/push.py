@@ -136,26 +136,24 @@ class _Line:
         self._data = memoryview(data)[: max(0, self.length - self.received)]
         self._news.set()
 
-    async def _wait(self):
+    async def wait(self):
         self.rest.set()
         await self._news.wait()
         self._news.clear()
 
     async def get(self, url, etag=None, start=None, if_range=None, deadline_ms=None, redirects=0):
         self.wants = (url, start or 0)
-        await self._wait()
+        await self.wait()
         if self.length < 0:
             self.status, self.length = 404, 0
         else:
             self.status = 206 if start else 200
         return self
 
-    async def readinto(self, buf):
+    def take(self, buf, n):
         if self.received == self.length:
-            return 0
-        while not self._data:
-            await self._wait()
-        n = min(len(buf), len(self._data))
+            return None
+        n = min(n, len(self._data))
         buf[:n] = self._data[:n]
         self._data = self._data[n:]
         self.received += n
@@ -168,7 +166,11 @@ class _Line:
         view = memoryview(data)
         at = 0
         while at < len(data):
-            at += await self.readinto(view[at:])
+            n = self.take(view[at:], len(data) - at)
+            if n:
+                at += n
+            else:
+                await self.wait()
         return bytes(data)
 
     async def close(self):

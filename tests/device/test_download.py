@@ -43,13 +43,16 @@ class Body:
         self._content = content
         self._cut = len(content) if cut is None else cut
 
-    async def readinto(self, view):
-        n = min(len(view), self._cut - self.received)
+    def take(self, view, n):
+        n = min(n, self._cut - self.received)
         if n == 0 and self._cut < len(self._content):
             raise NetworkError("reset by peer")
         view[:n] = self._content[self.received : self.received + n]
         self.received += n
-        return n
+        return n or None
+
+    async def wait(self):
+        """There is nothing to wait for."""
 
     async def close(self):
         self.closed = True

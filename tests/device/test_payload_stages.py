@@ -10,7 +10,7 @@ from binascii import unhexlify
 
 from harness import Skip, raises
 
-from twinslot import payload, release
+from twinslot import espimage, patch, payload, release
 from twinslot.errors import FormatError
 from twinslot.payload import BOUNDARY
 
@@ -20,7 +20,7 @@ LIMIT = 1 << 30  # small integers of a 32-bit port end here
 
 def _native():
     try:
-        from twinslot.add import add
+        from twinslot.native import add
     except (ImportError, ValueError):
         raise Skip("no native code here")
     return add
@@ -29,7 +29,7 @@ def _native():
 def _both(add, out, base, n):
     native, plain = bytearray(out), bytearray(out)
     add(native, base, n)
-    payload.plain_add(plain, base, n)
+    patch.plain_add(plain, base, n)
     assert native == plain, (out, base, n)
     return bytes(plain)
 
@@ -61,6 +61,17 @@ def test_the_native_loop_works_within_larger_buffers():
             assert out[i] == expected % 256, (at, i)
 
 
+def test_the_native_checksum_is_the_plain_one():
+    try:
+        from twinslot.native import xor
+    except (ImportError, ValueError):
+        raise Skip("no native code here")
+    data = memoryview(os.urandom(4096))
+    for n in (0, 1, 2, 255, 256, 257, 1023, 4095, 4096):
+        assert xor(data, n) == espimage.plain_xor(data, n)
+        assert xor(data[4096 - n :], n) == espimage.plain_xor(data[4096 - n :], n)
+
+
 def _number(n):
     out = bytearray([(0x40 if n < 0 else 0) | (abs(n) & 0x3F)])
     n = abs(n) >> 6
@@ -73,23 +84,26 @@ def _number(n):
 
 class Body:
     def __init__(self, content, step):
-        self._content = content
+        self._content = memoryview(content)
         self._step = step
         self.received = 0
 
-    async def readinto(self, buf):
-        part = self._content[self.received :][: min(len(buf), self._step)]
+    def take(self, buf, n):
+        part = self._content[self.received : self.received + min(n, self._step)]
         buf[: len(part)] = part
         self.received += len(part)
-        return len(part)
+        return len(part) or None
+
+    async def wait(self):
+        raise AssertionError("there is nothing to wait for")
 
 
 class Sink:
     def __init__(self):
-        self.content = b""
+        self.pieces = []
 
     def write(self, buf):
-        self.content += bytes(buf)
+        self.pieces.append(bytes(buf))
 
 
 PATCH = release.Payload("", "identity", 0, 0, "detools", "")
@@ -103,7 +117,7 @@ async def _apply(content, base, size, step=1000, base_size=None):
     sink = Sink()
     stage = payload.open_stage(PATCH, Body(content, step), (read, base_size or len(base)), size)
     await payload.pump(stage, payload.Writer(sink, size), lambda *_: None)
-    return sink.content
+    return b"".join(sink.pieces)
 
 
 def _chunk(diff, extra, seek):
@@ -204,7 +218,7 @@ async def _inflate(content, size, step=1000, state=None, offset=0):
     stage = payload.open_stage(GZIP, Body(content[at:], step), None, size, state)
     writer = payload.Writer(sink, size, offset)
     await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
-    return sink.content, seen
+    return b"".join(sink.pieces), seen
 
 
 async def test_members_of_any_size_in_any_steps_are_one_image():
@@ -292,22 +306,39 @@ async def test_what_follows_a_complete_image_is_read_and_harms_nothing():
     assert rest.received == len(member(image)), "the connection is left clean"
 
 
-async def test_inflating_rarely_waits():
-    """Each wait makes garbage: as long as there is input enough, none is asked for."""
-    image = os.urandom(3 * 4096)
-    body = Body(member(image), 4096)
-    stage = payload.open_stage(GZIP, body, None, len(image))
-    view = memoryview(bytearray(256))
-    got, waits = b"", 0
-    assert stage.take(view) == 0, "nothing is there yet"
-    while len(got) < len(image):
-        n = stage.take(view)
-        if not n:
-            waits += 1
-            n = await stage.readinto(view)
-        got += bytes(view[:n])
-    assert got == image
-    assert waits <= 16, waits
+class Hesitant(Body):
+    """Has nothing to give before each ``wait``, and then one piece."""
+
+    ready = False
+
+    def take(self, buf, n):
+        if not self.ready:
+            return 0
+        self.ready = False
+        return super().take(buf, n)
+
+    async def wait(self):
+        self.ready = True
+
+
+async def test_a_body_that_hesitates_before_each_piece_loses_no_byte():
+    image = os.urandom(BOUNDARY + 5000)
+    plain = release.Payload("", "identity", 0, 0, None, None)
+    patch_head = b"\0" + _number(len(image)) + _number(0)
+
+    def read(offset, buf):
+        buf[:] = image[offset : offset + len(buf)]
+
+    for chosen, content in (
+        (plain, image),
+        (GZIP, member(image[:BOUNDARY]) + member(image[BOUNDARY:])),
+        (PATCH, patch_head + _chunk(bytes(300), image[300:], 0)),
+    ):
+        for step in (700, 4096):
+            sink = Sink()
+            stage = payload.open_stage(chosen, Hesitant(content, step), (read, 300), len(image))
+            await payload.pump(stage, payload.Writer(sink, len(image)), lambda *_: None)
+            assert b"".join(sink.pieces) == image
 
 
 async def test_a_gzip_of_a_patch():
@@ -329,7 +360,7 @@ async def test_a_gzip_of_a_patch():
         stage = payload.open_stage(both, Body(content, 700), (read, len(base)), len(image))
         writer = payload.Writer(sink, len(image))
         await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
-        assert sink.content == image
+        assert b"".join(sink.pieces) == image
         assert seen == [(BOUNDARY, state), (len(image), None)]
         if state:
             sink = Sink()
@@ -337,7 +368,7 @@ async def test_a_gzip_of_a_patch():
             stage = payload.open_stage(both, rest, (read, len(base)), len(image), state)
             writer = payload.Writer(sink, len(image), BOUNDARY)
             await payload.pump(stage, writer, lambda *_: None)
-            assert sink.content == image[BOUNDARY:]
+            assert b"".join(sink.pieces) == image[BOUNDARY:]
 
 
 # -- pace and boundaries
@@ -373,7 +404,7 @@ async def test_a_plain_body_goes_on_anywhere():
     stage = payload.open_stage(plain, Body(image[BOUNDARY:], 999), None, len(image), (BOUNDARY, 0))
     writer = payload.Writer(sink, len(image), BOUNDARY)
     await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
-    assert sink.content == image[BOUNDARY:]
+    assert b"".join(sink.pieces) == image[BOUNDARY:]
     assert seen == [(2 * BOUNDARY, (2 * BOUNDARY, 0)), (3 * BOUNDARY, None)]
 
 
@@ -451,13 +482,13 @@ async def test_a_patch_goes_on_between_chunks_only():
             stage = payload.open_stage(PATCH, Body(content, step), (read, len(base)), len(image))
             writer = payload.Writer(sink, len(image))
             await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
-            assert sink.content == image
+            assert b"".join(sink.pieces) == image
             assert seen[0] == (BOUNDARY, state)
     sink = Sink()
     rest = Body(even[n:], 1000)
     stage = payload.open_stage(PATCH, rest, (read, len(base)), len(image), (n, 7))
     await payload.pump(stage, payload.Writer(sink, len(image), BOUNDARY), lambda *_: None)
-    assert sink.content == image[BOUNDARY:]
+    assert b"".join(sink.pieces) == image[BOUNDARY:]
 
 
 # -- what a port may lack
@@ -494,5 +525,6 @@ def test_encodings_of_a_port_with_deflate_and_without():
 
 def test_where_the_native_loop_can_not_be_loaded_the_plain_one_adds():
     for error in (ImportError("left out"), SyntaxError("no emitter"), ValueError("architecture")):
-        with Without("add", error):
-            assert payload._adder() is payload.plain_add
+        with Without("native", error):
+            assert patch._adder() is patch.plain_add
+            assert espimage._native_xor() is espimage.plain_xor

@@ -47,11 +47,14 @@ class Body:
         self.received = 0
         self._content = content
 
-    async def readinto(self, view):
-        n = min(len(view), self.length - self.received)
+    def take(self, view, n):
+        n = min(n, self.length - self.received)
         view[:n] = self._content[self.received : self.received + n]
         self.received += n
-        return n
+        return n or None
+
+    async def wait(self):
+        """There is nothing to wait for."""
 
     async def read(self, limit):
         self.received = self.length

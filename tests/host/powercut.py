@@ -112,17 +112,20 @@ class Body:
         self._at = begin + (start or 0)
         self._end = begin + length
 
-    async def readinto(self, view):
-        n = min(len(view), self._end - self._at)
+    def take(self, view, n):
+        n = min(n, self._end - self._at)
         if n:
             Partition("shelf").readblocks(0, view[:n], self._at)
         self._at += n
         self.received += n
-        return n
+        return n or None
+
+    async def wait(self):
+        pass
 
     async def read(self, limit):
         data = bytearray(self.length)
-        await self.readinto(memoryview(data))
+        self.take(memoryview(data), len(data))
         return bytes(data)
 
     async def close(self):

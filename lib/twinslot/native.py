@@ -1,0 +1,24 @@
+"""The loops over single bytes, in native code. ``payload`` and ``espimage`` hold their twins in
+plain Python.
+
+Alone in this module because compiling it fails where a port has no native code emitter, and
+because as ``.mpy`` it is made for one architecture.
+"""
+
+import micropython
+
+
+@micropython.viper
+def add(out: ptr8, base: ptr8, n: int):  # noqa: F821 # pyright: ignore
+    """``out[i] += base[i]`` modulo 256 for ``n`` bytes, in place. No bounds are checked."""
+    for i in range(n):
+        out[i] = out[i] + base[i]
+
+
+@micropython.viper
+def xor(buf: ptr8, n: int) -> int:  # noqa: F821 # pyright: ignore
+    """Return the XOR of ``n`` bytes. No bounds are checked."""
+    result = 0
+    for i in range(n):
+        result ^= buf[i]
+    return result

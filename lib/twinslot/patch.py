@@ -1,0 +1,140 @@
+"""The stage that applies a sequential detools patch to the running image.
+
+After its header, until the image is complete: diff size, diff bytes (added to the base), extra
+size, extra bytes (copied), adjustment of the position in the base.
+
+Source: detools, create.py and apply.py.
+"""
+
+from micropython import const
+
+from .errors import FormatError
+from .payload import SLICE
+
+
+def plain_add(out, base, n):
+    """``out[i] += base[i]`` modulo 256 for ``n`` bytes, in place: the twin of ``native.add``."""
+    for i in range(n):
+        out[i] = (out[i] + base[i]) & 0xFF
+
+
+def _adder():
+    try:
+        from .native import add
+
+        return add
+    except (ImportError, SyntaxError, ValueError):  # left out, no emitter, another architecture
+        return plain_add
+
+
+# The numbers of a patch, in their order; those of a chunk recur. Diff bytes follow the first of
+# them, extra bytes the second.
+_TYPE = const(0)
+_IMAGE_SIZE = const(1)
+_FORMAT = const(2)
+_DIFF = const(3)
+_EXTRA = const(4)
+_SEEK = const(5)
+_DIGITS = const(64)  # bytes of numbers that may come without a byte of the image between them
+
+
+class Patch:
+    """See ``payload`` for what a stage is.
+
+    Args:
+        stage: where the patch comes from.
+        base: ``(read, size)`` of the running image; ``read(offset, buf)``.
+        size: of the image.
+        position: in the base where a chunk begins; None at the patch's beginning.
+    """
+
+    def __init__(self, stage, base, size, position):
+        self._add = _adder()
+        self._stage = stage
+        self.wait = stage.wait
+        self._base, self._base_size = base
+        self._buf = memoryview(bytearray(SLICE))
+        self._byte = memoryview(bytearray(1))
+        self._size = size
+        self._position = position or 0
+        self._next = _TYPE if position is None else _DIFF
+        self._left = 0  # bytes of diff or extra that come before that number
+        self._value = self._shift = 0  # of the number that is being read
+
+    def take(self, view, n):
+        stage = self._stage
+        for _ in range(_DIGITS):
+            if self._left:
+                break
+            if not self._digit():
+                return 0
+        else:
+            raise FormatError("patch", "%d bytes without content" % _DIGITS, "an image")
+        n = stage.take(view, min(n, self._left, SLICE))
+        if n is None:
+            raise FormatError("patch: cut short")
+        if n and self._next == _EXTRA:
+            # More than is needed, where the base goes on: a slice would be a new object.
+            whole = self._position + SLICE <= self._base_size
+            self._base(self._position, self._buf if whole else self._buf[:n])
+            self._add(view, self._buf, n)  # pyright: ignore (viper)
+            self._position += n
+        self._left -= n
+        return n
+
+    def _digit(self):
+        """Act on a byte of a signed number: sign and 6 bits first, then 7 bits each, least first.
+        False where there is none yet."""
+        n = self._stage.take(self._byte, 1)
+        if n is None:
+            raise FormatError("patch: cut short")
+        if not n:
+            return False
+        byte = self._byte[0]
+        if self._next == _TYPE:
+            if byte:
+                raise FormatError("patch type", byte, "0: sequential, not compressed")
+            self._next = _IMAGE_SIZE
+            return True
+        if self._shift == 0:
+            self._negative = byte & 0x40
+            self._value = byte & 0x3F
+            self._shift = 6
+        else:
+            self._value |= (byte & 0x7F) << self._shift
+            self._shift += 7
+        if self._shift > 34 or self._value >= 1 << 30:
+            raise FormatError("patch: a number above 30 bits")
+        if not byte & 0x80:
+            self._shift = 0
+            self._number(-self._value if self._negative else self._value)
+        return True
+
+    def _number(self, n):
+        """Act on a number that is complete."""
+        if self._next == _SEEK:
+            self._position += n
+            if not 0 <= self._position <= self._base_size:
+                raise FormatError("patch: leaves the base image")
+            self._next = _DIFF
+            return
+        if n < 0:
+            raise FormatError("patch: a size", n, "0 or more")
+        if self._next == _IMAGE_SIZE and n != self._size:
+            raise FormatError("patch: size of its image", n, self._size)
+        if self._next == _FORMAT and n:
+            raise FormatError("patch: a data format is not supported")
+        if self._next == _DIFF and self._position + n > self._base_size:
+            raise FormatError("patch: reads beyond the base image")
+        if self._next in (_DIFF, _EXTRA):
+            self._left = n
+        self._next += 1
+
+    async def boundary(self):
+        while self._next != _DIFF or self._left or self._shift:
+            if self._left:
+                return None
+            if not self._digit():
+                await self.wait()
+        state = await self._stage.boundary()
+        return None if state is None else (state[0], self._position)
