@@ -30,7 +30,6 @@ class ChangeDevice(_Body):
 
     enrolment: Literal["pending", "accepted"] | None = None
     pin: Text | None = None
-    channel: Name | None = None
     labels: dict[str, str | None] = {}
 
 

@@ -1,10 +1,11 @@
 """Routes about rollouts, maintenance windows and schedules."""
 
+import dataclasses
 import time
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 from sqlalchemy import Connection, select
 
 from . import events, releases, rollouts, schedules
@@ -57,10 +58,19 @@ class SendBack(_Body):
     start: bool = True
 
 
-class Retarget(_Body):
-    """``PATCH /api/v1/rollouts/{id}``; an empty list means every board."""
+PolicyChange = create_model(
+    "PolicyChange",
+    __base__=_Body,
+    **{field.name: (field.type, None) for field in dataclasses.fields(Policy)},  # type: ignore
+)
+"""Some members of ``stages.Policy``."""
 
-    target: dict[Literal["label"], Labels]
+
+class ChangeRollout(_Body):
+    """``PATCH /api/v1/rollouts/{id}``; an empty list of labels means every board."""
+
+    target: dict[Literal["label"], Labels] | None = None
+    policy: PolicyChange | None = None  # type: ignore
 
 
 class NewWindow(_Body):
@@ -158,14 +168,25 @@ def back_one(
     return shown(connection, new)
 
 
-def target_one(
-    connection: Connection, note: Note, rollout_id: int, label: list[str]
+def change_one(
+    connection: Connection, note: Note, rollout_id: int, wanted: ChangeRollout
 ) -> dict[str, Any]:
-    """Mean other boards from now on: promotion from ``ring=pilot`` to ``ring=home``, or to all."""
+    """Mean other boards from now on (from ``ring=pilot`` to ``ring=home``, or to all), or be more
+    or less careful."""
     before = rollouts.get(connection, rollout_id)
-    target = {"label": label} if label else {}
-    rollouts.retarget(connection, rollout_id, target, int(time.time()))
-    note(f"rollout {rollout_id}", {"target": before.target}, {"target": target})
+    now = int(time.time())
+    if wanted.policy is not None:
+        changed = wanted.policy.model_dump(exclude_unset=True)
+        rollouts.change_policy(connection, rollout_id, changed, now)
+    if wanted.target is not None:
+        label = wanted.target.get("label")
+        rollouts.retarget(connection, rollout_id, {"label": label} if label else {}, now)
+    after = rollouts.get(connection, rollout_id)
+    note(
+        f"rollout {rollout_id}",
+        {"target": before.target, **before.policy},
+        {"target": after.target, **after.policy},
+    )
     return shown(connection, rollout_id)
 
 
@@ -241,14 +262,13 @@ def _add_rollouts(app: FastAPI, parts: Parts) -> None:
         return await parts.store.aread(lambda c: shown(c, rollout_id))
 
     @app.patch("/api/v1/rollouts/{rollout_id}")
-    async def retarget(
+    async def change_rollout(
         rollout_id: Id,
         who: Annotated[Who, operator],
-        wanted: Annotated[Retarget, Depends(json_body(Retarget))],
+        wanted: Annotated[ChangeRollout, Depends(json_body(ChangeRollout))],
     ) -> dict:
-        label = wanted.target.get("label", [])
         return await change(
-            parts, who, "rollout.target", lambda c, note: target_one(c, note, rollout_id, label)
+            parts, who, "rollout.change", lambda c, note: change_one(c, note, rollout_id, wanted)
         )
 
     @app.post("/api/v1/rollouts/{rollout_id}/back")

@@ -178,11 +178,15 @@ _NODE_STATUS = {"confirmed": "completed", "failed": "failed", "rolledback": "fai
 
 def set_node(connection: Connection, job_id: int, device_id: str, attempt: Any) -> None:
     """Show an attempt as the status of a job's node."""
-    values = {
-        "status": _NODE_STATUS.get(attempt.state, "in_progress"),
-        "error_message": attempt.reason,
-        "updated": attempt.updated,
-    }
+    status = _NODE_STATUS.get(attempt.state, "in_progress")
+    put_node(connection, job_id, device_id, status, attempt.reason, attempt.updated)
+
+
+def put_node(
+    connection: Connection, job_id: int, device_id: str, status: str, why: str | None, now: int
+) -> None:
+    """Write a node's status."""
+    values = {"status": status, "error_message": why, "updated": now}
     connection.execute(_SET_NODE, {"job": job_id, "board": device_id, **values})
 
 

@@ -6,6 +6,7 @@ look only at what the database says, so that nothing depends on when, or by whom
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -37,17 +38,23 @@ class Leader:
         self._store = store
         self._path = folder / "scheduler.lock"
         self._held: Any = None
+        self._one = threading.Lock()  # of the clock's threads
 
     def holds(self) -> bool:
         """Take the lock if it is free; tell whether it is ours."""
-        try:
-            return self._file() if self._store.is_sqlite else self._advisory()
-        except Exception as exc:
-            log.warning("scheduler lock", extra={"fields": {"why": str(exc)[:200]}})
-            self.release()
-            return False
+        with self._one:
+            try:
+                return self._file() if self._store.is_sqlite else self._advisory()
+            except Exception as exc:
+                log.warning("scheduler lock", extra={"fields": {"why": str(exc)[:200]}})
+                self._let_go()
+                return False
 
     def release(self) -> None:
+        with self._one:
+            self._let_go()
+
+    def _let_go(self) -> None:
         held, self._held = self._held, None
         if held is not None:
             try:
@@ -211,6 +218,8 @@ class Background:
 
     def _run(self, schedule_id: int, action: dict[str, Any]) -> None:
         """Do a schedule's action and write down what came of it."""
+        if not self._leader.holds():
+            return  # whoever leads now does it
         now = int(time.time())
         try:
             result = self._do(action, now)

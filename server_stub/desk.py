@@ -39,6 +39,7 @@ _ADD_REPORT = {
     for dialect, make in INSERTS.items()
 }
 
+_PASSING = ("bad_pointer", "bad_release", "bad_keyring", "busy", "window")
 _UNPUBLISHED = ("no_channel", "bad_pointer", "bad_release", "bad_keyring")
 
 
@@ -127,45 +128,44 @@ class Desk:
     ) -> tuple[Answer, bool]:
         before = devices.find(connection, device_id)
         _check_token(before, token)
-        row = devices.touch(
-            connection,
-            device_id,
-            facts,
-            now,
-            self._settings.enrolment_of(facts),
-            self._limits.devices,
-            before,
-        )
-        if before is None:
-            events.emit(connection, "device.new", {"device_id": device_id}, now)
+        row = self._registered(connection, device_id, facts, before, now)
         latest = attempts.latest(connection, device_id)
         if latest is not None:
             after = attempts.on_poll(connection, latest, row, now)
             self._ended(connection, latest.state, after, now)
             latest = after
         decision, channel = self._chooser.decide(connection, row, latest, now, booking=True)
-        poll_s = self._chooser.poll_s(connection, row, channel, now)
-        body: dict[str, Any] = {"update_available": decision.offer is not None, "poll": poll_s}
-        if keyring := self._site.keyring(row.product):
-            body["keyring"] = keyring
-        if decision.offer is None:
-            body["reason"] = decision.reason
-        else:
-            body["release"] = f"/{decision.offer.path}"
-            if decision.offer.percent is not None:
-                body["rollout"] = decision.offer.percent
-            if decision.install_in_s:
-                body["install"] = decision.install_in_s
+        if decision.offer is not None:
             self._book(connection, row, latest, decision, now)
+        elif decision.ends_job and not _under_way(latest):
+            job_id, status = decision.ends_job
+            why = decision.sentence if status == "failed" else None
+            attempts.put_node(connection, job_id, device_id, status, why, now)
         _log_poll(device_id, decision)
-        settled = (
-            decision.offer is None
-            and decision.reason
-            not in ("bad_pointer", "bad_release", "bad_keyring", "busy", "window")
-            and (latest is None or not (latest.state in truth.OPEN or latest.presumed))
-        )
+        poll_s = self._chooser.poll_s(connection, row, channel, now)
+        body = _body(decision, poll_s, self._site.keyring(row.product))
         content = json.dumps(body, separators=(",", ":")).encode()
-        return Answer(content, f'"{hashlib.sha256(content).hexdigest()[:32]}"'), settled
+        etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+        return Answer(content, etag), _settled(decision, latest)
+
+    def _registered(
+        self,
+        connection: Connection,
+        device_id: str,
+        facts: Mapping[str, Any],
+        before: Any,
+        now: int,
+    ) -> Any:
+        """The board's row as it is now: made, or renewed where it says something new."""
+        enrolment = self._settings.enrolment_of(facts)
+        if before is not None and before.product is None and before.last_seen:
+            # It has only reported so far, and a report says too little for the rules.
+            facts = {**facts, "enrolment": enrolment}
+        limit = self._limits.devices
+        row = devices.touch(connection, device_id, facts, now, enrolment, limit, before)
+        if before is None:
+            events.emit(connection, "device.new", {"device_id": device_id}, now)
+        return row
 
     def _book(
         self, connection: Connection, row: Any, latest: Any, decision: Decision, now: int
@@ -284,6 +284,36 @@ class Desk:
     def flush(self) -> None:
         """Write down who was seen and what was fetched; every few seconds and at the end."""
         self._behind.flush()
+
+
+def _body(decision: Decision, poll_s: int, keyring: int) -> dict[str, Any]:
+    """An answer as the board reads it."""
+    offer = decision.offer
+    body: dict[str, Any] = {"update_available": offer is not None, "poll": poll_s}
+    if keyring:
+        body["keyring"] = keyring
+    if offer is None:
+        return {**body, "reason": decision.reason}
+    body["release"] = f"/{offer.path}"
+    if offer.percent is not None:
+        body["rollout"] = offer.percent
+    if decision.install_in_s:
+        body["install"] = decision.install_in_s
+    return body
+
+
+def _settled(decision: Decision, latest: Any) -> bool:
+    """True for a "nothing for you" that holds until something is changed."""
+    return (
+        decision.offer is None
+        and decision.reason not in _PASSING
+        and decision.ends_job is None
+        and not (_under_way(latest) or (latest is not None and latest.presumed))
+    )
+
+
+def _under_way(latest: Any) -> bool:
+    return latest is not None and latest.state in truth.OPEN
 
 
 def _check_token(row: Any, token: str | None) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy import Connection, Select, bindparam, delete, func, select, upda
 
 from .messages import DEVICE_ID
 from .problems import Problem
-from .schema import devices, label_keys, labels
+from .schema import devices, job_nodes, label_keys, labels
 from .store import StoreError, bump, insert
 
 ENROLMENTS = ("pending", "accepted", "decommissioned")
@@ -249,11 +249,19 @@ def _set_token(connection: Connection, device_id: str, token: str | None) -> Non
 
 
 def decommission(connection: Connection, device_id: str) -> None:
-    """Retire a board: offered nothing, its token void; its history stays."""
+    """Retire a board: offered nothing, its token void; its history stays, its jobs end."""
     connection.execute(
         update(devices)
         .where(devices.c.device_id == device_id)
         .values(enrolment="decommissioned", token_hash=None, pin=None)
+    )
+    connection.execute(
+        update(job_nodes)
+        .where(
+            job_nodes.c.device_id == device_id,
+            job_nodes.c.status.in_(("pending", "in_progress")),
+        )
+        .values(status="cancelled")
     )
     bump(connection)
 

@@ -74,6 +74,7 @@ class Decision:
     offer: Candidate | None = None
     version: str | None = None
     install_in_s: int = 0  # fetch it now, install it then
+    ends_job: tuple[int, str] | None = None  # this board's part in it: completed, or failed
 
 
 def decide(situation: Situation, now: int) -> Decision:
@@ -111,15 +112,16 @@ def _judge(situation: Situation, candidate: Candidate, now: int) -> Decision:
     version = release.version
     image = release.firmware
 
-    def no(word: str, why: str) -> Decision:
-        return Decision(word, f"{says} wants {version}: {why}.", None, version)
+    def no(word: str, why: str, part: str | None = None) -> Decision:
+        ends = (candidate.job_id, part) if candidate.job_id and part else None
+        return Decision(word, f"{says} wants {version}: {why}.", None, version, ends_job=ends)
 
     if candidate.blocked is not None:
         return no("blocked", f"that release is blocked ({candidate.blocked})")
     current = _version(board.current_version)
     same = board.current_build in (None, "", image.build)
     if same and semver.compare(version, current) == 0:
-        return no("up_to_date", "the board runs it already")
+        return no("up_to_date", "the board runs it already", "completed")
     try:
         rules.judge(
             release,
@@ -136,7 +138,7 @@ def _judge(situation: Situation, candidate: Candidate, now: int) -> Decision:
             ),
         )
     except OtaError as exc:
-        return no(exc.code, f"the board would refuse it ({exc.message})")
+        return no(exc.code, f"the board would refuse it ({exc.message})", "failed")
     percent = candidate.percent
     if percent is not None and not rules.in_rollout(
         percent["percent"], percent["seed"], board.device_id, hashlib.sha256

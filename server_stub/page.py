@@ -8,6 +8,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
@@ -25,6 +26,7 @@ from . import (
     releases,
     rollouts,
     schedules,
+    stages,
     webhooks,
 )
 from .audit import Who
@@ -224,7 +226,7 @@ def _rollouts(connection: Connection) -> dict[str, Any]:
         select(rollout_table.c.id).order_by(rollout_table.c.id.desc()).limit(50)
     ).all()
     rows = [api_rollouts.shown(connection, number) for number in ids]
-    return {"rows": rows, "ready": _ready(connection)}
+    return {"rows": rows, "ready": _ready(connection), "policy": asdict(stages.Policy())}
 
 
 def _rollout(connection: Connection, number: int) -> dict[str, Any]:

@@ -181,28 +181,29 @@ def _rollout_forms() -> list[_Form]:
         api_rollouts.back_one(c, note, at["number"], wanted)
 
     def target(c: Connection, note: Note, values: Fields, at: At) -> None:
-        api_rollouts.target_one(c, note, at["number"], _words(values.get("label", "")))
+        label = _words(values.get("label", ""))
+        wanted = checked(api_rollouts.ChangeRollout, {"target": {"label": label}})
+        api_rollouts.change_one(c, note, at["number"], wanted)
+
+    def policy(c: Connection, note: Note, values: Fields, at: At) -> None:
+        wanted = checked(api_rollouts.ChangeRollout, {"policy": _policy(values)})
+        api_rollouts.change_one(c, note, at["number"], wanted)
 
     one, shown = "/-/rollouts/{number:int}", "/-/rollouts/{number}"
     return [
         _Form("/-/rollouts", "rollout.create", "/-/rollouts", create),
         _Form(one + "/back", "rollout.back", "/-/rollouts", back),
-        _Form(one + "/target", "rollout.target", shown, target),
+        _Form(one + "/target", "rollout.change", shown, target),
+        _Form(one + "/policy", "rollout.change", shown, policy),
         _Form(one + "/{action}", "rollout.{action}", shown, act),
     ]
 
 
 def _new_rollout(values: Fields) -> dict[str, Any]:
-    policy: dict[str, Any] = {
-        name: _number(name, values[name], kind)
-        for name, kind in _POLICY.items()
-        if values.get(name, "").strip()
-    }
-    policy |= {name: values.get(name) == "yes" for name in ("gate", "include_new", "promote")}
     wanted: dict[str, Any] = {
         "firmware_id": _number("release", values.get("firmware_id", ""), int),
         "name": values.get("name", ""),
-        "policy": policy,
+        "policy": _policy(values),
         "start": "start" in values,
     }
     if stages := values.get("stages", "").split(","):
@@ -212,6 +213,15 @@ def _new_rollout(values: Fields) -> dict[str, Any]:
     if starts := values.get("starts_at"):
         wanted["starts_at"] = dt.datetime.fromisoformat(starts).replace(tzinfo=dt.UTC).isoformat()
     return checked(api_rollouts.NewRollout, wanted).model_dump()
+
+
+def _policy(values: Fields) -> dict[str, Any]:
+    numbers = {
+        name: _number(name, values[name], kind)
+        for name, kind in _POLICY.items()
+        if values.get(name, "").strip()
+    }
+    return numbers | {n: values.get(n) == "yes" for n in ("gate", "include_new", "promote")}
 
 
 def stage_of(text: str) -> dict[str, Any]:

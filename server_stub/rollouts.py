@@ -168,11 +168,47 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
     elif action == "expand":
         _set(connection, row, now, gate_open=True, why=why)
     elif action == "resume":
+        _check_resume(connection, row, now)
         _set(connection, row, now, state=row.resume_state, resume_state=None, why=why)
     else:
         state = {"pause": "paused", "abort": "aborted"}[action]
         _stop(connection, row, state, why, now)
     return get(connection, rollout_id)
+
+
+def _check_resume(connection: Connection, row: Any, now: int) -> None:
+    """Refuse what the next look at it would pause again."""
+    release = connection.execute(select(releases).where(releases.c.id == row.release_id)).one()
+    if release.blocked is not None:
+        raise Problem(409, "blocked", f"release {release.version} is blocked: {release.blocked}")
+    verdict = stages.judge(_progress(connection, row, now), policy_of(row), now)
+    if verdict.action == "pause":
+        raise Problem(
+            409,
+            "policy",
+            f"{verdict.why}: it would pause again at once. Change its policy first, or abort it",
+        )
+
+
+def change_policy(
+    connection: Connection, rollout_id: int, wanted: Mapping[str, Any], now: int
+) -> None:
+    """Change how careful a rollout is; what is not in ``wanted`` stays.
+
+    Raises:
+        Problem: 404, or 409 where it has ended.
+        ValueError: a policy that can't be.
+    """
+    row = _changeable(connection, rollout_id)
+    policy = stages.Policy(**{**row.policy, **wanted})
+    _set(connection, row, now, policy=dataclasses.asdict(policy))
+
+
+def _changeable(connection: Connection, rollout_id: int) -> Any:
+    row = get(connection, rollout_id, lock=True)
+    if row.state not in ("draft", *stages.ACTIVE, "paused"):
+        raise Problem(409, "state", f"rollout {rollout_id} is {row.state}: can't change it")
+    return row
 
 
 def retarget(connection: Connection, rollout_id: int, target: Mapping[str, Any], now: int) -> None:
@@ -185,9 +221,7 @@ def retarget(connection: Connection, rollout_id: int, target: Mapping[str, Any],
     for text in target.get("label", ()):
         if not all(text.partition("=")):
             raise ValueError(f"label {text!r}: expected key=value")
-    row = get(connection, rollout_id, lock=True)
-    if row.state not in ("draft", *stages.ACTIVE, "paused"):
-        raise Problem(409, "state", f"rollout {rollout_id} is {row.state}: can't change it")
+    row = _changeable(connection, rollout_id)
     _set(connection, row, now, target=dict(target), passed_at=None)
     if row.state != "draft":
         _join(connection, get(connection, rollout_id), row.stage)

@@ -109,15 +109,13 @@ def schedule_add(
     context: typer.Context,
     name: str,
     cron: Annotated[str, typer.Argument(help='As in "0 9 * * mon".')],
-    do: Annotated[str, typer.Argument(help="As in start_rollout, gc, backup.")],
+    do: Annotated[str, typer.Argument(help="As in start_rollout, gc.")],
     rollout: Annotated[int | None, typer.Option(help="Its number.")] = None,
-    to: Annotated[str | None, typer.Option(help="The file of a backup, on the server.")] = None,
     zone: Annotated[str, typer.Option(help="As in Europe/Berlin.")] = "UTC",
     as_json: Json = False,
 ) -> None:
     """Make a schedule, or replace the one of that name."""
-    action = {"do": do, "rollout": rollout, "to": to}
-    action = {member: value for member, value in action.items() if value is not None}
+    action = {"do": do} if rollout is None else {"do": do, "rollout": rollout}
     body = {"name": name, "cron": cron, "zone": zone, "action": action}
     made = context.obj.call("POST", "schedules", body)
     _made(made, f"schedule {made['id']} {name}", as_json)

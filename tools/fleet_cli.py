@@ -301,11 +301,19 @@ def rollout_create(
         body["stages"] = [_stage(text) for text in stage]
     if label:
         body["target"] = {"label": label}
-    body["policy"] = {
-        name: json.loads(v) for name, _, v in (p.partition("=") for p in policy or ())
-    }
+    body["policy"] = _policy(policy)
     found = context.obj.call("POST", "rollouts", body)
     _show_rollout(found, as_json)
+
+
+def _policy(members: list[str] | None) -> dict[str, Any]:
+    try:
+        return {
+            name: json.loads(value)
+            for name, _, value in (text.partition("=") for text in members or ())
+        }
+    except ValueError:
+        raise typer.BadParameter("expected name=value, as in bake_s=600 or gate=true") from None
 
 
 def _stage(text: str) -> dict[str, Any]:
@@ -387,6 +395,18 @@ def target(
 ) -> None:
     """Change whom a rollout is for; those that are in stay in."""
     body = {"target": {"label": labels or []}}
+    _show_rollout(context.obj.call("PATCH", f"rollouts/{number}", body), as_json)
+
+
+@rollout.command("policy")
+def rollout_policy(
+    context: typer.Context,
+    number: int,
+    members: Annotated[list[str], typer.Argument(help="name=value, as in failure_percent=10.")],
+    as_json: Json = False,
+) -> None:
+    """Change how careful a rollout is, also one that has paused itself."""
+    body = {"policy": _policy(members)}
     _show_rollout(context.obj.call("PATCH", f"rollouts/{number}", body), as_json)
 
 
@@ -491,12 +511,11 @@ def sim(
 
     api: Api = context.obj
     plan = stage or ["1%", "5%", "10%", "25%", "50%", "100%"]
-    rules = {name: json.loads(v) for name, _, v in (p.partition("=") for p in policy or ())}
     body = {
         "product": product,
         "version": version,
         "stages": [_stage(text) for text in plan],
-        "policy": {"bake_s": 0, "max_concurrent": 500, "promote": False, **rules},
+        "policy": {"bake_s": 0, "max_concurrent": 500, "promote": False, **_policy(policy)},
     }
     behaviour = Behaviour(bad=_share(bad), asleep=_share(asleep), slow=_share(slow), poll_s=poll)
 

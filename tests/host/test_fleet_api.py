@@ -207,6 +207,20 @@ def test_pending_boards_wait_and_rules_accept(tmp_path):
         assert board.poll()["reason"] == "decommissioned"
 
 
+def test_a_board_that_reports_before_it_asks_is_judged_by_the_rules_all_the_same(tmp_path):
+    """With a new database the first word of a board may be a report, which says no product."""
+    enrolment = {"default": "pending", "accept": [{"product": servers.PRODUCT}]}
+    with running(tmp_path, enrolment=enrolment) as fleet:
+        fleet.publish("1.1.0")
+        board = Board(fleet, "b1")
+        board.attempt = "a"
+        board.report("failed", "1.0.0")
+        assert fleet.api("GET", "devices/b1")["enrolment"] == "pending"
+        assert board.poll()["update_available"]
+        fleet.api("PATCH", "devices/b1", {"enrolment": "pending"})
+        assert board.poll()["reason"] == "pending"
+
+
 def test_where_the_tree_is_not_public_only_the_known_may_fetch(tmp_path):
     enrolment = {"default": "pending"}
     with running(tmp_path, downloads="token", enrolment=enrolment) as fleet:
@@ -402,6 +416,10 @@ def test_a_blocked_release_gives_way_to_the_last_good_one(fleet):
     assert board.poll()["release"].endswith("1.1.0.jws")
     on_it = Board(fleet, "b2", version="1.2.0")
     assert on_it.poll()["reason"] == "blocked"  # 1.1.0 was not signed as a downgrade
+    fleet.publish("1.0.5", downgrade=True)
+    fleet.publish("1.2.0")  # the channel points to it again
+    assert on_it.poll()["release"].endswith("1.0.5.jws")
+    assert board.poll()["release"].endswith("1.1.0.jws")
     fleet.api("PATCH", f"firmware/{number}", {"blocked": None})
     assert board.poll()["release"].endswith("1.2.0.jws")
 
@@ -490,6 +508,46 @@ def test_a_job_for_boards_that_poll_follows_their_attempts(fleet, tmp_path):
     fleet.api("DELETE", f"ota/updates/{job}")
     assert not two.poll()["update_available"]
     assert fleet.api("GET", f"ota/updates/{job}")["status"] == "cancelled"
+
+
+def test_a_job_ends_for_boards_that_need_it_not_or_can_not_take_it(fleet, tmp_path):
+    """Else it would stand before every rollout and the channel for ever."""
+    made = uploaded(fleet, tmp_path)
+    there = Board(fleet, "there", version="1.1.0")
+    newer = Board(fleet, "newer", version="2.0.0")
+    other = Board(fleet, "other", hardware="OTHER")
+    gone = Board(fleet, "gone")
+    for board in (there, newer, other, gone):
+        board.poll()
+    job = fleet.api("POST", "ota/updates", {"firmware_id": made["id"]})["id"]
+    reasons = [board.poll()["reason"] for board in (there, newer, other)]
+    assert reasons == ["up_to_date", "version", "hardware"]
+    fleet.api("DELETE", "devices/gone")
+    found = fleet.api("GET", f"ota/updates/{job}")
+    nodes = {n["node_id"]: (n["status"], n["error_message"]) for n in found["nodes"]}
+    assert nodes["there"] == ("completed", None)
+    assert nodes["gone"] == ("cancelled", None)
+    assert nodes["newer"][0] == nodes["other"][0] == "failed"
+    assert "would refuse" in nodes["newer"][1]
+    assert found["status"] == "failed"
+    fleet.publish("2.1.0")
+    assert newer.poll()["release"].endswith("/2.1.0.jws")
+
+
+def test_a_job_is_not_done_while_its_build_is_on_trial(fleet, tmp_path):
+    made = uploaded(fleet, tmp_path)
+    board = Board(fleet, "b1")
+    board.poll()
+    job = fleet.api("POST", "ota/updates", {"firmware_id": made["id"]})["id"]
+    board.fetch()
+    board.version = "1.1.0"
+    for _ in range(2):
+        assert board.poll()["reason"] == "up_to_date"
+    assert fleet.api("GET", f"ota/updates/{job}")["status"] == "in_progress"
+    board.version = "1.0.0"
+    board.poll()
+    (node,) = fleet.api("GET", f"ota/updates/{job}")["nodes"]
+    assert (node["status"], node["error_message"]) == ("failed", "came_back_old")
 
 
 def test_force_update_goes_past_windows_and_failed_tries(fleet, tmp_path):

@@ -159,6 +159,7 @@ rollout pause 1 --why lunch
 rollout resume 1
 rollout expand 1
 rollout target 1 ring=pilot
+rollout policy 1 failure_percent=10 gate=true
 rollout back 1 0.9.0
 rollout abort 2
 fleet user set anna operator --password-fd {password}

@@ -507,6 +507,40 @@ def test_a_schedule_does_its_action_and_says_what_came_of_it(tmp_path):
         assert fleet.api("GET", f"rollouts/{rollout}")["state"] == "pilot"
         clock._run(made, action)
         assert "can't start" in fleet.api("GET", "schedules")["schedules"][0]["last_result"]
+        clock._leader.release()
+
+
+def test_who_leads_is_settled_among_threads_too(store, tmp_path):
+    """Tick, webhooks and schedules ask in threads of their own; none may take it from another."""
+    leader, other = Leader(store, tmp_path), Leader(store, tmp_path)
+    together = threading.Barrier(8)
+    found = []
+
+    def ask():
+        together.wait()
+        found.append(leader.holds())
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 8
+    assert not other.holds()
+    leader.release()
+
+
+def test_a_schedule_that_another_worker_leads_is_left_to_it(tmp_path):
+    with fleets.running(tmp_path) as fleet:
+        plan = {"name": "n", "cron": "0 0 1 1 *", "action": {"do": "gc"}}
+        made = fleet.api("POST", "schedules", plan)["id"]
+        one, two = (Background(fleet.parts, fleet.data) for _ in range(2))
+        assert one._leader.holds()
+        two._run(made, plan["action"])
+        assert fleet.api("GET", "schedules")["schedules"][0]["last_run"] is None
+        one._run(made, plan["action"])
+        assert fleet.api("GET", "schedules")["schedules"][0]["last_run"]
+        one._leader.release()
 
 
 # ---- a simulated fleet

@@ -170,6 +170,7 @@ def forms(fleet, tmp_path):
         ("/-/rollouts", None, {"firmware_id": newer, "stages": stages, **careful}),
         ("/-/rollouts/{number:int}/{action}", "1/start", {}),
         ("/-/rollouts/{number:int}/target", 1, {"label": ""}),
+        ("/-/rollouts/{number:int}/policy", 1, {"success_percent": "80", "gate": "yes"}),
         ("/-/rollouts/{number:int}/back", 1, {"version": "0.9.0"}),
         ("/-/updates", None, {"firmware_id": newer, "nodes": "b1", "force_update": "yes"}),
         ("/-/updates/{number:int}/cancel", job, {}),
@@ -225,6 +226,7 @@ def test_every_form_does_its_change_once_and_for_those_who_may(fleet, tmp_path):
         {"percent": 100},
     ]
     assert rollout["policy"]["gate"] is True and rollout["policy"]["promote"] is False
+    assert (rollout["policy"]["success_percent"], rollout["policy"]["bake_s"]) == (80, 0)
     for path in ("", "devices", "releases", "rollouts", "updates", "rules", "people", "logs"):
         assert fleet.client.get(f"/-/{path}").status_code == 200, path
 

@@ -233,6 +233,28 @@ def test_I20_F121_a_bad_build_stops_itself_within_the_pilot(fleet):
     assert state(fleet, number)["state"] == "paused"
 
 
+def test_what_would_pause_again_is_not_resumed_until_its_policy_allows_it(fleet):
+    all_boards = boards(fleet, 10)
+    number = rollout(fleet, [{"percent": 100}])
+    for board in all_boards:
+        board.update(good=False)
+    assert state(fleet, number)["state"] == "paused"
+    refused = fleet.api("POST", f"rollouts/{number}/resume", {})
+    assert refused["code"] == "policy" and "3 of 3" in refused["detail"]
+    for wrong in ({"failure_percent": 101}, {"bake_s": 0.5}, {"gate": 1}, {"speed": 5}):
+        answer = fleet.api("PATCH", f"rollouts/{number}", {"policy": wrong})
+        assert answer["code"] == "malformed", wrong
+    looser = {"failure_percent": 40, "success_percent": 60}
+    fleet.api("PATCH", f"rollouts/{number}", {"policy": {**looser, "min_sample": 10}})
+    line = fleet.api("GET", "audit")["audit"][0]
+    assert line["before"] == {"failure_percent": 5, "success_percent": 95, "min_sample": 3}
+    assert fleet.api("POST", f"rollouts/{number}/resume", {})["state"] == "pilot"
+    assert sum(board.update() == "1.1.0" for board in all_boards) == 7
+    tick(fleet, number, 2)
+    assert state(fleet, number)["state"] == "complete"
+    assert fleet.api("PATCH", f"rollouts/{number}", {"policy": looser})["code"] == "state"
+
+
 def test_offers_made_but_not_begun_are_withdrawn_by_a_pause(fleet):
     one, two = boards(fleet, 2)
     number = rollout(fleet, [{"percent": 100}])
@@ -363,6 +385,7 @@ def test_blocking_a_release_pauses_its_rollouts(fleet):
     fleet.api("PATCH", f"firmware/{fleet.number}", {"blocked": "burns the coffee"})
     assert not board.poll()["update_available"]
     assert "burns the coffee" in state(fleet, number)["why"]
+    assert fleet.api("POST", f"rollouts/{number}/resume", {})["code"] == "blocked"
 
 
 def test_complete_points_the_channel_at_the_release(fleet):
