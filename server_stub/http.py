@@ -1,6 +1,7 @@
 """What all routes share: parsing after authentication, dates, refusals, audited changes."""
 
 import datetime as dt
+import json
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -68,9 +69,9 @@ def json_body(model: type[Parsed]) -> Callable[[Request], Awaitable[Parsed]]:
 
 
 def checked(model: type[Parsed], values: Mapping[str, Any]) -> Parsed:
-    """Make ``model`` of a form's members, or raise Problem 422."""
+    """Make ``model`` of a form's members, as of the API's JSON, or raise Problem 422."""
     try:
-        return model.model_validate(values)
+        return model.model_validate_json(json.dumps(values))
     except ValidationError as exc:
         raise _malformed(exc) from None
 
@@ -147,7 +148,6 @@ def csv_text(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
     """CSV whose cells no spreadsheet takes for formulas."""
     import csv
     import io
-    import json
 
     out = io.StringIO()
     writer = csv.writer(out)

@@ -238,7 +238,7 @@ def test_what_can_not_be_is_said_on_a_page(fleet):
     for path, values, why in (
         ("rollouts", {"firmware_id": "1", "stages": "0%"}, "out of range"),
         ("rollouts", {"firmware_id": "x"}, "expected a number"),
-        ("windows", {"label": "*", "kind": "install", "start": "25:00"}, "expected some of"),
+        ("windows", {"label": "*", "kind": "install", "start": "25:00"}, "days"),
         ("devices/nobody", {"pin": "1"}, "nobody"),
         ("labels", {"key": "a b"}, "not a name"),
     ):
