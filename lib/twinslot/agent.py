@@ -111,6 +111,7 @@ class Agent:
         self._failures = 0
         self._poll_s = s["poll"]
         self._retry_after = None
+        self._free = None  # bytes of the volume, once they are counted for this poll
 
     @classmethod
     def from_config(cls, path="/ota.json"):
@@ -171,6 +172,8 @@ class Agent:
     def facts(self):
         """What the device tells a source about itself."""
         s = self._settings
+        if self._free is None:  # littlefs walks through all its files for it
+            self._free = _free_bytes()
         return {
             "device_id": self.device_id,
             "product": s["product"],
@@ -184,7 +187,7 @@ class Agent:
             "micropython": ".".join(str(n) for n in sys.implementation.version[:3]),
             "staged": self._waiting()[0],
             "flash": _flash_size(),
-            "free": _free_bytes(),
+            "free": self._free,
             "reset_cause": self._machine.reset_cause(),
         }
 
@@ -361,7 +364,7 @@ class Agent:
 
     async def _once(self, force):
         """One update; how it fails is counted and told."""
-        self._retry_after = None
+        self._retry_after = self._free = None
         try:
             await foreseen(self._guarded(force))
             self._failures = 0

@@ -174,7 +174,7 @@ def _pss_holds(modulus, signature, digest):
     size = len(modulus)
     n = int.from_bytes(modulus, "big")
     s = int.from_bytes(signature, "big")
-    if len(signature) != size or not 0 < s < n:
+    if len(signature) != size or s >= n:
         return False
     encoded = pow(s, 65537, n).to_bytes(size, "big")
     # emBits is one less than the bits of the modulus: the topmost bit is clear.

@@ -14,7 +14,7 @@ _MAX_LEN = 64
 
 
 def _number(text, version):
-    if not text or not _is_digits(text) or (len(text) > 1 and text[0] == "0"):
+    if not _is_digits(text) or (len(text) > 1 and text[0] == "0"):
         raise ReleaseError("version", version, "SemVer, as in 1.4.0 or 1.4.0-rc.1")
     if len(text) > _MAX_DIGITS:
         raise ReleaseError("version", version, "numbers of at most %d digits" % _MAX_DIGITS)
@@ -74,13 +74,10 @@ def compare(a, b):
     Raises:
         ReleaseError: one of them is not a version.
     """
-    a = parse(a)
-    b = parse(b)
-    if a[:3] != b[:3]:
-        return -1 if a[:3] < b[:3] else 1
-    if a[3] == b[3]:
-        return 0
+    a, b = _rank(parse(a)), _rank(parse(b))
+    return (a > b) - (a < b)
+
+
+def _rank(version):
     # Item 11.3: a version with a pre-release is older than the one without.
-    if not a[3] or not b[3]:
-        return 1 if not a[3] else -1
-    return -1 if a[3] < b[3] else 1
+    return version[:3] + (not version[3], version[3])

@@ -999,12 +999,30 @@ def test_what_a_board_tells_of_its_memory_and_its_boot():
         assert agent.facts()["flash"] is None
     finally:
         esp.flash_size = flash_size
-    with Instead(os, statvfs=_unmounted):
+
+
+async def test_what_is_free_is_counted_once_in_a_poll():
+    counted = []
+
+    def statvfs(path):
+        counted.append(path)
+        return (512, 0, 0, len(counted))
+
+    agent, _ = start(World())
+    with Instead(os, statvfs=statvfs):
+        await installs(agent)
+        assert counted == ["/"] and agent.facts()["free"] == 512
+        await installs(agent)
+        assert counted == ["/", "/"] and agent.facts()["free"] == 1024
+
+
+async def test_a_board_without_a_volume_says_nothing_of_it():
+    def statvfs(path):
+        raise OSError(19)
+
+    agent, _ = start(World())
+    with Instead(os, statvfs=statvfs):
         assert agent.facts()["free"] is None
-
-
-def _unmounted(path):
-    raise OSError(19)
 
 
 # -- the budget

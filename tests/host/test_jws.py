@@ -9,6 +9,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 from joserfc import jws as jose
 from joserfc.jwk import ECKey, OctKey, RSAKey
+from trust import PRINTED
 
 from twinslot import jws
 from twinslot.errors import ConfigError, SignatureError
@@ -224,6 +225,13 @@ def test_keys_that_are_not_what_we_trust_are_refused(change, message):
 def test_what_is_no_key_set_is_refused(jwk_set):
     with pytest.raises(ConfigError):
         jws.load_keys(jwk_set)
+
+
+@pytest.mark.parametrize("demo", [False, True])
+@pytest.mark.parametrize("where", PRINTED)
+def test_I9_keys_printed_in_standards_are_refused_everywhere(where, demo):
+    with pytest.raises(ConfigError, match="sample"):
+        jws.load_keys({"keys": [{"kty": "RSA", "n": PRINTED[where], "e": "AQAB"}]}, demo)
 
 
 # ---- limits, on both sides of each

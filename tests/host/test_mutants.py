@@ -25,8 +25,8 @@ def test_every_explanation_is_of_a_module_that_is_mutated():
 
 
 @pytest.mark.parametrize("module", run.MODULES)
-def test_a_module_gives_many_mutants_and_its_tests_exist(module):
-    assert len(run.made(module)) > 50
+def test_a_module_gives_mutants_and_its_tests_exist(module):
+    assert len(run.made(module)) > 5
     assert run.MODULES[module].paths()
     for path in run.MODULES[module].paths():
         assert path.exists()

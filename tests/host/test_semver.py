@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import string
 
 import pytest
 from hypothesis import given
@@ -50,6 +51,30 @@ TOO_LARGE = ["1.2.2147483648", "1.2.9999999999", "1.0.0-" + "a" * 60]
 def test_what_is_not_a_version_is_refused(text):
     with pytest.raises(ReleaseError):
         semver.parse(text)
+
+
+def taken(text):
+    try:
+        semver.parse(text)
+    except ReleaseError:
+        return False
+    return True
+
+
+def test_each_character_is_taken_where_it_belongs_and_nowhere_else():
+    for c in map(chr, range(160)):
+        word = c in string.ascii_letters + string.digits + "-"
+        assert taken(f"1.2.{c}") == (c in string.digits), c
+        assert taken(f"1.2.1{c}4") == (c in string.digits + "-+"), c
+        assert taken(f"1.2.3-a{c}") == word, c
+        assert taken(f"1.2.3+a{c}") == word, c
+
+
+def test_the_longest_version_and_the_highest_number():
+    assert taken("1.2.3-" + "a" * 58) and not taken("1.2.3-" + "a" * 59)
+    for shape in ("%s.0.0", "0.%s.0", "0.0.%s", "0.0.0-%s"):
+        assert taken(shape % "999999999") and not taken(shape % "1000000000")
+        assert taken(shape % "0") and not taken(shape % "00")
 
 
 NUMBER = st.integers(0, 999_999_999)

@@ -137,6 +137,24 @@ def test_taken(raw):
     assert strict.loads(memoryview(raw)) == GOOD[raw]
 
 
+@pytest.mark.parametrize(
+    ("raw", "what"),
+    [
+        (b"/", "value .* 0$"),
+        (b":", "value .* 0$"),
+        (b"[1/2]", "comma .* 2$"),
+        (b"[1:2]", "comma .* 2$"),
+        (b"[-a]", "number .* 2$"),
+        (b'"abc', "early$"),
+        (b'{"abc', "early$"),
+        (b'["ab\nc"]', "character .* 4$"),
+    ],
+)
+def test_an_error_says_what_is_wrong_and_where(raw, what):
+    with pytest.raises(ValueError, match=what):
+        strict.loads(raw)
+
+
 def refused(raw):
     try:
         strict.loads(raw)

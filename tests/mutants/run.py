@@ -60,6 +60,9 @@ MODULES = {
     "slot": Tests(("test_slot_rules.py",), ("test_slot.py", "test_health.py")),
     "journal": Tests((), ("test_journal.py",)),
     "payload": Tests((), ("test_payload.py", "test_payload_stages.py")),
+    "inflate": Tests((), ("test_payload.py", "test_payload_stages.py")),
+    "patch": Tests((), ("test_payload.py", "test_payload_stages.py")),
+    "native": Tests((), ("test_payload.py", "test_payload_stages.py")),
     "download": Tests((), ("test_download.py",)),
     "trust": Tests((), ("test_trust.py",)),
     "agent": Tests((), ("test_agent.py", "test_agent_run.py")),
@@ -149,9 +152,9 @@ def judge(module: str, judged: list[Mutant], fresh: bool = False) -> dict[str, s
     tests = MODULES[module]
     verdicts = Verdicts(module, fresh)
     left = verdicts.recall(judged)
-    for judges, names in ((boardjudge, tests.board), (hostjudge, tests.host)):
+    for judges, names in ((hostjudge, tests.host), (boardjudge, tests.board)):  # quickest first
         if left and names:
-            last = judges is hostjudge or not tests.host
+            last = judges is boardjudge or not tests.board
 
             def say(mutant: Mutant, by: str, last: bool = last) -> None:
                 if by or last:
