@@ -202,9 +202,9 @@ class Agent:
         report["status"] = status
         report["error"] = error.report() if error else None
         try:
-            await foreseen(self._send(report))
-        except OtaError as exc:
-            print("twinslot: report not delivered:", exc)
+            await self._send(report)
+        except Exception as exc:
+            print("twinslot: report not delivered:", foreseen(exc))
             if error:
                 self._journal.update(reports=self._journal.get("reports", list) + [report])
 
@@ -219,14 +219,14 @@ class Agent:
         """Hand over the reports that had to wait for a connection or a reboot."""
         for report in self._journal.get("reports", list):
             try:
-                await foreseen(self._send(report))
+                await self._send(report)
             except HttpError as exc:
                 print("twinslot: report refused:", exc)
                 # 4xx: the server will never take it (429 and 408: not now).
                 if not 400 <= exc.status < 500 or exc.status in (408, 429):
                     return
-            except OtaError as exc:
-                print("twinslot: report not delivered:", exc)
+            except Exception as exc:
+                print("twinslot: report not delivered:", foreseen(exc))
                 return  # an update that could mend this must not wait for it
             left = [r for r in self._journal.get("reports", list) if r != report]
             self._journal.update(reports=left)
@@ -237,9 +237,9 @@ class Agent:
         """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
         self._watch = asyncio.create_task(self._supervise())
         try:
-            await foreseen(self._begin())
-        except OtaError as exc:
-            print("twinslot:", exc)
+            await self._begin()
+        except Exception as exc:
+            print("twinslot:", foreseen(exc))
         await persist(self._turn)
 
     async def _begin(self):
@@ -352,23 +352,27 @@ class Agent:
         Raises:
             OtaError: refused or failed; told to the listeners too. The running slot is untouched.
         """
-        task = asyncio.current_task()
-        if self._updating not in (None, task) and not self._updating.done():
-            raise BusyError("an update is under way")
         try:
+            task = asyncio.current_task()
+            if self._updating not in (None, task) and not self._updating.done():
+                raise BusyError("an update is under way")
             self._updating = task
-            await foreseen(self._once(force))
+            try:
+                await self._once(force)
+            finally:
+                self._updating = None
             return False
-        finally:
-            self._updating = None
+        except Exception as exc:
+            raise foreseen(exc)
 
     async def _once(self, force):
         """One update; how it fails is counted and told."""
         self._retry_after = self._free = None
         try:
-            await foreseen(self._guarded(force))
+            await self._guarded(force)
             self._failures = 0
-        except OtaError as exc:
+        except Exception as slip:
+            exc = foreseen(slip)
             # What can't succeed later is no reason to poll at another pace.
             self._failures = self._failures + 1 if exc.retry else 0
             self._retry_after = getattr(exc, "retry_after", None)
@@ -382,7 +386,7 @@ class Agent:
                 if not last or last[0][3] != exc.message[:80]:  # told once, not at every poll
                     self._journal.add_to_log("", "failed", exc.message)
             self._emit("failed", **exc.report())
-            raise
+            raise exc
 
     async def _guarded(self, force):
         """One update under the guard's watch; gives back all it took."""
@@ -447,8 +451,9 @@ class Agent:
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
         self._fetching = True
         try:
-            await foreseen(self._bring(report, url, name, force, wait_s))
-        except OtaError as exc:
+            await self._bring(report, url, name, force, wait_s)
+        except Exception as slip:
+            exc = foreseen(slip)
             self._note(waiting=None)  # the next one is an attempt of its own
             if self._fetching:
                 self._count(name)
@@ -460,7 +465,7 @@ class Agent:
             if not isinstance(exc, KnownBadError):  # that was told when it was rolled back
                 self._journal.add_to_log(report["version"], "failed", exc.message)
                 await self._report(report, "failed", exc)
-            raise
+            raise exc
 
     async def _bring(self, report, url, name, force, wait_s):
         manifest = await self._trust.release(self._client, url)
@@ -555,9 +560,9 @@ class Agent:
     async def _renew_keys(self, version):
         """Take a newer keyring. That it fails is no reason to leave a release alone."""
         try:
-            taken = await foreseen(self._trust.renew(self._client, version, self._base))
-        except OtaError as exc:
-            self._emit("failed", **exc.report())
+            taken = await self._trust.renew(self._client, version, self._base)
+        except Exception as exc:
+            self._emit("failed", **foreseen(exc).report())
             return
         if taken:
             self._done = None  # what an unknown key has signed may hold now
@@ -716,18 +721,15 @@ async def persist(step):
             await asyncio.sleep(_BACKOFF_S)
 
 
-async def foreseen(coroutine):
-    """Await it. What leaves is an OtaError: out of memory is BusyError, a slip InternalError."""
-    try:
-        return await coroutine
-    except OtaError:
-        raise
-    except MemoryError as exc:
+def foreseen(exc):
+    """Return an OtaError for any exception: out of memory is BusyError, a slip InternalError."""
+    if isinstance(exc, OtaError):
+        return exc
+    if isinstance(exc, MemoryError):
         gc.collect()
-        raise BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
-    except Exception as exc:
-        sys.print_exception(exc)
-        raise InternalError("%s: %s" % (type(exc).__name__, exc))
+        return BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
+    sys.print_exception(exc)
+    return InternalError("%s: %s" % (type(exc).__name__, exc))
 
 
 def _console(name, data):

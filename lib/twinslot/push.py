@@ -21,7 +21,7 @@ import json
 
 from . import config, guard, payload
 from .agent import Agent, foreseen
-from .errors import HttpError, OtaError
+from .errors import HttpError
 
 _BASE = "https://cable.invalid/"  # what URLs are relative to; nobody looks it up
 _PATIENCE_S = 120  # from one call to the next
@@ -84,10 +84,10 @@ class Push(Agent):
 
     async def _push(self, url, force):
         try:
-            await foreseen(self._take(url, url, force))
+            await self._take(url, url, force)
             self._state = {"state": "same"}
-        except OtaError as exc:
-            self._state = exc.report()
+        except Exception as exc:
+            self._state = foreseen(exc).report()
             self._state["state"] = "failed"
         self._slot.abandon()
         self._line.rest.set()
