@@ -1,6 +1,7 @@
 """What all routes share: parsing after authentication, dates, refusals, audited changes."""
 
 import datetime as dt
+import errno
 import json
 import logging
 import re
@@ -165,6 +166,8 @@ def csv_text(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
 
 # ---- refusals
 
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def note_event(event: str, **fields: Any) -> None:
     log.info(event, extra={"fields": {k: v for k, v in fields.items() if v is not None}})
@@ -189,6 +192,7 @@ def add_handlers(app: FastAPI, limits: Limits) -> None:
     app.add_exception_handler(OverflowError, _unfit_problem)
     app.add_exception_handler(DataError, _unfit_problem)
     app.add_exception_handler(ValueError, _value_problem)
+    app.add_exception_handler(OSError, _file_problem)
     app.add_exception_handler(Exception, _bug)
 
 
@@ -253,6 +257,13 @@ def _store_problem(limits: Limits) -> Callable[[Request, Exception], Awaitable[R
 async def _conflict_problem(_request: Request, _exc: Exception) -> Response:
     detail = "something there has this name or token already"
     return problem_response(Problem(409, "conflict", detail))
+
+
+async def _file_problem(request: Request, exc: Exception) -> Response:
+    if getattr(exc, "errno", None) not in _NO_SPACE:
+        return await _bug(request, exc)
+    log.error("no space", extra={"fields": {"why": str(exc)}})
+    return problem_response(Problem(507, "no_space", "the server has no space for this"))
 
 
 async def _unfit_problem(_request: Request, _exc: Exception) -> Response:

@@ -113,6 +113,7 @@ _REFUSALS = {
     413: "too large",
     422: "malformed",
     503: "busy; Retry-After says when to come again",
+    507: "no space left for it",
 }
 _OF_READING = (401, 403, 422, 503)
 

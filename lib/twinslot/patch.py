@@ -60,16 +60,13 @@ class Patch:
         self._next = _TYPE if position is None else _DIFF
         self._left = 0  # bytes of diff or extra that come before that number
         self._value = self._shift = 0  # of the number that is being read
+        self._digits = 0  # since the last byte of the image
 
     def take(self, view, n):
         stage = self._stage
-        for _ in range(_DIGITS):
-            if self._left:
-                break
+        while not self._left:
             if not self._digit():
                 return 0
-        else:
-            raise FormatError("patch", "%d bytes without content" % _DIGITS, "an image")
         n = stage.take(view, min(n, self._left, SLICE))
         if n is None:
             raise FormatError("patch: cut short")
@@ -80,6 +77,8 @@ class Patch:
             self._add(view, self._buf, n)  # pyright: ignore (viper)
             self._position += n
         self._left -= n
+        if n:
+            self._digits = 0
         return n
 
     def _digit(self):
@@ -90,6 +89,9 @@ class Patch:
             raise FormatError("patch: cut short")
         if not n:
             return False
+        self._digits += 1
+        if self._digits > _DIGITS:
+            raise FormatError("patch", "%d bytes without content" % _DIGITS, "an image")
         byte = self._byte[0]
         if self._next == _TYPE:
             if byte:

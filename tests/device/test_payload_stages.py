@@ -98,6 +98,23 @@ class Body:
         raise AssertionError("there is nothing to wait for")
 
 
+class Drip(Body):
+    """A byte at a time, nothing in between."""
+
+    def __init__(self, content, step):
+        super().__init__(content, 1)
+        self._ready = False
+
+    def take(self, buf, n):
+        if not self._ready:
+            return 0
+        self._ready = False
+        return super().take(buf, n)
+
+    async def wait(self):
+        self._ready = True
+
+
 class Sink:
     def __init__(self):
         self.pieces = []
@@ -109,13 +126,13 @@ class Sink:
 PATCH = release.Payload("", "identity", 0, 0, "detools", "")
 
 
-async def _apply(content, base, size, step=1000, base_size=None):
+async def _apply(content, base, size, step=1000, base_size=None, body=Body):
     def read(offset, buf):
         assert 0 <= offset and offset + len(buf) <= len(base)
         buf[:] = base[offset : offset + len(buf)]
 
     sink = Sink()
-    stage = payload.open_stage(PATCH, Body(content, step), (read, base_size or len(base)), size)
+    stage = payload.open_stage(PATCH, body(content, step), (read, base_size or len(base)), size)
     await payload.pump(stage, payload.Writer(sink, size), lambda *_: None)
     return b"".join(sink.pieces)
 
@@ -412,12 +429,13 @@ async def test_a_plain_body_goes_on_anywhere():
 
 
 async def _patch_refused(content, why, base=bytes(64), size=2):
-    try:
-        await _apply(content, base, size)
-    except FormatError as exc:
-        assert why in str(exc), exc
-        return
-    raise AssertionError("not refused: %r" % content)
+    for body in (Body, Drip):
+        try:
+            await _apply(content, base, size, body=body)
+        except FormatError as exc:
+            assert why in str(exc), exc
+        else:
+            raise AssertionError("not refused: %r" % content)
 
 
 async def test_each_thing_that_a_patch_may_not_say_is_named():

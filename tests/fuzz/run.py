@@ -5,6 +5,7 @@ heap, too slow) is written to tests/fuzz/found/, to be moved to tests/fuzz/regre
 mended, where every test run replays it. Exit code 1: there was one.
 """
 
+import gzip
 import hashlib
 import json
 import os
@@ -107,10 +108,26 @@ def seeds() -> dict[str, list[str]]:
         "table": [table.build(partitions)],
         "journal": [journal],
         "nvs": [_nvs(), b""],
+        **_payloads(),
     }
     for name in ("keys", "keyring", "release", "offer"):
         found[name] += [b"{}", b"[]", b"null", b"1", b'""']
     return {name: [raw.hex() for raw in group] for name, group in found.items()}
+
+
+def _payloads() -> dict[str, list[bytes]]:
+    """Payloads of images as large as targets.py says, for the base that it has."""
+    from twinslot_tools import payloads
+
+    base = bytes(range(256)) * 32
+    image = base[:3000] + b"new" * 1000 + base[2500:5500]
+    delta = payloads.patch_payload(base, base[:300] + b"new" * 300 + base[300:600])
+    members = b"".join(payloads.member(part) for part in (image[:1], image[1:5000], image[5000:]))
+    return {
+        "gzip": [payloads.gzip_payload(image), members, gzip.compress(bytes(1 << 20), mtime=0)],
+        "patch": [gzip.decompress(delta)],
+        "gzpatch": [delta],
+    }
 
 
 def _nvs() -> bytes:

@@ -372,7 +372,81 @@ def _http(seeds):
     return case
 
 
+class _Body:
+    """The body of an answer, in reads of one size, with pauses."""
+
+    def __init__(self, raw):
+        self._raw = raw
+        self._step = random.choice((1, 7, 100, 1024))
+        self.received = 0
+
+    def take(self, buf, n):
+        if random.getrandbits(2) == 0:
+            return 0
+        piece = self._raw[self.received : self.received + min(n, self._step)]
+        buf[: len(piece)] = piece
+        self.received += len(piece)
+        return len(piece) or None
+
+    async def wait(self):
+        pass
+
+
+class _Form:
+    """How a payload is encoded; the window is the builder's own."""
+
+    window = 12
+
+    def __init__(self, encoding, patch):
+        self.encoding = encoding
+        self.patch = patch
+
+
+class _Sink:
+    """Takes the place of the slot."""
+
+    total = 0
+
+    def write(self, buf):
+        self.total += len(buf)
+
+
+def _stage(encoding, patch, size):
+    from twinslot import payload
+
+    base = bytes(range(256)) * 32
+    form = _Form(encoding, patch)
+
+    def read(offset, buf):
+        if offset < 0 or offset + len(buf) > len(base):
+            raise AssertionError("beyond the base image")
+        buf[:] = base[offset : offset + len(buf)]
+
+    async def one(raw):
+        sink = _Sink()
+        state = None
+        if random.getrandbits(2) == 0:  # it goes on at a chunk: behind the header
+            state = (0, random.randrange(len(base)))
+            raw = raw if encoding == "gzip" else raw[4:]
+        stage = payload.open_stage(form, _Body(raw), (read, len(base)), size, state)
+        try:
+            await payload.pump(stage, payload.Writer(sink, size), lambda offset, state: None)
+        finally:
+            if sink.total > size:
+                raise AssertionError("more than the image")
+
+    loop = asyncio.new_event_loop()
+
+    def make(seeds):
+        return lambda raw: loop.run_until_complete(one(raw))
+
+    return make
+
+
 TARGETS = {
+    "gzip": _stage("gzip", None, 9000),
+    "patch": _stage("identity", "detools", 1500),
+    "gzpatch": _stage("gzip", "detools", 1500),
     "http": _http,
     "jws": _jws,
     "keys": _keys,

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sqlite3
@@ -431,7 +432,8 @@ def test_an_upload_names_a_channel_as_all_others_do(tmp_path, channel):
 # ---- backup, schedules
 
 
-def test_a_backup_of_a_running_server_is_a_server(tmp_path):
+def test_F126_a_backup_of_a_running_server_is_a_server(tmp_path):
+    """A lost server: from its backup and the tree another goes on, and its boards with it."""
     site = tmp_path / "site"
     servers.publish_version(site, "1.1.0")
     with servers.serving(site) as server:
@@ -456,6 +458,51 @@ def test_a_backup_of_a_running_server_is_a_server(tmp_path):
         assert server.token("operator") == token
         remote = Remote(server)
         assert remote.api("GET", "devices/b1")["status"] == "confirmed"
+        board.fleet = remote  # its token and what it runs are all a board has
+        assert not board.poll()["update_available"]
+        servers.publish_version(site, "1.2.0")
+        assert board.update() == "1.2.0"
+        assert remote.api("GET", "devices/b1")["current_version"] == "1.2.0"
+        remote.client.close()
+
+
+def test_F113_a_server_without_space_refuses_uploads_and_answers_boards(tmp_path):
+    """By a limit of the system: no file may grow beyond what the registry has already."""
+    site = tmp_path / "site"
+    servers.publish_version(site, "1.1.0")
+    with servers.serving(site, "--keys", str(servers.public_keys(tmp_path))) as server:
+        remote = Remote(server)
+        board = Board(remote, "b1")
+        board.token = server.token("device")
+        board.update()
+        other = tmp_path / "made" / "site"
+        other.mkdir(parents=True)
+        form = fleets.upload_files(other, servers.publish_version(other, "1.2.0"))
+        headers = {"Authorization": f"Bearer {remote.admin}"}
+
+        def upload():
+            return remote.client.post("/api/v1/firmware/upload", headers=headers, files=form)
+
+        before = sorted(site.rglob("*"))
+        limits = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        refused = upload()
+        assert (refused.status_code, refused.json()["code"]) == (507, "no_space")
+        assert [p for p in sorted(site.rglob("*")) if p.is_file()] == [
+            p for p in before if p.is_file()
+        ]
+        answers = [
+            remote.client.post(
+                "/api/v1/report-status",
+                headers={"Authorization": f"Bearer {board.token}"},
+                json={"device_id": f"b{n}", "attempt": "1", "status": "staging"},
+            ).status_code
+            for n in range(40)
+        ]
+        assert set(answers) <= {200, 503}
+        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, limits)
+        assert upload().status_code == 201
+        assert not board.poll()["update_available"]
         remote.client.close()
 
 

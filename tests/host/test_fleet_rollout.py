@@ -255,6 +255,28 @@ def test_what_would_pause_again_is_not_resumed_until_its_policy_allows_it(fleet)
     assert fleet.api("PATCH", f"rollouts/{number}", {"policy": looser})["code"] == "state"
 
 
+def test_F122_one_board_that_forges_failures_stops_nobody(fleet):
+    """What counts is how many boards failed that had an offer, not how often it was said."""
+    liar, *honest = boards(fleet, 20)
+    number = rollout(fleet, [{"percent": 100}], failure_percent=10, promote=False)
+    liar.update(good=False)
+    for lie in range(40):
+        liar.attempt = f"lie-{lie}"
+        liar.report("failed", "1.1.0", {"code": "checksum", "message": "a lie"})
+        stranger = Board(fleet, f"nobody-{lie}")  # reports, and was never offered anything
+        stranger.attempt = f"lie-{lie}"
+        stranger.report("rolledback", "1.1.0")
+    for board in honest:
+        assert board.update() == "1.1.0"
+    tick(fleet, number, 2)
+    found = state(fleet, number)
+    assert found["state"] != "paused", found["why"]
+    assert (
+        found["counts"]["failed"] + found["counts"]["rolledback"],
+        found["counts"]["confirmed"],
+    ) == (1, 19)
+
+
 def test_offers_made_but_not_begun_are_withdrawn_by_a_pause(fleet):
     one, two = boards(fleet, 2)
     number = rollout(fleet, [{"percent": 100}])

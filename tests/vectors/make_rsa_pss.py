@@ -224,7 +224,7 @@ def bad(key: Key) -> Iterator[tuple[str, bytes, bytes]]:
 
 def main() -> None:
     groups = []
-    for bits in (2048, 3072):
+    for bits in (2048, 3072, 4096):
         key = Key(bits)
         tests = [
             {
