@@ -13,6 +13,7 @@ from starlette.datastructures import UploadFile
 
 from . import jobs, releases, rollouts
 from .audit import Who
+from .auth import GATEWAY
 from .http import Note, Parts, change, checked, json_body, with_dates
 from .messages import DeviceId, Id, LabelText, Name, Text
 from .problems import Problem
@@ -254,6 +255,11 @@ def cancel_update_one(connection: Connection, note: Note, update_id: int) -> dic
     return after
 
 
+def _gateway(who: Who) -> str | None:
+    """The gateway that asks, or None for a person."""
+    return who.name if who.role == GATEWAY else None
+
+
 def _read_form(form: Any) -> tuple[bytes, dict[str, BinaryIO]]:
     signed = form.get("release")
     if not isinstance(signed, UploadFile):
@@ -293,10 +299,12 @@ def _add_updates(app: FastAPI, parts: Parts) -> None:
         rows = await parts.store.aread(lambda c: jobs.listing(c, status))
         return {"updates": [with_dates(row) for row in rows]}
 
-    @app.get("/api/v1/ota/updates/pending", dependencies=[viewer])
+    @app.get("/api/v1/ota/updates/pending")
     async def pending_updates(
+        who: Annotated[Who, Depends(parts.people.need_or_gateway("viewer"))],
         gateway: Annotated[str | None, Query(max_length=64)] = None,
     ) -> dict:
+        gateway = _gateway(who) or gateway
         rows = await parts.store.aread(lambda c: jobs.pending(c, gateway))
         return {"updates": [with_dates(row) for row in rows]}
 
@@ -316,12 +324,13 @@ def _add_updates(app: FastAPI, parts: Parts) -> None:
     @app.post("/api/v1/ota/updates/{update_id}/progress")
     async def progress(
         update_id: Id,
-        who: Annotated[Who, operator],
+        who: Annotated[Who, Depends(parts.people.need_or_gateway("operator"))],
         wanted: Annotated[NodeProgress, Depends(json_body(NodeProgress))],
     ) -> dict:
         def work(connection: Connection, note: Note) -> dict:
             report = wanted.model_dump()
-            done = jobs.progress(connection, update_id, report, int(time.time()))
+            now = int(time.time())
+            done = jobs.progress(connection, update_id, report, now, _gateway(who))
             note(f"update {update_id}", None, report)
             return done
 

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, FastAPI
+from fastapi import Depends, FastAPI, Query
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from sqlalchemy import Connection, select
 
@@ -13,13 +13,19 @@ from .audit import Who
 from .http import Note, Parts, change, json_body, seconds, with_dates
 from .messages import Id, LabelText, Name, Text
 from .problems import Problem
-from .schema import rollouts as rollout_table
 from .schema import windows as window_table
 from .stages import Policy
 from .store import bump
 from .windows import Window
 
 Verb = Literal["start", "pause", "resume", "abort", "expand"]
+_DONE = {
+    "start": "started",
+    "pause": "paused",
+    "resume": "resumed",
+    "abort": "aborted",
+    "expand": "next stage opened",
+}
 Day = Annotated[int, Field(ge=0, le=6)]
 Clock = Annotated[str, Field(pattern=r"^([01][0-9]|2[0-3]):[0-5][0-9]$", examples=["22:00"])]
 Labels = Annotated[list[LabelText], Field(max_length=16)]
@@ -119,6 +125,11 @@ def shown(connection: Connection, rollout_id: int) -> dict[str, Any]:
     return with_dates(public)
 
 
+def listing(connection: Connection, limit: int, before: int | None) -> list[dict[str, Any]]:
+    """The newest rollouts, or those before one."""
+    return [shown(connection, n) for n in rollouts.numbers(connection, limit, before)]
+
+
 def create_one(connection: Connection, note: Note, wanted: dict[str, Any]) -> int:
     """Make a rollout of a request's body."""
     if wanted.get("firmware_id") is not None:
@@ -148,7 +159,7 @@ def act_one(
     """Do one of the actions on a rollout; start, pause and so on."""
     now = int(time.time())
     before = rollouts.get(connection, rollout_id)
-    row = rollouts.act(connection, rollout_id, action, why or f"{action}: by hand", now)
+    row = rollouts.act(connection, rollout_id, action, why or f"{_DONE[action]} by hand", now)
     note(f"rollout {rollout_id}", {"state": before.state}, {"state": row.state, "why": why})
     events.emit(connection, f"rollout.{row.state}", {"rollout": rollout_id, "why": row.why}, now)
     return shown(connection, rollout_id)
@@ -238,14 +249,11 @@ def _add_rollouts(app: FastAPI, parts: Parts) -> None:
     operator = Depends(parts.people.need("operator"))
 
     @app.get("/api/v1/rollouts", dependencies=[viewer])
-    async def list_rollouts() -> dict:
-        def work(connection: Connection) -> list[dict]:
-            ids = connection.scalars(
-                select(rollout_table.c.id).order_by(rollout_table.c.id.desc()).limit(200)
-            ).all()
-            return [shown(connection, number) for number in ids]
-
-        return {"rollouts": await parts.store.aread(work)}
+    async def list_rollouts(
+        before: Id | None = None,
+        limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    ) -> dict:
+        return {"rollouts": await parts.store.aread(lambda c: listing(c, limit, before))}
 
     @app.post("/api/v1/rollouts", status_code=201)
     async def create_rollout(

@@ -1,7 +1,8 @@
 """Who is asking: boards by token, people by token or session, each within a role.
 
 Roles of people: a viewer reads, an operator changes the fleet, an admin also changes users and
-webhooks. The operator token made at first start is an admin's.
+webhooks. The operator token made at first start is an admin's. A gateway is a board with a token
+of its own, which speaks for the nodes labelled with its id.
 """
 
 import hashlib
@@ -17,12 +18,12 @@ from sqlalchemy import Connection, delete, select
 from . import devices
 from .audit import Who
 from .problems import Problem
-from .schema import devices as device_table
 from .schema import sessions, users
 from .store import Store
 from .tokens import Token
 
 ROLES = ("viewer", "operator", "admin")
+GATEWAY = "gateway"
 SESSION_S = 12 * 3600
 COOKIE = "twinslot_session"
 _TRIES = 5
@@ -68,11 +69,7 @@ class Boards:
         generation = await self._store.current_generation()
         if self._known.get(digest) == generation:
             return digest
-        row = await self._store.aread(
-            lambda c: c.execute(
-                select(device_table.c.device_id).where(device_table.c.token_hash == digest)
-            ).first()
-        )
+        row = await self._store.aread(lambda c: devices.of_token(c, digest))
         if row is None:
             raise refused()
         if len(self._known) > 100_000:
@@ -98,6 +95,20 @@ class People:
             if ROLES.index(who.role) < ROLES.index(role):
                 raise Problem(403, "forbidden", f"this needs the role {role}")
             return who
+
+        return check
+
+    def need_or_gateway(self, role: str) -> Callable[[Request], Awaitable[Who]]:
+        """Make a dependency that lets gateways pass, too; their role is ``GATEWAY``."""
+        person = self.need(role)
+
+        async def check(request: Request) -> Who:
+            if token := presented(request):
+                digest = devices.hash_token(token)
+                board = await self._store.aread(lambda c: devices.of_token(c, digest))
+                if board is not None and board.enrolment == "accepted":
+                    return Who(board.device_id, GATEWAY)
+            return await person(request)
 
         return check
 

@@ -213,9 +213,14 @@ def describe_label(connection: Connection, key: str, description: str) -> None:
     connection.execute(label_keys.insert().values(key=key, description=description))
 
 
+def label_meanings(connection: Connection) -> dict[str, str]:
+    """What each described label is for, by key."""
+    return dict(connection.execute(select(label_keys)).all())
+
+
 def label_table(connection: Connection) -> list[dict[str, Any]]:
     """Every label key with its values, how many boards have each, and what it means."""
-    descriptions = dict(connection.execute(select(label_keys)).all())
+    descriptions = label_meanings(connection)
     found: dict[str, dict[str, int]] = {key: {} for key in descriptions}
     for key, value, number in connection.execute(
         select(labels.c.key, labels.c.value, func.count())
@@ -230,6 +235,11 @@ def label_table(connection: Connection) -> list[dict[str, Any]]:
 
 
 # ---- tokens, import
+
+
+def of_token(connection: Connection, digest: str) -> Any:
+    """The board whose own token has this hash, or None."""
+    return connection.execute(select(devices).where(devices.c.token_hash == digest)).first()
 
 
 def new_token(connection: Connection, device_id: str) -> str:

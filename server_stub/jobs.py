@@ -222,14 +222,24 @@ def cancel(connection: Connection, job_id: int, now: int) -> dict[str, Any]:
 
 
 def progress(
-    connection: Connection, job_id: int, report: Mapping[str, Any], now: int
+    connection: Connection,
+    job_id: int,
+    report: Mapping[str, Any],
+    now: int,
+    gateway: str | None = None,
 ) -> dict[str, Any]:
     """Take a gateway's word of one node. What has ended stays; parts never go back.
+
+    Args:
+        job_id, report, now: as the route has them.
+        gateway: only its own nodes, those labelled ``gateway=ID``; None is anybody who may.
 
     Raises:
         Problem: 404, or 409 for a job that was cancelled.
     """
     node_id = report["node_id"]
+    if gateway and devices.labels_of(connection, node_id).get("gateway") != gateway:
+        raise Problem(404, "no_node", f"{node_id!r} is no node of {gateway}"[:200])
     node = connection.execute(
         select(job_nodes, jobs.c.cancelled)
         .join(jobs, jobs.c.id == job_nodes.c.job_id)

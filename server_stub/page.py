@@ -31,13 +31,14 @@ from . import (
 )
 from .audit import Who
 from .http import Note, Parts, change
+from .messages import Id
 from .page_base import HERE, Away, Guard, Renderer, headers, same_page
 from .problems import Problem
 from .schema import attempts, downloads, users, windows
-from .schema import rollouts as rollout_table
 
 _EVENT_S = 1.0
-_PAGE = 100
+_PAGE = 100  # devices
+_ROLLOUTS = 20  # each counts its boards
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
@@ -143,7 +144,6 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
     view("/-/", "home.html", api_fleet.glance)
     view("/-/devices/{device_id}", "device.html", _device(parts))
     view("/-/releases", "releases.html", _releases)
-    view("/-/rollouts", "rollouts.html", _rollouts)
     view("/-/rollouts/{number:int}", "rollout.html", _rollout)
     view("/-/updates", "updates.html", _updates)
     view("/-/updates/{number:int}", "update.html", lambda c, number: {"job": jobs.get(c, number)})
@@ -157,6 +157,11 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
             lambda c: {"users": auth.list_users(c), "webhooks": webhooks.listing(c)}
         )
         return render("people.html", me, **values)
+
+    @app.get("/-/rollouts", include_in_schema=False)
+    async def list_rollouts(me: Annotated[Any, session], before: Id | None = None) -> Response:
+        values = await parts.store.aread(lambda c: _rollouts(c, before))
+        return render("rollouts.html", me, **values)
 
     @app.get("/-/devices", include_in_schema=False)
     async def list_devices(
@@ -195,6 +200,7 @@ def _device(parts: Parts) -> Callable[..., dict[str, Any]]:
         return {
             "device": api_fleet.detail(connection, parts, device_id),
             "told": parts.desk.explain(connection, device_id, int(time.time())),
+            "meanings": devices.label_meanings(connection),
         }
 
     return read
@@ -221,12 +227,14 @@ def _ready(connection: Connection) -> list[dict[str, Any]]:
     ]
 
 
-def _rollouts(connection: Connection) -> dict[str, Any]:
-    ids = connection.scalars(
-        select(rollout_table.c.id).order_by(rollout_table.c.id.desc()).limit(50)
-    ).all()
-    rows = [api_rollouts.shown(connection, number) for number in ids]
-    return {"rows": rows, "ready": _ready(connection), "policy": asdict(stages.Policy())}
+def _rollouts(connection: Connection, before: int | None) -> dict[str, Any]:
+    rows = api_rollouts.listing(connection, _ROLLOUTS, before)
+    return {
+        "rows": rows,
+        "next": rows[-1]["id"] if len(rows) == _ROLLOUTS else None,
+        "ready": _ready(connection),
+        "policy": asdict(stages.Policy()),
+    }
 
 
 def _rollout(connection: Connection, number: int) -> dict[str, Any]:
@@ -267,6 +275,15 @@ def _logs(connection: Connection) -> dict[str, Any]:
     }
 
 
+async def _still(guard: Guard, request: Request) -> bool:
+    """False once the session has ended: a stream must not outlive it."""
+    try:
+        await guard(request)
+    except Away:
+        return False
+    return True
+
+
 def _add_events(app: FastAPI, parts: Parts, guard: Guard) -> None:
     @app.get("/-/events/{number:int}", include_in_schema=False)
     async def events(number: int, request: Request) -> Response:
@@ -275,7 +292,7 @@ def _add_events(app: FastAPI, parts: Parts, guard: Guard) -> None:
 
         async def stream() -> AsyncIterator[str]:
             before = ""
-            while not await request.is_disconnected():
+            while not await request.is_disconnected() and await _still(guard, request):
                 found = await parts.store.aread(lambda c: api_rollouts.shown(c, number))
                 text = json.dumps({k: found[k] for k in ("state", "stage", "why", "counts")})
                 yield f"data: {text}\n\n" if text != before else ": still here\n\n"

@@ -14,6 +14,8 @@ import jinja2
 from fastapi import Request, Response
 from starlette.datastructures import UploadFile
 
+from twinslot import espimage
+
 from . import auth
 from .audit import Who
 from .http import Parts, date
@@ -55,6 +57,7 @@ class Renderer:
             ago=_ago,
             plain=_plain,
             size=_size,
+            chip=espimage.chip_name,
             stage=_stage,
         )
 

@@ -121,7 +121,17 @@ def reach(
     other = func.coalesce(devices.c.current_build, "") != release.build
     if channel is not None:
         other &= devices.c.channel == channel
+    if not target.get("label"):  # without labels the database can count
+        return connection.execute(
+            select(func.count()).where(
+                *_could_run(release), devices.c.hardware.in_(release.hardware), other
+            )
+        ).scalar_one()
     return len(_suiting(connection, release, target, other))
+
+
+def _could_run(release: Any) -> tuple[Any, ...]:
+    return devices.c.product == release.product, devices.c.enrolment == "accepted"
 
 
 def _suiting(
@@ -129,9 +139,7 @@ def _suiting(
 ) -> list[stages.Board]:
     labels = labels_of_all(connection)
     found = connection.execute(
-        select(devices.c.device_id, devices.c.hardware).where(
-            devices.c.product == release.product, devices.c.enrolment == "accepted", *where
-        )
+        select(devices.c.device_id, devices.c.hardware).where(*_could_run(release), *where)
     )
     return [
         (device_id, labels.get(device_id, {}))
@@ -383,6 +391,14 @@ def _progress(connection: Connection, row: Any, now: int) -> stages.Progress:
         row.passed_at,
         row.gate_open,
     )
+
+
+def numbers(connection: Connection, limit: int, before: int | None) -> list[int]:
+    """The newest rollouts, or those before one."""
+    query = select(rollouts.c.id).order_by(rollouts.c.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(rollouts.c.id < before)
+    return list(connection.scalars(query))
 
 
 def due(connection: Connection) -> list[int]:

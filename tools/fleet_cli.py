@@ -7,6 +7,7 @@ Which server, and as whom: see ``fleet_base``. ``--json`` prints the API's own a
 import asyncio
 import base64
 import json
+import os
 import subprocess
 import sys
 import time
@@ -336,9 +337,15 @@ def _show_rollout(found: dict[str, Any], as_json: bool) -> None:
 
 
 @rollout.command("list")
-def rollout_list(context: typer.Context, as_json: Json = False) -> None:
-    """List rollouts."""
-    found = context.obj.call("GET", "rollouts")
+def rollout_list(
+    context: typer.Context,
+    limit: int = 50,
+    before: Annotated[int | None, typer.Option(help="Only those older than this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List rollouts, the newest first."""
+    wanted = query(limit=limit, before=before)
+    found = context.obj.call("GET", f"rollouts?{wanted}")
     if as_json:
         print_json(found)
     else:
@@ -476,6 +483,19 @@ def certificate(
     command = [sys.executable, "-m", "twinslot_server.authority", str(folder)]
     command += [f"--name={text}" for text in name or ()] + ["--json"] * as_json
     raise typer.Exit(subprocess.call(command))
+
+
+@fleet.command()
+def move(
+    data: Annotated[Path, typer.Argument(help="The private folder of a server that is stopped.")],
+    url: Annotated[
+        str, typer.Argument(envvar="TWINSLOT_DATABASE", help="postgresql+psycopg://user@host/name")
+    ],
+) -> None:
+    """Copy a server's SQLite database into an empty PostgreSQL one."""
+    command = [sys.executable, "-m", "twinslot_server.move", str(data)]
+    environment = {**os.environ, "TWINSLOT_DATABASE": url}
+    raise typer.Exit(subprocess.call(command, env=environment))
 
 
 @fleet.command()

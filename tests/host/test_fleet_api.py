@@ -582,6 +582,33 @@ def test_a_job_as_a_gateway_sees_it(fleet, tmp_path):
     assert fleet.api("DELETE", f"ota/updates/{number}")["code"] == "state"
 
 
+def test_a_gateway_speaks_for_its_own_nodes_and_nobody_else(fleet, tmp_path):
+    """With the token of a board, not an operator's: what lies in the field can be stolen."""
+    made = uploaded(fleet, tmp_path)
+    text = (
+        "device_id,product,labels,token\n"
+        f"g1,{servers.PRODUCT},,new\ng2,{servers.PRODUCT},,new\n"
+        f"n1,{servers.PRODUCT},gateway=g1,\nn2,{servers.PRODUCT},gateway=g2,\n"
+    )
+    token = fleet.api("POST", "devices/import", content=text.encode())["tokens"]["g1"]
+    wanted = {"firmware_id": made["id"], "target": {"nodes": ["n1", "n2"]}}
+    job = fleet.api("POST", "ota/updates", wanted)["id"]
+    for query in ("", "?gateway=g2"):
+        (mine,) = fleet.api("GET", f"ota/updates/pending{query}", token=token)["updates"]
+        assert mine["nodes"] == ["n1"]
+    path = f"ota/updates/{job}/progress"
+    done = {"status": "completed"}
+    assert fleet.api("POST", path, {"node_id": "n1", **done}, token=token)["ok"]
+    assert fleet.status("POST", path, {"node_id": "n2", **done}, token) == 404
+    line = audit_lines(fleet)[0]
+    assert (line["who"], line["role"], line["action"]) == ("g1", "gateway", "update.progress")
+    assert fleet.status("GET", "ota/updates/pending", None, FLEET) == 401
+    for method, other in (("GET", "devices"), ("GET", f"ota/updates/{job}"), ("POST", "windows")):
+        assert fleet.status(method, other, None, token) == 401
+    fleet.api("PATCH", "devices/g1", {"enrolment": "pending"})
+    assert fleet.status("GET", "ota/updates/pending", None, token) == 401
+
+
 def test_a_job_for_boards_that_poll_follows_their_attempts(fleet, tmp_path):
     made = uploaded(fleet, tmp_path)
     one, two = Board(fleet, "b1"), Board(fleet, "b2")

@@ -164,6 +164,61 @@ def test_a_fleet_updates_on_postgresql(pg, tmp_path):
         fleet.close()
 
 
+def everything(store):
+    """Every line of every table but sessions, and the generation."""
+    kept = [t for t in schema.metadata.sorted_tables if t.name not in ("sessions", "meta")]
+    return store.read(
+        lambda c: {t.name: sorted(map(repr, c.execute(t.select()).all())) for t in kept}
+    )
+
+
+def test_a_fleet_moves_from_sqlite_to_postgresql(pg, tmp_path):
+    """All of it, by the command; the numbers go on, and a second time nothing is mixed up."""
+    with fleets.running(tmp_path) as fleet:
+        fleet.publish("1.0.0")
+        number = fleet.upload(tmp_path, "1.1.0").json()["id"]
+        fleet.api("PATCH", f"firmware/{number}", {"pilot_ready": True})
+        one, two = Board(fleet, "b1", labels=["site=a"]), Board(fleet, "b2")
+        one.poll(), two.poll()
+        plan = {"firmware_id": number, "stages": [{"percent": 100}], "start": True}
+        rollout = fleet.api("POST", "rollouts", plan)["id"]
+        assert one.update() == "1.1.0"
+        fleet.api("POST", "windows", {"start": "00:00", "end": "00:00"})
+        fleet.api("POST", "webhooks", {"url": "https://example.org/"})
+        fleet.api("POST", "ota/updates", {"firmware_id": number, "target": {"nodes": ["b2"]}})
+        token = fleet.api("PUT", "users/anna", {"role": "viewer"})["token"]
+        before = everything(fleet.store)
+        url = fresh(pg, "moved")
+        command = [Path(sys.executable).with_name("twinslot"), "fleet", "move", fleet.data]
+        environment = {**os.environ, "TWINSLOT_DATABASE": url}
+
+        def run():
+            return subprocess.run(
+                command, capture_output=True, text=True, check=False, env=environment
+            )
+
+        leader = Leader(fleet.store, fleet.data)
+        assert leader.holds()
+        assert "stop it first" in run().stderr
+        leader.release()
+        done = run()
+        assert done.returncode == 0, done.stderr
+        assert "devices 2" in done.stdout
+        again = run()
+        assert again.returncode == 1 and "not empty" in again.stderr
+    moved = Fleet(tmp_path, url)
+    try:
+        assert everything(moved.store) == before
+        assert moved.api("GET", "devices", token=token)["devices"][0]["device_id"] == "b1"
+        one.fleet = two.fleet = moved
+        assert two.update() == "1.1.0"
+        counts = moved.api("GET", f"rollouts/{rollout}")["counts"]
+        assert counts["confirmed"] == 2
+        assert moved.api("POST", "rollouts", {"firmware_id": number})["id"] == rollout + 1
+    finally:
+        moved.close()
+
+
 def test_several_workers_serve_one_fleet(pg, tmp_path):
     site = tmp_path / "site"
     servers.publish_version(site, "1.1.0")

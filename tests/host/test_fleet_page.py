@@ -6,6 +6,7 @@ The browser is the system's chromium (.ci/run installs it), driven by Playwright
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import fleet as fleets
@@ -14,7 +15,7 @@ import servers
 from fleet import Board, Fleet, running
 from playwright.sync_api import expect, sync_playwright
 
-from twinslot_server import rollouts
+from twinslot_server import auth, rollouts
 
 PASSWORD = "correct horse battery"
 SHOTS = os.environ.get("TWINSLOT_SCREENSHOTS")
@@ -136,6 +137,23 @@ def test_a_session_reads_the_api_and_changes_nothing_there(fleet):
     assert fleet.client.get("/api/v1/users").json()["code"] == "forbidden"
     answer = fleet.client.request("PATCH", "/api/v1/devices/b1", json={"pin": "1.0.0"})
     assert answer.status_code == 401
+
+
+def test_a_stream_ends_with_its_session(fleet):
+    """What a user who was removed has open must not go on telling."""
+    number = fleet.release("1.0.0")["id"]
+    fleet.api("POST", "rollouts", {"firmware_id": number})
+    logged_in(fleet)
+    done = threading.Event()
+
+    def leave():
+        fleet.store.write(lambda c: auth.remove_user(c, "anna"))
+        done.set()
+
+    threading.Timer(0.2, leave).start()
+    answer = fleet.client.get("/-/events/1")  # returns when the stream ends
+    assert done.is_set()
+    assert answer.text.startswith("data: {")
 
 
 def forms(fleet, tmp_path):

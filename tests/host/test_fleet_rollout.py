@@ -219,6 +219,14 @@ def test_a_rollout_goes_stage_by_stage_to_its_end(fleet):
     assert fleet.release("1.1.0")["stable"]
 
 
+def test_many_rollouts_are_listed_in_pages(fleet):
+    made = [fleet.api("POST", "rollouts", {"firmware_id": fleet.number})["id"] for _ in range(5)]
+    found = fleet.api("GET", "rollouts?limit=2")["rollouts"]
+    assert [row["id"] for row in found] == made[:-3:-1]
+    rest = fleet.api("GET", f"rollouts?before={found[-1]['id']}")["rollouts"]
+    assert [row["id"] for row in rest] == made[2::-1]
+
+
 def test_I20_F121_a_bad_build_stops_itself_within_the_pilot(fleet):
     """F121, I20: what is bad reaches no more than the pilot, and offers stop at once."""
     all_boards = boards(fleet, 40)
