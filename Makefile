@@ -21,7 +21,7 @@ help:
 	@echo "make packages  write package*.json, when a module came or went"
 	@echo "make faults  every fault and attack of the catalogue, with the tests that cover it"
 	@echo "make faults-long  network cut at every byte, exceptions at every statement (SEED=, PIECE=1/9)"
-	@echo "make powercut  cut the power at every flash operation, in every way (about an hour)"
+	@echo "make powercut  cut the power at every flash operation, in every way (half an hour)"
 	@echo "make soak N=1000 SEED=1  update one board N times, with faults and power cuts"
 	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
 	@echo "make fuzz-api SECONDS=60  fuzz the server by its OpenAPI document"

@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 from network_cases import BLOB, CHECKPOINT, SEED, SIZE, SLACK, THEN, Case, cases
 from servers import signing_key
-from station import SHORT_S, TIMEOUT_S, Station
+from station import LEISURE, SHORT_S, TIMEOUT_S, Station
 
 LONG = os.environ.get("FAULTS") == "long"
 ROLLED = int(os.environ.get("SEED") or SEED)
@@ -52,6 +52,7 @@ class Crew:
             self._own.station = Station(
                 self._folder / f"{threading.get_ident()}", **self._options
             ).__enter__()
+            self._own.station.ask("evaluate", code=LEISURE)
             self._made.append(self._own.station)
         return self._own.station
 

@@ -23,7 +23,7 @@ import pytest
 from network_cases import SEED
 from servers import signing_key
 from statements import instrument
-from station import LIB, Station
+from station import LEISURE, LIB, Station
 
 LONG = os.environ.get("FAULTS") == "long"
 ROLLED = int(os.environ.get("SEED") or SEED)
@@ -53,6 +53,7 @@ class Stumbler:
         self.places = instrument(LIB, folder / "package")
         self.station = Station(folder / "s", size=SIZE, tree=folder / "package", heap="3M")
         self.station.__enter__()
+        self.station.ask("evaluate", code=LEISURE)
         self.settings = self.station.settings("http")
         self.station.proxy.plan({})
 
