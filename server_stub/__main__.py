@@ -213,7 +213,6 @@ def _serve(
         proxy_headers=certificate is None,  # without TLS it is a proxy that asks
         timeout_keep_alive=parts.limits.keep_alive_s,
         timeout_graceful_shutdown=parts.limits.shutdown_s,
-        h11_max_incomplete_event_size=parts.limits.header_bytes,
         ssl_certfile=certificate.certificate if certificate else None,
         ssl_keyfile=certificate.key if certificate else None,
     )

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, select, update
+from sqlalchemy import Connection, Integer, bindparam, func, select, update
 
 from . import truth
 from .schema import attempts, job_nodes, reports
@@ -37,6 +37,16 @@ _TRIES = (
 )
 _ADD = attempts.insert().returning(*attempts.c)
 _CHANGE = update(attempts).where(attempts.c.id == bindparam("row")).returning(*attempts.c)
+_KEEP = reports.delete().where(
+    reports.c.device_id == bindparam("board"),
+    reports.c.id
+    < select(reports.c.id)
+    .where(reports.c.device_id == bindparam("board"))
+    .order_by(reports.c.id.desc())
+    .offset(bindparam("kept", type_=Integer))
+    .limit(1)
+    .scalar_subquery(),
+)
 _SET_NODE = update(job_nodes).where(
     job_nodes.c.job_id == bindparam("job"), job_nodes.c.device_id == bindparam("board")
 )
@@ -160,17 +170,7 @@ def history(connection: Connection, device_id: str, limit: int = 50) -> list[dic
 
 def keep_last(connection: Connection, device_id: str, count: int) -> None:
     """Drop the oldest reports of a board beyond ``count``."""
-    oldest = (
-        select(reports.c.id)
-        .where(reports.c.device_id == device_id)
-        .order_by(reports.c.id.desc())
-        .offset(count - 1)
-        .limit(1)
-        .scalar_subquery()
-    )
-    connection.execute(
-        reports.delete().where(reports.c.device_id == device_id, reports.c.id < oldest)
-    )
+    connection.execute(_KEEP, {"board": device_id, "kept": count - 1})
 
 
 _NODE_STATUS = {"confirmed": "completed", "failed": "failed", "rolledback": "failed"}

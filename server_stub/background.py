@@ -19,7 +19,7 @@ from . import attempts, audit, backup, events, releases, retention, rollouts, sc
 from .audit import Who
 from .http import Parts
 from .schema import attempts as attempt_table
-from .store import Store
+from .store import Store, generation
 
 log = logging.getLogger("twinslot.server")
 
@@ -192,12 +192,10 @@ class Background:
     # -- schedules ------------------------------------------------------------------------------
 
     def _load_schedules(self) -> None:
-        generation = self._parts.store.read(
-            lambda c: c.exec_driver_sql("SELECT value FROM meta WHERE key='generation'").scalar()
-        )
-        if generation == self._loaded:
+        now = self._parts.store.read(generation)
+        if now == self._loaded:
             return
-        self._loaded = generation
+        self._loaded = now
         wanted = {
             f"schedule-{row['id']}": row for row in self._parts.store.read(schedules.listing)
         }

@@ -15,6 +15,7 @@ from .offers import Board, Candidate, Decision, Situation
 from .schema import job_nodes
 from .settings import Settings
 from .site import Channel, ChannelError, Site
+from .store import generation
 
 log = logging.getLogger("twinslot.server")
 
@@ -99,11 +100,9 @@ class Chooser:
         return offers.decide(situation, now), channel
 
     def _snapshot(self, connection: Connection) -> policy.Policy:
-        generation = connection.exec_driver_sql(
-            "SELECT value FROM meta WHERE key = 'generation'"
-        ).scalar_one()
-        if self._policy is None or self._policy[0] != generation:
-            self._policy = (generation, policy.read(connection))
+        now = generation(connection)
+        if self._policy is None or self._policy[0] != now:
+            self._policy = (now, policy.read(connection))
         return self._policy[1]
 
     def _candidate(self, release: Any, origin: str, says: str, **more: Any) -> Candidate:

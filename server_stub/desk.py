@@ -2,7 +2,7 @@
 
 Most polls of a fleet say nothing new. Such a poll is answered from memory without touching the
 database, as long as nothing it depends on has changed: what the board says, the channel's pointer,
-and the generation number that every change of policy raises. Only "nothing for you" is ever
+and the generation number that every change of policy renews. Only "nothing for you" is ever
 remembered; an offer is decided afresh each time, inside the transaction that books it, so that a
 paused rollout offers nothing from that moment on.
 """

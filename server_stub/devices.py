@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Select, bindparam, delete, func, select, upda
 from .messages import DEVICE_ID
 from .problems import Problem
 from .schema import devices, job_nodes, label_keys, labels
-from .store import StoreError, bump, insert
+from .store import INSERTS, StoreError, bump, insert
 
 ENROLMENTS = ("pending", "accepted", "decommissioned")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -22,6 +22,10 @@ CSV_COLUMNS = ("device_id", "mac", "product", "channel", "hardware", "labels", "
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,256}=*")
 
 _FIND = select(devices).where(devices.c.device_id == bindparam("board"))
+_FORGET_SAID = delete(labels).where(
+    labels.c.device_id == bindparam("board"), labels.c.by == "device"
+)
+_SAY = {dialect: make(labels).on_conflict_do_nothing() for dialect, make in INSERTS.items()}
 _CHANGE = update(devices).where(devices.c.device_id == bindparam("board")).returning(*devices.c)
 
 
@@ -72,11 +76,11 @@ def touch(
             .values(device_id=device_id, enrolment=enrolment, **values)
             .on_conflict_do_nothing()
         )
-        _keep_reported(connection, device_id, values["labels"])
+        _keep_reported(connection, device_id, [], values["labels"])
         return find(connection, device_id)
     changed = {k: v for k, v in facts.items() if getattr(row, k) != v}
     if "labels" in changed:
-        _keep_reported(connection, device_id, changed["labels"])
+        _keep_reported(connection, device_id, row.labels, changed["labels"])
     return change(connection, row, {**changed, "last_seen": now}) if changed else row
 
 
@@ -151,19 +155,19 @@ def public(row: Any) -> dict[str, Any]:
 # ---- labels
 
 
-def _keep_reported(connection: Connection, device_id: str, reported: Iterable[str]) -> None:
+def _keep_reported(
+    connection: Connection, device_id: str, before: list[str], reported: Iterable[str]
+) -> None:
     """What a board says as key=value counts, unless an operator has said otherwise."""
-    connection.execute(
-        delete(labels).where(labels.c.device_id == device_id, labels.c.by == "device")
-    )
-    for text in reported:
-        key, sign, value = text.partition("=")
-        if sign and LABEL.fullmatch(key) and _VALUE.fullmatch(value):
-            connection.execute(
-                insert(connection, labels)
-                .values(device_id=device_id, key=key, value=value, by="device")
-                .on_conflict_do_nothing()
-            )
+    if before:
+        connection.execute(_FORGET_SAID, {"board": device_id})
+    said = [
+        {"device_id": device_id, "key": key, "value": value, "by": "device"}
+        for key, sign, value in (text.partition("=") for text in reported)
+        if sign and LABEL.fullmatch(key) and _VALUE.fullmatch(value)
+    ]
+    if said:
+        connection.execute(_SAY[connection.dialect.name], said)
 
 
 def set_labels(connection: Connection, device_id: str, wanted: Mapping[str, str | None]) -> None:

@@ -9,12 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-from sqlalchemy import Connection, Table, func, select, text, update
+from sqlalchemy import Connection, Table, func, select, text
 from sqlalchemy.exc import DatabaseError
 
 from .background import Leader
 from .schema import meta, metadata, sessions
-from .store import DATABASE, Store, StoreError
+from .store import DATABASE, Store, StoreError, bump
 
 _BATCH = 1000
 _WAIT_S = 5.0
@@ -54,8 +54,7 @@ def _copy_all(old: Connection, new: Connection) -> dict[str, int]:
     for table in tables:
         if new.execute(select(func.count()).select_from(table)).scalar_one():
             raise MoveError(f"the other database is not empty: it has {table.name}")
-    generation = old.execute(select(meta.c.value).where(meta.c.key == "generation")).scalar_one()
-    new.execute(update(meta).where(meta.c.key == "generation").values(value=generation + 1))
+    bump(new)
     return {table.name: _copy(old, new, table) for table in tables}
 
 

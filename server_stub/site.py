@@ -12,6 +12,7 @@ Nothing is written here; releases are published by the tool that holds the key.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -128,9 +129,8 @@ class Site:
 
     def stamp(self, product: str, channel: str) -> tuple:
         """Something that changes whenever the channel's pointer or the keyring does."""
-        return tuple(
-            _stamp_of(self.root / product / name) for name in (f"{channel}.json", "keyring.jws")
-        )
+        folder = f"{self.root}/{product}"  # not a Path: this is asked for every poll
+        return _stamp_of(f"{folder}/{channel}.json"), _stamp_of(f"{folder}/keyring.jws")
 
     def release(self, name: str) -> Release:
         """Read, verify and check the release at ``name``, a path below the site.
@@ -267,9 +267,9 @@ def _payload(token: bytes, trusted: dict | None) -> bytes:
         raise ReleaseError("release file", str(exc), "a compact JWS") from exc
 
 
-def _stamp_of(path: Path) -> tuple[int, ...] | None:
+def _stamp_of(path: str | Path) -> tuple[int, ...] | None:
     try:
-        stat = path.stat()
+        stat = os.stat(path)
     except OSError:
         return None
     # The time of the inode's change tells of a rename, too, as when a link takes a file's place.

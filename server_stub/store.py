@@ -1,9 +1,10 @@
 """The database: SQLite or PostgreSQL by URL, migrated at start, written by one thread.
 
 Every change is a function of a connection. Changes that wait at the same moment share one
-transaction (group commit), each within a savepoint of its own: one that fails takes none of the
-others with it. What was answered is on disk (SQLite: WAL, synchronous=FULL). A change may be run
-more than once: where another worker's transaction was in the way, the whole is done anew.
+transaction (group commit); where one fails, all are done anew, each within a savepoint of its own,
+so that it takes none of the others with it. What was answered is on disk (SQLite: WAL,
+synchronous=FULL). A change may be run more than once: for that, and where another worker's
+transaction was in the way.
 """
 
 import asyncio
@@ -11,13 +12,25 @@ import concurrent.futures
 import contextlib
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Table, create_engine, event, inspect, text, update
+from sqlalchemy import (
+    Connection,
+    Engine,
+    Table,
+    bindparam,
+    create_engine,
+    event,
+    inspect,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import DatabaseError
 
@@ -66,7 +79,7 @@ class Store:
         self._name = self._engine.url.database or url
         try:
             self._prepare(migrate)
-            self.generation = self.read(_read_generation)
+            self.generation = self.read(generation)
         except DatabaseError as exc:
             raise StoreError(f"{self._name}: {exc.orig}") from exc
         self._asked = time.monotonic()
@@ -129,37 +142,36 @@ class Store:
 
     def _commit(self, batch: list) -> None:
         done: list[_Done] = []
-        for left in reversed(range(_TRIES if batch else 0)):
+        apart = False
+        left = _TRIES if batch else 0
+        while left:
+            left -= 1
             try:
-                done, self.generation = self._transact(batch)
+                done, self.generation = self._transact(batch, apart)
                 break
             except Exception as exc:
-                if left and _was_in_the_way(exc):
+                if _was_in_the_way(exc) and left:
+                    continue
+                if not apart and len(batch) > 1:  # whose fault it was
+                    apart, left = True, _TRIES
                     continue
                 done = [(future, None, exc) for _, future in batch]
                 break
         _settle(done)
 
-    def _transact(self, batch: list) -> "tuple[list[_Done], int]":
-        done: list[_Done] = []
+    def _transact(self, batch: list, apart: bool) -> "tuple[list[_Done], int]":
+        """Do a batch in one transaction; ``apart``, one that fails is undone by itself."""
         with self._engine.execution_options(write=True).begin() as connection:
-            for change, future in batch:
-                try:
-                    with connection.begin_nested():
-                        done.append((future, change(connection), None))
-                except Exception as exc:
-                    if _was_in_the_way(exc):
-                        raise
-                    done.append((future, None, exc))
-            return done, _read_generation(connection)
+            one = _apart if apart else _together
+            return [one(connection, *item) for item in batch], generation(connection)
 
     # -- what others have changed -------------------------------------------------------------
 
     async def current_generation(self) -> int:
-        """The number that every change of policy raises; other workers' with a small delay."""
+        """The number that every change of policy renews; other workers' with a small delay."""
         if not self.is_sqlite and time.monotonic() - self._asked > _FOREIGN_GENERATION_S:
             self._asked = time.monotonic()
-            self.generation = await self.aread(_read_generation)
+            self.generation = await self.aread(generation)
         return self.generation
 
     def _prepare(self, migrate: bool) -> None:
@@ -181,6 +193,21 @@ class Store:
 
 _Done = tuple[Any, Any, BaseException | None]
 """A future, and its result or what went wrong."""
+
+
+def _together(connection: Connection, change: Change, future: Any) -> _Done:
+    return future, change(connection), None
+
+
+def _apart(connection: Connection, change: Change, future: Any) -> _Done:
+    try:
+        with connection.begin_nested():
+            return _together(connection, change, future)
+    except Exception as exc:
+        if _was_in_the_way(exc):
+            raise
+        connection.info.pop(_GENERATION, None)
+        return future, None, exc
 
 
 def _was_in_the_way(exc: Exception) -> bool:
@@ -214,17 +241,30 @@ def insert(connection: Connection, table: Table) -> Any:
     return INSERTS[connection.dialect.name](table)
 
 
+_GENERATION = "generation"
+_BUMP = update(meta).where(meta.c.key == _GENERATION).values(value=bindparam("number"))
+_READ = select(meta.c.value).where(meta.c.key == _GENERATION)
+
+
 def bump(connection: Connection) -> None:
-    """Say that answers given so far may no longer hold."""
-    connection.execute(
-        update(meta).where(meta.c.key == "generation").values(value=meta.c.value + 1)
-    )
+    """Say that answers given so far may no longer hold.
+
+    By a number that never was: what was remembered of a change that is undone fits no other.
+    """
+    number = connection.info[_GENERATION] = secrets.randbits(62)
+    connection.execute(_BUMP, {"number": number})
 
 
-def _read_generation(connection: Connection) -> int:
-    return connection.exec_driver_sql(
-        "SELECT value FROM meta WHERE key = 'generation'"
-    ).scalar_one()
+def generation(connection: Connection) -> int:
+    """The number that every change of policy renews, looked up once in a transaction."""
+    known = connection.info.get(_GENERATION)
+    if known is None:
+        known = connection.info[_GENERATION] = connection.execute(_READ).scalar_one()
+    return known
+
+
+def _begin_anew(connection: Connection) -> None:
+    connection.info.pop(_GENERATION, None)
 
 
 # ---- schema
@@ -274,11 +314,13 @@ def _migrate(connection: Connection, found: str | None) -> None:
 
 
 def _engine(url: str, wait_s: float) -> Engine:
-    if not url.startswith("sqlite:"):
-        return create_engine(url, pool_size=5, max_overflow=10, pool_pre_ping=True)
-    engine = create_engine(url, connect_args={"timeout": wait_s, "check_same_thread": False})
-    event.listen(engine, "connect", _configure)
-    event.listen(engine, "begin", _begin)
+    if url.startswith("sqlite:"):
+        engine = create_engine(url, connect_args={"timeout": wait_s, "check_same_thread": False})
+        event.listen(engine, "connect", _configure)
+        event.listen(engine, "begin", _begin)
+    else:
+        engine = create_engine(url, pool_size=5, max_overflow=10, pool_pre_ping=True)
+    event.listen(engine, "begin", _begin_anew)
     return engine
 
 

@@ -1,11 +1,14 @@
-"""``make load``: what the server carries on this machine, next to a bare FastAPI handler.
+"""``make load``: what the server carries on one core, next to a bare FastAPI handler.
 
-    python tools/load.py [--boards 10000] [--seconds 5] [--postgres]
+    python tools/load.py [--boards 10000] [--seconds 5] [--cores 1] [--only sqlite] [--json]
 
-Polls and reports are authenticated, reports durable before they are answered. Client and server
-share the machine; the client takes about as much of it as the server, so that on two cores the
-figures for several workers are the client's. The ratio to the bare handler, measured by the same
-client in the same run, is what can be compared between machines.
+The server has one core (or the first few), with its database and however many workers; the
+client, a process of its own, has the last, and the table says how busy it was. Polls and reports
+are authenticated, reports are durable before they are answered. In the storms every board makes
+a connection of its own at its own moment, and does not ask again. PostgreSQL is Debian's, started
+here.
+
+The ratio to the bare handler is what can be compared between machines.
 """
 
 import argparse
@@ -14,17 +17,27 @@ import contextlib
 import json
 import os
 import random
+import re
+import resource
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twinslot_tools.fleet_http import Api, Pool, percentile
+from twinslot_tools import keys, postgres, publish
+from twinslot_tools.fleet_http import Api, percentile
+from twinslot_tools.virtual_esp32.firmware import make_firmware
 
+_PRODUCT, _HARDWARE = "sensor-node", "ESP32_GENERIC"
+_CONNECTIONS = 32
+_TICKS = os.sysconf("SC_CLK_TCK")
+_LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 _BARE = """
 import sys, uvicorn
 from fastapi import FastAPI, Request
@@ -33,13 +46,198 @@ app = FastAPI()
 async def poll(request: Request):
     await request.json()
     return {"update_available": False, "poll": 300}
-uvicorn.run(app, port=int(sys.argv[1]), log_level="error", http="h11")
+uvicorn.run(app, port=int(sys.argv[1]), log_level="error")
 """
+
+Ask = Callable[[], bytes | None]
+"""The next request of a connection, or None at its end."""
+
+
+# ---- the client
+
+
+@dataclass
+class Tally:
+    """What was answered, and how soon."""
+
+    seconds: list[float] = field(default_factory=list)
+    statuses: Counter[str] = field(default_factory=Counter)
+
+    def figures(self, took: float) -> dict[str, Any]:
+        return {
+            "per_s": round(len(self.seconds) / took),
+            "p50_ms": round(percentile(self.seconds, 0.5) * 1000, 1),
+            "p99_ms": round(percentile(self.seconds, 0.99) * 1000, 1),
+            "statuses": dict(self.statuses),
+        }
+
+
+class Connection(asyncio.Protocol):
+    """Asks, and once answered asks again; as little Python as can be for each request."""
+
+    def __init__(self, ask: Ask, tally: Tally, started: float | None = None):
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._ask = ask
+        self._tally = tally
+        self._started = started
+        self._got = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+        self._next()
+
+    def _next(self) -> None:
+        message = self._ask()
+        if message is None:
+            self._waits = False
+            self._transport.close()
+            return
+        self._waits = True
+        self._started = self._started or time.perf_counter()
+        self._transport.write(message)
+
+    def data_received(self, data: bytes) -> None:
+        self._got += data
+        head = self._got.find(b"\r\n\r\n")
+        if head < 0 or not (length := _LENGTH.search(self._got, 0, head)):
+            return
+        if len(self._got) < head + 4 + int(length[1]):
+            return
+        assert self._started is not None
+        self._tally.seconds.append(time.perf_counter() - self._started)
+        self._tally.statuses[self._got[9:12].decode()] += 1
+        self._got, self._started = b"", None
+        self._next()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waits:
+            self._tally.statuses["lost"] += 1
+        self.done.set_result(None)
+
+
+def _request(path: str, token: str, body: str) -> bytes:
+    return (
+        f"POST /api/v1/{path} HTTP/1.1\r\nHost: fleet\r\nAuthorization: Bearer {token}\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n{body}"
+    ).encode()
+
+
+def _poll(token: str, number: int) -> bytes:
+    body = {
+        "device_id": f"load-{number:05}",
+        "product": _PRODUCT,
+        "hardware": _HARDWARE,
+        "current_version": "1.0.0",
+        "labels": ["site=a"],
+        "agent": "load",
+        "micropython": "1.29.0",
+        "staged": "",
+    }
+    return _request("check-update", token, json.dumps(body))
+
+
+def _report(token: str, number: int) -> bytes:
+    body = (
+        f'{{"device_id": "load-{number:05}", "attempt": "{random.getrandbits(48):x}",'
+        f' "status": "staging", "version": "1.1.0", "build": "{"1" * 64}", "error": null}}'
+    )
+    return _request("report-status", token, body)
+
+
+async def _hammer(port: int, seconds: float, message: Callable[[], bytes]) -> dict[str, Any]:
+    """Ask on all connections for a while, each as soon as it is answered."""
+    tally = Tally()
+    started = time.perf_counter()
+    deadline = started + seconds
+
+    def ask() -> bytes | None:
+        return message() if time.perf_counter() < deadline else None
+
+    await asyncio.gather(*(_connect(port, ask, tally) for _ in range(_CONNECTIONS)))
+    return tally.figures(time.perf_counter() - started)
+
+
+async def _storm(port: int, seconds: float, messages: list[bytes]) -> dict[str, Any]:
+    """Each message once within ``seconds``, over a connection of its own."""
+    tally = Tally()
+    due = sorted(random.random() * seconds for _ in messages)
+    started = time.perf_counter()
+    boards = []
+    for when, message in zip(due, messages, strict=True):
+        if (early := started + when - time.perf_counter()) > 0:
+            await asyncio.sleep(early)
+        once = iter([message])
+        board = _connect(port, lambda once=once: next(once, None), tally, time.perf_counter())
+        boards.append(asyncio.create_task(board))
+    await asyncio.gather(*boards)
+    took = time.perf_counter() - started
+    return {**tally.figures(took), "all_answered_s": round(took, 1)}
+
+
+async def _connect(port: int, ask: Ask, tally: Tally, started: float | None = None) -> None:
+    loop = asyncio.get_running_loop()
+    try:
+        _, connection = await loop.create_connection(
+            lambda: Connection(ask, tally, started), "127.0.0.1", port
+        )
+    except OSError:
+        tally.statuses["lost"] += 1
+        return
+    await connection.done
+
+
+def _busy(process: subprocess.Popen, work: Any) -> dict[str, Any]:
+    """Run ``work``; its figures, and the shares of a core that server and client took for it."""
+    server, client, began = _cpu_s(process.pid), time.process_time(), time.perf_counter()
+    found = asyncio.run(work)
+    took = time.perf_counter() - began
+    found["server_core"] = round((_cpu_s(process.pid) - server) / took, 2)
+    found["client_core"] = round((time.process_time() - client) / took, 2)
+    return found
+
+
+# ---- the server
+
+
+def _family(pid: int) -> list[int]:
+    """A process and its children."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *map(int, children)]
+
+
+def _cpu_s(pid: int) -> float:
+    """Seconds of a core that a process and its children have taken."""
+    ticks = 0
+    for one in _family(pid):
+        fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / _TICKS
+
+
+def _rss_mb(pid: int) -> float:
+    """Resident memory of the largest of a process and its children, MiB."""
+    sizes = []
+    for one in _family(pid):
+        found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{one}/status").read_text())
+        sizes.append(int(found[1]) if found else 0)
+    return round(max(sizes) / 1024, 1)
 
 
 @contextlib.contextmanager
-def _process(command: list[str], port: int) -> Iterator[subprocess.Popen]:
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _on(cores: set[int]) -> Iterator[None]:
+    """What is started within runs on ``cores`` alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextlib.contextmanager
+def _process(command: list[str], port: int, cores: set[int]) -> Iterator[subprocess.Popen]:
+    with _on(cores):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(300):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
@@ -58,150 +256,127 @@ def _port() -> int:
         return free.getsockname()[1]
 
 
-def _body(number: int) -> dict[str, Any]:
-    return {
-        "device_id": f"load-{number:05}",
-        "product": "sensor-node",
-        "hardware": "ESP32_GENERIC",
-        "current_version": "1.0.0",
-        "labels": [],
-    }
+def _bare(seconds: float, cores: set[int]) -> dict[str, Any]:
+    port = _port()
+    message = _poll("x", 0)
+    with _process([sys.executable, "-c", _BARE, str(port)], port, cores) as process:
+        return _busy(process, _hammer(port, seconds, lambda: message))
 
 
-async def _hammer(
-    url: str, seconds: float, work: Callable[[Pool, int], Awaitable[int]], connections: int = 32
-) -> dict[str, Any]:
-    """Run ``work`` on all connections for a while; figures of what was answered."""
-    pool = Pool(url, connections)
-    deadline = time.perf_counter() + seconds
-    done = 0
-
-    async def worker(number: int) -> None:
-        nonlocal done
-        while time.perf_counter() < deadline:
-            number = await work(pool, number)
-            done += 1
-
-    started = time.perf_counter()
-    await asyncio.gather(*(worker(n) for n in range(connections)))
-    took = time.perf_counter() - started
-    await pool.close()
-    return _figures(pool, done / took)
-
-
-def _figures(pool: Pool, rate: float) -> dict[str, Any]:
-    return {
-        "per_s": round(rate),
-        "p50_ms": round(percentile(pool.seconds, 0.5) * 1000, 1),
-        "p99_ms": round(percentile(pool.seconds, 0.99) * 1000, 1),
-        "statuses": pool.statuses,
-    }
-
-
-def _poller(token: str, boards: int) -> Callable[[Pool, int], Awaitable[int]]:
-    async def work(pool: Pool, number: int) -> int:
-        await pool.request("POST", "/api/v1/check-update", token, _body(random.randrange(boards)))
-        return number
-
-    return work
-
-
-def _reporter(token: str, boards: int) -> Callable[[Pool, int], Awaitable[int]]:
-    async def work(pool: Pool, number: int) -> int:
-        body = {
-            "device_id": f"load-{random.randrange(boards):05}",
-            "attempt": f"{random.getrandbits(48):x}",
-            "status": "staging",
-            "version": "1.1.0",
-            "build": "1" * 64,
-        }
-        await pool.request("POST", "/api/v1/report-status", token, body)
-        return number
-
-    return work
-
-
-async def _storm(url: str, token: str, boards: int, seconds: float) -> dict[str, Any]:
-    """Every board asks once within ``seconds``, each over a connection of its own."""
-    pool = Pool(url, 256, close_each=True)
-
-    async def board(number: int) -> None:
-        await asyncio.sleep(random.random() * seconds)
-        await pool.request("POST", "/api/v1/check-update", token, _body(number))
-
-    started = time.perf_counter()
-    await asyncio.gather(*(board(n) for n in range(boards)))
-    took = time.perf_counter() - started
-    return {**_figures(pool, boards / took), "all_answered_s": round(took, 1)}
-
-
-def _rss_mb(pid: int) -> float:
-    """Memory of a process and its children, MiB."""
-    total = 0
-    for entry in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):
-            fields = dict(
-                line.split(":", 1) for line in entry.read_text().splitlines() if ":" in line
-            )
-            if entry.parent.name == str(pid) or fields.get("PPid", "").strip() == str(pid):
-                total += int(fields.get("VmRSS", "0").split()[0])
-    return round(total / 1024, 1)
-
-
-def measure(folder: Path, boards: int, seconds: float, database: str | None, workers: int) -> dict:
-    """One server's figures."""
+def _site(folder: Path) -> Path:
+    """Publish the release that all boards run; return the file with its key."""
     (folder / "site").mkdir(parents=True)
+    image, key = folder / "firmware.bin", folder / "release.key"
+    image.write_bytes(make_firmware(None, chip="esp32", version="1.0.0", project=_PRODUCT))
+    keys.generate(key)
+    spec = publish.Spec(version="1.0.0", product=_PRODUCT, hardware=(_HARDWARE,))
+    publish.publish(image, spec, keys.load_private(key), folder / "site")
+    return keys.public_path(key)
+
+
+def measure(
+    folder: Path, options: argparse.Namespace, cores: set[int], database: str | None, workers: int
+) -> dict[str, Any]:
+    """One server's figures."""
+    boards, seconds, storm_s = options.boards, options.seconds, options.storm
+    keys_file = _site(folder)
     port = _port()
     command = [sys.executable, "-m", "twinslot_server", str(folder / "site"), "--http"]
+    command += ["--keys", str(keys_file)]
     command += ["--port", str(port), "--data", str(folder / "data"), "--workers", str(workers)]
     if database:
         command += ["--database", database]
-    with _process(command, port) as process:
-        url = f"http://127.0.0.1:{port}"
-        device, operator = (
+    with _process(command, port, cores) as process:
+        token, operator = (
             (folder / "data" / f"{role}-token").read_text().strip()
             for role in ("device", "operator")
         )
-        lines = "\n".join(
-            ["device_id,product", *(f"load-{n:05},sensor-node" for n in range(boards))]
-        )
-        started = time.perf_counter()
-        Api(url, operator).call("POST", "devices/import", raw=lines.encode(), kind="text/csv")
-        found: dict[str, Any] = {"import_s": round(time.perf_counter() - started, 1)}
-        found["cold_storm"] = asyncio.run(_storm(url, device, boards, 10))
-        found["polls"] = asyncio.run(_hammer(url, seconds, _poller(device, boards)))
-        found["reports"] = asyncio.run(_hammer(url, seconds, _reporter(device, boards)))
-        found["storm"] = asyncio.run(_storm(url, device, boards, 10))
-        found["rss_mb"] = _rss_mb(process.pid)
-    return found
+        names = (f"load-{n:05},{_PRODUCT}" for n in range(boards))
+        lines = "\n".join(["device_id,product", *names]).encode()
+        api = Api(f"http://127.0.0.1:{port}", operator)
+        api.call("POST", "devices/import", raw=lines, kind="text/csv")
+        polls = [_poll(token, n) for n in range(boards)]
+        return {
+            "first_storm": _busy(process, _storm(port, storm_s, polls)),
+            "polls": _busy(process, _hammer(port, seconds, lambda: random.choice(polls))),
+            "reports": _busy(
+                process,
+                _hammer(port, seconds, lambda: _report(token, random.randrange(boards))),
+            ),
+            "storm": _busy(process, _storm(port, storm_s, polls)),
+            "rss_mb": _rss_mb(process.pid),
+        }
+
+
+def _all(options: argparse.Namespace, cores: set[int]) -> dict[str, Any]:
+    results: dict[str, Any] = {"bare": {"polls": _bare(options.seconds, cores)}}
+    per_s = results["bare"]["polls"]["per_s"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for name, workers in (("sqlite", 1), *((f"postgres x{n}", n) for n in (1, 2, 4))):
+            if options.only not in name:
+                continue
+            database = None
+            if name != "sqlite":
+                with _on(cores):
+                    database = stack.enter_context(postgres.database())
+            where = Path(folder) / name.replace(" ", "-")
+            found = measure(where, options, cores, database, workers)
+            for what in ("polls", "reports"):
+                found[what]["ratio"] = round(found[what]["per_s"] / per_s, 2)
+            results[name] = found
+            stack.close()
+    return results
+
+
+# ---- the table
+
+
+def _table(results: dict[str, Any], boards: int) -> str:
+    """Markdown of the figures."""
+    lines = [
+        "| | polls/s | p50, p99 ms | × bare | reports/s | p50, p99 ms | × bare"
+        f" | storm of {boards}: answered in s, p99 ms | not 200 | MiB | client's core |",
+        "| --- " * 11 + "|",
+    ]
+    for name, found in results.items():
+        polls, reports, storm = (found.get(k) for k in ("polls", "reports", "first_storm"))
+        cells = [name, polls["per_s"], f"{polls['p50_ms']}, {polls['p99_ms']}"]
+        busiest = polls["client_core"]
+        if reports and storm:
+            cells += [polls["ratio"], reports["per_s"]]
+            cells += [f"{reports['p50_ms']}, {reports['p99_ms']}", reports["ratio"]]
+            cells += [f"{storm['all_answered_s']}, {storm['p99_ms']}"]
+            kinds = (polls, reports, storm, found["storm"])
+            cells += [sum(n for k in kinds for s, n in k["statuses"].items() if s != "200")]
+            cells += [found["rss_mb"]]
+            busiest = max(k["client_core"] for k in kinds)
+        else:
+            cells += [1] + [""] * 6
+        lines.append(f"| {' | '.join(map(str, cells))} | {busiest:.0%} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--boards", type=int, default=10_000)
     parser.add_argument("--seconds", type=float, default=5)
-    parser.add_argument(
-        "--postgres", help="URL of an empty PostgreSQL database for 1, 2, 4 workers"
-    )
+    parser.add_argument("--storm", type=float, default=10, help="seconds in which all boards boot")
+    parser.add_argument("--cores", type=int, default=1, help="of the server and its database")
+    parser.add_argument("--only", default="", help="sqlite, postgres, or one of its rows")
+    parser.add_argument("--json", action="store_true", help="all figures")
     options = parser.parse_args()
-    port = _port()
-    with _process([sys.executable, "-c", _BARE, str(port)], port):
-        bare = asyncio.run(
-            _hammer(f"http://127.0.0.1:{port}", options.seconds, _poller("x", options.boards))
-        )
-    results: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg(), "bare": bare}
-    with tempfile.TemporaryDirectory() as folder:
-        kinds = [("sqlite", None, 1)]
-        if options.postgres:
-            kinds += [(f"postgres x{n}", options.postgres, n) for n in (1, 2, 4)]
-        for name, database, workers in kinds:
-            found = measure(
-                Path(folder) / name, options.boards, options.seconds, database, workers
-            )
-            for what in ("polls", "reports"):
-                found[what]["ratio"] = round(found[what]["per_s"] / bare["per_s"], 2)
-            results[name] = found
-    print(json.dumps(results, indent=2))
+    cores = sorted(os.sched_getaffinity(0))
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    os.sched_setaffinity(0, {cores[-1]})
+    servers = set(cores[: options.cores])
+    results = _all(options, servers)
+    if options.json:
+        print(json.dumps(results, indent=2))
+        return
+    shared = ", which it shares with them" if cores[-1] in servers else ""
+    print(f"server and database on core {sorted(servers)}, client on core {cores[-1]}{shared}\n")
+    print(_table(results, options.boards))
 
 
 if __name__ == "__main__":

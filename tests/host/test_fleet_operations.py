@@ -27,7 +27,7 @@ from fleet import Board, Fleet
 
 from twinslot_server import backup, schedules, schema, settings
 from twinslot_server.background import Background, Leader
-from twinslot_server.store import Store, StoreError, bump
+from twinslot_server.store import Store, StoreError, bump, generation
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,13 +111,42 @@ def test_a_schema_of_the_future_is_left_alone(tmp_path):
 
 
 def test_one_change_that_fails_takes_no_other_with_it(store):
-    futures = [
-        store.submit(bump if n % 3 else (lambda c: c.exec_driver_sql("SELECT * FROM nowhere")))
-        for n in range(60)
-    ]
-    failed = [f for f in futures if f.exception(10)]
-    assert len(failed) == 20
-    assert store.generation == 40
+
+    def add(connection, number):
+        connection.execute(schema.meta.insert().values(key=f"n{number}", value=number))
+        if number % 3 == 0:
+            connection.exec_driver_sql("SELECT * FROM nowhere")
+
+    futures = [store.submit(lambda c, n=n: add(c, n)) for n in range(60)]
+    failed = {n for n, future in enumerate(futures) if future.exception(10)}
+    assert failed == set(range(0, 60, 3))
+    kept = store.read(
+        lambda c: set(
+            c.scalars(
+                schema.meta.select()
+                .with_only_columns(schema.meta.c.value)
+                .where(schema.meta.c.key != "generation")
+            )
+        )
+    )
+    assert kept == set(range(60)) - failed
+
+
+def test_what_was_remembered_of_a_change_that_was_undone_fits_no_other(store):
+    """Else a snapshot of rules that never held would stand for those that came after."""
+    seen = []
+
+    def undone(connection):
+        bump(connection)
+        seen.append(generation(connection))
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        store.write(undone)
+    before = store.generation
+    store.write(bump)
+    assert len({before, store.generation, *seen}) == 3
+    assert store.read(generation) == store.generation
 
 
 def test_at_most_one_leads(store, tmp_path):
@@ -674,6 +703,18 @@ def test_a_bad_build_stops_in_a_simulated_fleet_and_the_books_agree(tmp_path):
         assert found["state"] == "paused"
         assert found["differences"] == 0, found["examples"]
         assert found["met"]["1.1.0"] <= found["planned"][0] + 5
+
+
+def test_the_load_tool_measures_a_server(tmp_path):
+    command = [sys.executable, ROOT / "tools" / "load.py", "--boards", "20", "--seconds", "0.2"]
+    command += ["--storm", "0.2", "--only", "sqlite", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["bare"]["polls"]["per_s"] > 0
+    for what in ("first_storm", "polls", "reports", "storm"):
+        assert set(found["sqlite"][what]["statuses"]) == {"200"}
+    assert found["sqlite"]["first_storm"]["statuses"]["200"] == 20
 
 
 DEPLOY = ROOT / "server_stub/deploy"

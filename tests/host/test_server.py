@@ -19,6 +19,7 @@ import httpx
 import pytest
 from servers import HARDWARE, PRODUCT, Running, firmware, public_keys, publish_version, serving
 
+from twinslot_server.limits import Limits
 from twinslot_tools import keys
 
 DEVICE = "a1b2c3d4e5f6"
@@ -590,6 +591,28 @@ def test_headers_that_never_end_are_not_waited_for(site, sent):
             assert connection.recv(4096).startswith(b"HTTP/1.1 404")
             connection.sendall(sent or b"G")
             assert ended(connection)
+
+
+@pytest.mark.parametrize("pieces", [1, 100])
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
+def test_longer_headers_than_a_board_ever_sends_are_refused(server, pieces, end):
+    """F115: whole or without an end, at once or bit by bit."""
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nA: ".ljust(Limits().header_bytes + 100, b"x") + end
+    size = -(-len(head) // pieces)
+    with raw(server) as connection:
+        for first in range(0, len(head), size):
+            connection.sendall(head[first : first + size])
+        assert connection.recv(4096).startswith(b"HTTP/1.1 400")
+        assert ended(connection)
+
+
+def test_headers_of_every_request_are_bounded_anew(server):
+    """What one connection says in all its requests together is not."""
+    request = b"HEAD /x HTTP/1.1\r\nHost: x\r\nA: " + b"x" * 8000 + b"\r\n\r\n"
+    with raw(server) as connection:
+        for _ in range(6):
+            connection.sendall(request)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 404")
 
 
 def test_a_body_that_never_comes_is_not_waited_for(site):
