@@ -25,7 +25,7 @@ help:
 	@echo "make soak N=1000 SEED=1  update one board N times, with faults and power cuts"
 	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
 	@echo "make fuzz-api SECONDS=60  fuzz the server by its OpenAPI document"
-	@echo "make mutants break each line of the trusted code, see that a test notices"
+	@echo "make mutants break each line of the trusted code, see that a test notices (ONE_IN=20)"
 	@echo "make clean   remove .venv and build"
 
 demo: $(READY)
@@ -97,7 +97,7 @@ fuzz-api: $(READY)
 	@$(BIN)/python tests/fuzz/api.py $(SECONDS)
 
 mutants: $(READY)
-	@$(BIN)/python tests/mutants/run.py $(MODULE)
+	@$(BIN)/python tests/mutants/run.py $(MODULE) $(if $(ONE_IN),--one-in $(ONE_IN))
 
 clean:
 	rm -rf $(VENV) build

@@ -121,10 +121,9 @@ class Walk:
         self._part = _HEAD
         self._left = 24  # bytes of the part that are still to come
         self._kept = b""  # of a part that is looked at when it is whole
-        self._length = 0
-        self._segments = 0
+        self._length = self._segments = 0
         self._checksum = _CHECKSUM_SEED  # of the segments' data so far
-        self._stored = 0  # what the image says it is
+        self._stored = None  # what the image says it is
         self._build = None
         self.problem = "it ends early"
 

@@ -63,10 +63,8 @@ def unix_time(year, month, day, hour=0, minute=0, second=0):
     Source: days_from_civil, https://howardhinnant.github.io/date_algorithms.html
     """
     year -= month <= 2
-    era = year // 400
-    yoe = year - era * 400
     doy = (153 * (month + (-3 if month > 2 else 9)) + 2) // 5 + day - 1
-    days = era * 146097 + yoe * 365 + yoe // 4 - yoe // 100 + doy - 719468
+    days = year * 365 + year // 4 - year // 100 + year // 400 + doy - 719468
     return ((days * 24 + hour) * 60 + minute) * 60 + second
 
 
@@ -189,7 +187,7 @@ def parse(payload):
         raise ReleaseError("manifest: %s" % exc)
     if type(obj) is not dict:
         raise ReleaseError("manifest", type(obj).__name__, "an object")
-    schema = _integer(obj, "schema", 0, _INT_LIMIT)
+    schema = _field(obj, "schema", int)
     if schema != SCHEMA:
         raise ReleaseError("manifest schema", schema, "%d; update the agent first" % SCHEMA)
     version = _field(obj, "version", str)

@@ -1,7 +1,9 @@
 """The device's reader of ESP images, against images made and read by other code."""
 
 import contextlib
+import functools
 import hashlib
+import operator
 import random
 import struct
 
@@ -120,6 +122,71 @@ def test_random_damage_to_headers_gives_an_answer_or_an_image_error():
             assert len(build) in (0, 64)
 
 
+def built(*lengths, segments=None):
+    """An image with segments of these lengths; `segments` is the number it claims."""
+    image = struct.pack("<BBBBI", 0xE9, segments or len(lengths), 2, 0x2F, 0x40081528)
+    image += bytes(15) + b"\1"
+    data = b""
+    for number, length in enumerate(lengths):
+        image += struct.pack("<II", 0x3F400020, length) + bytes([number + 1]) * length
+        data += bytes([number + 1]) * length
+    checksum = functools.reduce(operator.xor, data, 0xEF)
+    image += bytes(15 - len(image) % 16) + bytes([checksum])
+    return image + hashlib.sha256(image).digest()
+
+
+@pytest.mark.parametrize("count", range(1, 18))
+def test_an_image_has_one_to_sixteen_segments(count):
+    image = built(*[4 * n + 4 for n in range(count)])
+    if count <= 16:
+        assert walked(image) == image[-32:].hex()
+        assert identify(image) == (len(image), image[-32:].hex())
+        assert espimage.parse(image[:32] + IMAGE[32:288])["segments"] == count
+    else:
+        for reads in (walked, identify):
+            with pytest.raises(ImageError):
+                reads(image)
+
+
+def test_a_segment_may_be_empty_or_just_below_16_MiB():
+    image = built(0, 8, 0)
+    assert walked(image) == identify(image)[1] == image[-32:].hex()
+    head = built(4)[:24] + struct.pack("<II", 0, (1 << 24) - 4)
+    with pytest.raises(ImageError, match="early"):
+        walked(head)
+    with pytest.raises(ImageError, match="image length"):
+        identify(head)
+
+
+@pytest.mark.parametrize("lengths", [(4,), (8, 12), (0, 0, 4), (16, 4)])
+def test_nothing_beyond_the_limit_is_read_whatever_it_cuts(lengths):
+    image = built(*lengths)
+
+    def read(offset, buf):
+        assert offset + len(buf) <= limit
+        buf[:] = image[offset : offset + len(buf)]
+
+    for limit in range(24, len(image)):
+        with pytest.raises(ImageError, match="image length"):
+            espimage.identify(read, limit)
+    limit = len(image)
+    assert espimage.identify(read, limit)[0] == len(image)
+
+
+def test_texts_and_numbers_of_a_head_are_read_to_their_last_byte():
+    head = bytearray(IMAGE[:288])
+    head[12:14] = b"\x34\x12"
+    head[36:40] = b"\x01\x02\x03\x04"
+    head[48:80] = b"v" * 32
+    head[80:112] = b"\xff" * 32
+    said = espimage.parse(head)
+    assert espimage.chip_name(said["chip_id"]) == "chip 0x1234"
+    assert said["secure_version"] == 0x04030201
+    assert (said["version"], said["project"]) == ("v" * 32, "")
+    head[48:80] = bytes(32)
+    assert espimage.parse(head)["version"] == ""
+
+
 # ---- the walk that verifies
 
 
@@ -196,11 +263,11 @@ def test_the_walk_needs_an_appended_digest():
         walked(resealed(image))
 
 
-@pytest.mark.parametrize("length", [1, 2, 1 << 24, 0xFFFFFFFC, 0xFFFFFFFF])
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 1 << 24, 0xFFFFFFFC, 0xFFFFFFFF])
 def test_a_segment_no_bootloader_takes_ends_the_walk(length):
     image = bytearray(IMAGE)
     image[28:32] = struct.pack("<I", length)
-    with pytest.raises(ImageError, match=r"segment|early"):
+    with pytest.raises(ImageError, match=f"segment of {length} "):
         walked(resealed(image))
 
 

@@ -1,13 +1,14 @@
 """The release manifest: one type and one range per field, and the policy's refusals."""
 
+import calendar
 import hashlib
+import itertools
 import json
 import math
+import string
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from twinslot import errors, release
 
@@ -202,10 +203,101 @@ def test_the_running_build_itself_is_no_conflict():
     release.judge(parse(), BOARD._replace(version="1.4.0", build=BUILD))
 
 
-@given(st.datetimes(datetime(2000, 1, 1), datetime(2199, 12, 31)))
-def test_dates_agree_with_the_calendar_of_cpython(moment):
-    moment = moment.replace(microsecond=0, tzinfo=UTC)
-    assert release.parse_time(moment.strftime("%Y-%m-%dT%H:%M:%SZ")) == moment.timestamp()
+def test_dates_agree_with_the_calendar_of_cpython():
+    """The first and the last second of each month that a date may name."""
+    for year, month in itertools.product(range(2000, 2200), range(1, 13)):
+        day = calendar.monthrange(year, month)[1]
+        for moment in (datetime(year, month, 1), datetime(year, month, day, 23, 59, 59)):
+            text = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+            assert release.parse_time(text) == moment.replace(tzinfo=UTC).timestamp()
+
+
+def taken(**changes):
+    try:
+        parse(**changes)
+    except errors.ReleaseError:
+        return False
+    return True
+
+
+def test_each_part_of_a_date_has_its_range_and_each_character_its_place():
+    good = "2026-11-20T09:00:00Z"
+    ranges = {5: (1, 12), 8: (1, 31), 11: (0, 23), 14: (0, 59), 17: (0, 59)}
+    for at, (low, high) in ranges.items():
+        for n in range(100):
+            text = good[:at] + f"{n:02}" + good[at + 2 :]
+            assert taken(issued=text) == (low <= n <= high), text
+    for year in (1999, 2000, 2199, 2200):
+        assert taken(issued=f"{year}{good[4:]}") == (2000 <= year < 2200)
+    for at, c in itertools.product(range(20), map(chr, range(32, 127))):
+        if c not in string.digits:
+            assert taken(issued=good[:at] + c + good[at + 1 :]) == (c == good[at])
+
+
+def test_each_character_of_names_and_digests_is_of_those_allowed():
+    for c in map(chr, range(128)):
+        assert taken(product="a" + c) == (c in string.ascii_letters + string.digits + "._-"), c
+        assert taken(product=c) == (c in string.ascii_letters + string.digits + "_"), c
+        digest = "0" * 63 + c
+        assert taken(images=with_image(build=digest)) == (c in "0123456789abcdef"), c
+
+
+MIB = 1 << 20
+GZIP = {"encoding": "gzip", "window": 12}
+EDGES = [
+    ({"product": "a" * 64}, True),
+    ({"hardware": ["a"] * 32}, True),
+    ({"security_version": 0}, True),
+    ({"security_version": 2**30 - 1}, True),
+    ({"notes": ""}, True),
+    ({"notes": "n" * 2048}, True),
+    ({"images": with_image(chip_id=0)}, True),
+    ({"images": with_image(chip_id=0xFFFF)}, True),
+    ({"images": with_image(size=16 * MIB, payloads=[{"url": "a", "size": 1, **GZIP}])}, True),
+    ({"images": with_image(size=16 * MIB + 1, payloads=[{"url": "a", "size": 1, **GZIP}])}, False),
+    ({"images": with_image(size=1, payloads=[{"url": "a", "size": 1, **GZIP}])}, True),
+    ({"images": with_payload(size=16 * MIB, **GZIP)}, True),
+    ({"images": with_payload(size=16 * MIB + 1, **GZIP)}, False),
+    ({"images": with_payload(url="u" * 512)}, True),
+    ({"images": with_payload(**{**GZIP, "window": 8})}, True),
+    ({"images": with_payload(**{**GZIP, "window": 15})}, True),
+    ({"images": with_image(payloads=GOOD["images"][0]["payloads"][:1] * 16)}, True),
+    ({"images": with_image(payloads=GOOD["images"][0]["payloads"][:1] * 17)}, False),
+    ({"images": with_image() + with_image(slot="app")}, True),
+    ({"images": with_image() + with_image(slot="app") * 2}, False),
+]
+
+
+@pytest.mark.parametrize(("changes", "good"), EDGES, ids=lambda v: json.dumps(v)[:60])
+def test_what_is_just_within_a_limit_is_taken_and_what_is_beyond_is_not(changes, good):
+    assert taken(**changes) == good
+
+
+def test_a_manifest_has_8192_bytes_and_no_more():
+    raw = json.dumps(GOOD).encode()
+    assert release.parse(raw.ljust(8192))
+    with pytest.raises(errors.ReleaseError, match="8193 bytes"):
+        release.parse(raw.ljust(8193))
+
+
+def test_what_may_be_left_out_has_its_default():
+    less = {k: v for k, v in GOOD.items() if k not in ("security_version", "downgrade", "notes")}
+    manifest = release.parse(json.dumps({**less, "expires": None}).encode())
+    assert (manifest.security_version, manifest.downgrade, manifest.notes) == (0, False, "")
+    assert manifest.expires is None
+    release.judge(manifest, BOARD._replace(floor=0))
+
+
+def test_what_is_missing_is_told_from_what_is_of_another_type():
+    with pytest.raises(errors.ReleaseError, match=r"version.*nothing"):
+        parse(version=None)
+    with pytest.raises(errors.ReleaseError, match=r"version.*int"):
+        parse(version=14)
+
+
+def test_a_release_at_the_limits_of_its_board_suits_it():
+    release.judge(parse(), BOARD._replace(floor=3))
+    release.judge(parse(), BOARD._replace(now=release.parse_time(GOOD["expires"]) - 1))
 
 
 def test_the_smallest_payload_that_applies_comes_first():
@@ -227,3 +319,18 @@ def test_raising_the_percentage_only_adds_devices():
         assert abs(len(chosen) - 4000 * p) <= 5 * math.sqrt(4000 * p * (1 - p)) + 1
         before = chosen
     assert len(before) == len(names)
+
+
+# Of sha256sum: printf %s SEED DEVICE | sha256sum | head -c 8, modulo 10000.
+@pytest.mark.parametrize(
+    ("seed", "device", "bucket"),
+    [
+        ("s", "240ac4000001", 8765),
+        ("spring", "240ac4123456", 1639),
+        ("7f3a", "dev17", 8433),
+        ("", "x", 5986),
+    ],
+)
+def test_a_board_is_in_from_its_hundredth_of_a_percent_on(seed, device, bucket):
+    assert not release.in_rollout(bucket / 100, seed, device, hashlib.sha256)
+    assert release.in_rollout((bucket + 1) / 100, seed, device, hashlib.sha256)

@@ -148,6 +148,8 @@ def test_taken(raw):
         (b'"abc', "early$"),
         (b'{"abc', "early$"),
         (b'["ab\nc"]', "character .* 4$"),
+        *((b'"\\u000%c"' % c, "escape .* 3$") for c in b"/:@G`g"),
+        (b'"\\"\\u12', "early$"),
     ],
 )
 def test_an_error_says_what_is_wrong_and_where(raw, what):

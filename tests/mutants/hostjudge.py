@@ -19,10 +19,11 @@ from making import ENDLESS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = ROOT / "tests" / "host"
-# Slow tests that start processes: mutants of pure code don't need them.
+# Slow tests, that start processes or try thousands of cases: mutants of pure code don't need them.
 DESELECT = (
     "not micropython and not power_cut and not command and not openssl and not thousands"
-    " and not another_library and not publish"
+    " and not another_library and not is_not_published and not no_sequence and not decade"
+    " and not storm"
 )
 WALL_S = 120  # and for those who wait
 

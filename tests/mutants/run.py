@@ -1,6 +1,6 @@
 """Break the trusted code, one small thing at a time, and see that a test notices.
 
-    python tests/mutants/run.py [MODULE ...] [--list] [--fresh]     (make mutants)
+    python tests/mutants/run.py [MODULE ...] [--one-in N] [--list] [--fresh]     (make mutants)
 
 The modules below are the way from an offer to a boot. `making.py` breaks them; each mutant is run
 against the module's quickest tests, under CPython (`hostjudge.py`) and on a virtual board
@@ -8,7 +8,8 @@ against the module's quickest tests, under CPython (`hostjudge.py`) and on a vir
 
 Verdicts are kept in build/mutants as they come, so a run that was interrupted goes on. One that
 was noticed is not judged again while its function and the test that noticed are as they were; one
-that lives, while its module and all its tests are. `--fresh` forgets all.
+that lives, while its module and all its tests are. `--fresh` forgets all. A whole run takes half
+an hour or more; `--one-in 20` judges every twentieth mutant.
 
 Prints the score and the survivors. A survivor that changes nothing that matters is listed, with
 the reason, in survivors.toml, by function, change and line. Exit code 1: one is not explained, or
@@ -169,6 +170,7 @@ def judge(module: str, judged: list[Mutant], fresh: bool = False) -> dict[str, s
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help=f"of {', '.join(MODULES)}; all by default")
+    parser.add_argument("--one-in", type=int, default=1, metavar="N", help="a sample of them")
     parser.add_argument("--list", action="store_true", help="show the mutants, run nothing")
     parser.add_argument("--fresh", action="store_true", help="forget all verdicts first")
     options = parser.parse_args()
@@ -176,7 +178,7 @@ def main() -> int:
     start = time.monotonic()
     total = killed = endless = open_ = 0
     for module in options.modules or MODULES:
-        judged = made(module)
+        judged = made(module)[:: options.one_in]
         if options.list:
             for mutant in judged:
                 print(f"{module}:{mutant.line}: {mutant.key}")
