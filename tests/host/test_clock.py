@@ -309,7 +309,7 @@ def test_F37_implausible_date_is_not_believed(tmp_path, unix):
     assert (last["returned"], last["trusted"], last["rtc"]) == (False, False, FLOOR)
 
 
-def test_F37_what_a_lying_server_makes_the_board_store_ends_after_a_year(tmp_path):
+def test_F37_F123_what_a_lying_server_makes_the_board_store_ends_after_a_year(tmp_path):
     """A verified server shows 2045 once: the next boot still begins within a year of the floor."""
     far = FLOOR + 19 * YEAR
     lied_to = run(tmp_path, ["observe", far])[-1]

@@ -176,7 +176,7 @@ def test_an_import_with_a_mistake_imports_nothing(fleet, text, where):
     assert fleet.api("GET", "devices")["devices"] == []
 
 
-def test_a_board_with_its_own_token_is_spoken_for_by_nobody_else(fleet):
+def test_F106_a_board_with_its_own_token_is_spoken_for_by_nobody_else(fleet):
     board = Board(fleet, "b1")
     board.poll()
     token = fleet.api("POST", "devices/b1/token")["token"]
@@ -341,7 +341,7 @@ def test_an_upload_is_stored_offered_and_found_again(fleet, tmp_path):
     assert Board(fleet, "b1").update() == "1.1.0"
 
 
-def test_the_same_upload_again_changes_nothing_and_another_is_refused(fleet, tmp_path):
+def test_F112_the_same_upload_again_changes_nothing_and_another_is_refused(fleet, tmp_path):
     site = tmp_path / "one" / "site"
     site.mkdir(parents=True)
     form = upload_files(site, servers.publish_version(site, "1.1.0"))
@@ -526,7 +526,7 @@ def test_a_release_says_how_many_boards_it_would_move(fleet, tmp_path):
     assert [board.poll()["update_available"] for board in others] == [True, False, False]
 
 
-def test_what_is_needed_stays_and_what_is_not_can_go(fleet, tmp_path):
+def test_F127_what_is_needed_stays_and_what_is_not_can_go(fleet, tmp_path):
     made = uploaded(fleet, tmp_path)
     assert (
         "channel stable"

@@ -304,7 +304,7 @@ class Remote(Fleet):
         return self.client.request(method, f"/api/v1/{path}", headers=headers, **options).json()
 
 
-def test_killed_while_uploading_nothing_half_is_offered(tmp_path):
+def test_F111_F112_killed_while_uploading_nothing_half_is_offered(tmp_path):
     """F111: kill -9 in the middle of uploads; what was acknowledged is whole, the rest absent."""
     site = tmp_path / "site"
     site.mkdir()

@@ -128,7 +128,7 @@ HOSTILE = [
 
 
 @pytest.mark.parametrize("name", HOSTILE, ids=lambda n: repr(n)[:24])
-def test_I5_F88_a_name_made_up_by_the_server_leads_nowhere(name):
+def test_I5_F88_F108_a_name_made_up_by_the_server_leads_nowhere(name):
     with pytest.raises(FormatError):
         parse_offer({"release": name}, BASE, url.resolve)
 

@@ -79,7 +79,7 @@ def test_a_key_nobody_trusts_is_refused_and_named():
         jws.verify(sign(b"{}", OTHER), KEYS)
 
 
-def test_a_strangers_signature_under_a_trusted_name_is_refused():
+def test_F69_a_strangers_signature_under_a_trusted_name_is_refused():
     token = jose.serialize_compact(
         {"alg": "PS256", "kid": KEY.thumbprint()}, b"{}", OTHER, algorithms=["PS256"]
     )

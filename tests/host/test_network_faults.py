@@ -155,7 +155,7 @@ ROWS = list(dict.fromkeys(c.row for c in CASES))
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.replace(" ", "-"))
-def test_network_fault(crew, row):
+def test_F44_F51_F57_F65_network_fault(crew, row):
     mine = [c for c in CASES if c.row == row]
     results = crew.all(follow, mine)
     judge(results, mine, lambda case: case.id)

@@ -152,7 +152,7 @@ def test_a_push_that_a_reset_has_ended_goes_on_where_it_stopped(lab, attended, n
     assert done["start"] > 0
 
 
-def test_what_a_stranger_has_signed_is_refused_before_anything_is_erased(lab, attended, newer):
+def test_F68_what_a_stranger_has_signed_is_refused_before_anything_is_erased(lab, attended, newer):
     before = inactive(lab)
     lab.new_key("stranger")
     stranger = lab.folder / "stranger.key"

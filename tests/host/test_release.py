@@ -183,7 +183,7 @@ def test_what_is_no_manifest_is_refused(raw):
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else v.__name__,
 )
-def test_a_release_that_does_not_suit_the_board_is_refused(board, error):
+def test_F77_F80_a_release_that_does_not_suit_the_board_is_refused(board, error):
     with pytest.raises(error):
         release.judge(parse(), BOARD._replace(**board))
 

@@ -289,7 +289,7 @@ def test_attempts_may_be_numbers(server):
 @pytest.mark.parametrize(
     "text", ["<script>alert(1)</script>", "'; DROP TABLE devices; --", "\u202e"]
 )
-def test_strings_of_a_board_are_data(server, text):
+def test_F118_F119_strings_of_a_board_are_data(server, text):
     """F118, F119: whatever a board says comes back as it was said, and does nothing."""
     ask(server, device_id="hostile", labels=[text])
     assert device(server, "hostile")["labels"] == [text]
@@ -490,7 +490,7 @@ def test_a_malformed_report_is_refused_and_not_kept(server, changes):
     assert device(server, "malformed").get("code") == "no_device"
 
 
-def test_a_large_body_is_refused_before_it_is_read(server):
+def test_F115_a_large_body_is_refused_before_it_is_read(server):
     """F115: with or without an announced length, no more than the limit is taken in."""
     with server.client(server.token("device")) as client:
         response = client.post("/api/v1/check-update", content=b" " * 9000)
@@ -749,7 +749,7 @@ def test_a_file_that_is_no_database_stops_the_start(tmp_path):
     assert "server.sqlite3" in refused_start(tmp_path)
 
 
-def test_while_the_database_is_held_boards_are_told_when_to_come_back(site, tmp_path):
+def test_F114_while_the_database_is_held_boards_are_told_when_to_come_back(site, tmp_path):
     """F114: another process holds the lock; nothing is lost, and it ends with the lock."""
     with serving(site, program=short_limits(database_wait_s=0.2)) as s:
         ask(s)
@@ -765,7 +765,7 @@ def test_while_the_database_is_held_boards_are_told_when_to_come_back(site, tmp_
         assert len(device(s, DEVICE)["history"]) == 1
 
 
-def test_a_private_key_among_the_trusted_stops_the_start(tmp_path):
+def test_F124_a_private_key_among_the_trusted_stops_the_start(tmp_path):
     """F124: a server that could read a release key would be worth stealing."""
     (tmp_path / "site").mkdir()
     keys.generate(tmp_path / "release.key", 2048)
@@ -795,7 +795,7 @@ def test_rows_and_identity_survive_a_restart(site):
         assert device(second, DEVICE) == before
 
 
-def test_what_was_answered_survives_a_kill_at_any_moment(site):
+def test_F111_what_was_answered_survives_a_kill_at_any_moment(site):
     """F111: kill -9 while reports pour in; every report that was acknowledged is there."""
     for round_ in range(3):
         acknowledged: list[str] = []

@@ -65,7 +65,7 @@ def test_a_board_updates_itself_and_the_slot_holds_the_image_byte_for_byte(make_
     assert [otadata.STATES[e.state] for e in entries(lab)] == ["VALID", "VALID"]
 
 
-def test_F12_an_application_that_crashes_at_once_is_rolled_back(make_lab):
+def test_F12_F109_an_application_that_crashes_at_once_is_rolled_back(make_lab):
     lab = make_lab()
     lab.power_on()
     install(lab, "1.1.0", CRASH)
