@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 from starlette.datastructures import UploadFile
 
-from . import jobs, releases, rollouts
+from . import events, jobs, releases, rollouts
 from .audit import Who
 from .auth import GATEWAY
 from .http import Note, Parts, change, checked, json_body, with_dates
@@ -198,7 +198,9 @@ def change_one(
     if row.blocked is not None:
         for rollout_id in releases.active_rollouts(connection, firmware_id):
             why = f"release {row.version} is blocked: {row.blocked}"
-            rollouts.act(connection, rollout_id, "pause", why, int(time.time()))
+            now = int(time.time())
+            rollouts.act(connection, rollout_id, "pause", why, now)
+            events.emit(connection, "rollout.paused", {"rollout": rollout_id, "why": why}, now)
     note(
         f"{row.product} {row.version}",
         {name: getattr(before, name) for name in values},

@@ -20,6 +20,10 @@ class Who:
     role: str
 
 
+SELF = Who("scheduler", "admin")
+"""The server, of its own accord."""
+
+
 def note(
     connection: Connection,
     who: Who,

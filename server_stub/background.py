@@ -16,7 +16,7 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from sqlalchemy import Connection
 
 from . import attempts, audit, backup, events, releases, retention, rollouts, schedules, webhooks
-from .audit import Who
+from .audit import SELF
 from .http import Parts
 from .schema import attempts as attempt_table
 from .store import Store, generation
@@ -27,7 +27,6 @@ FLUSH_S = 5
 TICK_S = 2
 FORGET_S = 3600
 JOB_TIMEOUT_S = 86400
-_SELF = Who("scheduler", "admin")
 _ADVISORY_LOCK = 0x7457_0002
 
 
@@ -141,10 +140,7 @@ class Background:
         started = time.monotonic()
         store = self._parts.store
         for rollout_id in store.read(rollouts.due):
-            action, why = store.write(lambda c, n=rollout_id: self._tick(c, n))
-            if action != "hold":
-                fields = {"rollout": rollout_id, "action": action, "why": why}
-                log.info("rollout", extra={"fields": fields})
+            self._guarded(lambda n=rollout_id: self._move_on(n))()  # one must not stop the others
         now = int(time.time())
         store.write(
             lambda c: attempts.time_out(
@@ -157,6 +153,12 @@ class Background:
         self._load_schedules()
         self.tick_s = time.monotonic() - started
 
+    def _move_on(self, rollout_id: int) -> None:
+        action, why = self._parts.store.write(lambda c: self._tick(c, rollout_id))
+        if action != "hold":
+            fields = {"rollout": rollout_id, "action": action, "why": why}
+            log.info("rollout", extra={"fields": fields})
+
     def _tick(self, connection: Connection, rollout_id: int) -> tuple[str, str]:
         now = int(time.time())
         action, why = rollouts.tick(connection, rollout_id, now)
@@ -165,7 +167,7 @@ class Background:
         row = rollouts.get(connection, rollout_id)
         audit.note(
             connection,
-            _SELF,
+            SELF,
             f"rollout.{action}",
             f"rollout {rollout_id}",
             None,
@@ -196,8 +198,10 @@ class Background:
         if now == self._loaded:
             return
         self._loaded = now
+        # What replaces a schedule may have its number.
         wanted = {
-            f"schedule-{row['id']}": row for row in self._parts.store.read(schedules.listing)
+            f"schedule-{row['id']} {row['cron']} {row['zone']} {row['action']}": row
+            for row in self._parts.store.read(schedules.listing)
         }
         for job in self._clock.get_jobs():
             if job.id.startswith("schedule-") and job.id not in wanted:
@@ -239,7 +243,7 @@ class Background:
             row = rollouts.act(
                 connection, action["rollout"], what.partition("_")[0], "by schedule", now
             )
-            audit.note(connection, _SELF, f"rollout.{what}", f"rollout {row.id}", None, None)
+            audit.note(connection, SELF, f"rollout.{what}", f"rollout {row.id}", None, None)
             return f"rollout {row.id} is {row.state}"
 
         return self._parts.store.write(work)

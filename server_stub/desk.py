@@ -17,7 +17,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from . import attempts, devices, events, rollouts, truth
+from . import attempts, audit, devices, events, rollouts, truth
 from .behind import Behind
 from .choices import Chooser
 from .limits import Limits
@@ -267,12 +267,17 @@ class Desk:
         if after.state in truth.BAD and after.rollout_id is not None:
             why = rollouts.after_bad_report(connection, after.rollout_id, now)
             if why:
-                log.warning(
-                    "rollout paused", extra={"fields": {"rollout": after.rollout_id, "why": why}}
+                said_of = {"rollout": after.rollout_id, "why": why}
+                log.warning("rollout paused", extra={"fields": said_of})
+                audit.note(
+                    connection,
+                    audit.SELF,
+                    "rollout.pause",
+                    f"rollout {after.rollout_id}",
+                    None,
+                    {"state": "paused", "why": why},
                 )
-                events.emit(
-                    connection, "rollout.paused", {"rollout": after.rollout_id, "why": why}, now
-                )
+                events.emit(connection, "rollout.paused", said_of, now)
 
     def downloaded(
         self, path: str, client: str | None, first: int, sent: int, complete: bool

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from apscheduler.triggers.cron import CronTrigger
+from apscheduler.triggers.base import BaseTrigger
 from sqlalchemy import Connection, delete, select, update
 
+from . import cron
 from .problems import Problem
 from .schema import schedules
 from .store import bump
@@ -29,7 +30,7 @@ class ScheduleError(Exception):
     """A schedule file that can't be used."""
 
 
-def check(wanted: Mapping[str, Any]) -> CronTrigger:
+def check(wanted: Mapping[str, Any]) -> BaseTrigger:
     """Return the trigger of a schedule.
 
     Raises:
@@ -43,10 +44,7 @@ def check(wanted: Mapping[str, Any]) -> CronTrigger:
         raise ValueError(
             f"action {action['do']}: expected {', '.join(sorted(needs)) or 'no more'}"
         )
-    try:
-        return CronTrigger.from_crontab(wanted["cron"], timezone=wanted["zone"])
-    except Exception as exc:
-        raise ValueError(f"cron {wanted['cron']!r} in {wanted['zone']!r}: {exc}") from None
+    return cron.trigger(wanted["cron"], wanted["zone"])
 
 
 def put(connection: Connection, wanted: Mapping[str, Any], source: str) -> int:

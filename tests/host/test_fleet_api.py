@@ -15,8 +15,10 @@ import pytest
 import servers
 from fleet import FLEET, Board, running, upload_files
 
+from twinslot.release import TYPE
 from twinslot_server import devices, releases, retention, settings, webhooks
 from twinslot_server.settings import SettingsError
+from twinslot_tools import signing
 
 
 @pytest.fixture
@@ -353,6 +355,20 @@ def test_F112_the_same_upload_again_changes_nothing_and_another_is_refused(fleet
     assert codes == [201, 200]
     other = fleet.upload(tmp_path, "1.1.0", notes="other")
     assert (other.status_code, other.json()["code"]) == (409, "exists")
+
+
+@pytest.mark.parametrize("version", ["1.1", "v1.1.0", "1.1.0-01", "1.1.0.0", "../1.1.0"])
+def test_a_version_that_is_none_is_refused_though_signed(fleet, tmp_path, version):
+    site = tmp_path / "one" / "site"
+    site.mkdir(parents=True)
+    made = servers.publish_version(site, "1.1.0")
+    form = upload_files(site, made)
+    signer = signing.signer_of(servers.signing_key())
+    token = signing.document({**made.manifest, "version": version}, signer, TYPE)
+    form[0] = ("release", ("r.jws", token))
+    headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+    answer = fleet.client.post("/api/v1/firmware/upload", headers=headers, files=form)
+    assert (answer.status_code, answer.json()["code"]) == (422, "release")
 
 
 def spoilt(form, name, change):

@@ -1,6 +1,7 @@
 """Running it: PostgreSQL and workers, migrations, kills, backup, simulated fleets."""
 
 import contextlib
+import datetime as dt
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from fleet import Board, Fleet
 
-from twinslot_server import backup, schedules, schema, settings
+from twinslot_server import backup, cron, schedules, schema, settings
 from twinslot_server.background import Background, Leader
 from twinslot_server.store import Store, StoreError, bump, generation
 
@@ -623,6 +624,97 @@ def test_schedules_come_from_the_file_and_run(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
     assert done.returncode == 1
     assert "schedule 1 'nightly'" in done.stderr and "everything" in done.stderr
+
+
+def cron_matches(expression, when):
+    """crontab(5), spelled out: the oracle."""
+    minute, hour, day, month, weekday = expression.split()
+
+    def among(field, value, low, high):
+        for part in field.split(","):
+            span, _, step = part.partition("/")
+            first, _, last = (f"{low}-{high}" if span == "*" else span).partition("-")
+            last = last or (high if step else first)
+            if value in range(int(first), int(last) + 1, int(step or 1)):
+                return True
+        return False
+
+    sunday_first = (when.weekday() + 1) % 7
+    on_day = among(day, when.day, 1, 31)
+    on_weekday = any(among(weekday, n, 0, 7) for n in {sunday_first, sunday_first or 7})
+    starred = day[0] == "*" or weekday[0] == "*"
+    return (
+        among(minute, when.minute, 0, 59)
+        and among(hour, when.hour, 0, 23)
+        and among(month, when.month, 1, 12)
+        and (on_day and on_weekday if starred else on_day or on_weekday)
+    )
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["0 9 * * 1", "0 9 * * 0", "0 9 * * 7", "30 2 * * 1-5", "0 0 * * 5-7", "0 12 13 * 5",
+     "15 3 1-7 * */2", "0 6 */10 * 0,3", "0 0 1,15 * 2-6/2", "5 4 29 2 *"],
+)  # fmt: skip
+def test_cron_is_what_crontab_says(expression):
+    """APScheduler's own counts Monday as 0, and wants day and weekday both."""
+    trigger = cron.trigger(expression, "UTC")
+    when = dt.datetime(2026, 11, 18, tzinfo=dt.UTC)
+    end = when + dt.timedelta(days=120)
+    hours = (when + dt.timedelta(minutes=n) for n in range(0, 120 * 1440, 5))
+    wanted = [moment for moment in hours if cron_matches(expression, moment)]
+    found, previous = [], None
+    while (previous := trigger.get_next_fire_time(previous, when)) and previous < end:
+        found.append(previous)
+        when = previous + dt.timedelta(seconds=1)
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "expression", ["", "* * * *", "61 * * * *", "* * * * 8", "* * * * x", "* * * * 1/0"]
+)
+def test_what_is_no_cron_expression_says_so(expression):
+    with pytest.raises(ValueError, match="cron"):
+        cron.trigger(expression, "UTC")
+    with pytest.raises(ValueError, match="Mars"):
+        cron.trigger("* * * * *", "Mars/Base")
+
+
+def test_days_have_names_too():
+    friday = dt.datetime(2026, 11, 20, tzinfo=dt.UTC)
+    for expression, day in (("0 9 * * MON", 23), ("0 9 * * sat-mon", 21), ("0 9 * * sun", 22)):
+        assert cron.trigger(expression, "UTC").get_next_fire_time(None, friday).day == day
+
+
+def test_a_schedule_that_is_replaced_runs_as_it_is_now(tmp_path):
+    """SQLite gives the new one the number of the old."""
+    with fleets.running(tmp_path) as fleet:
+        clock = Background(fleet.parts, fleet.data)
+        numbers = set()
+        for hour in (3, 5):
+            plan = {"name": "n", "cron": f"0 {hour} * * *", "action": {"do": "gc"}}
+            numbers.add(fleet.api("POST", "schedules", plan)["id"])
+            clock.tick()
+            (job,) = clock._clock.get_jobs()
+            assert f"hour='{hour}'" in str(job.trigger)
+        assert len(numbers) == 1
+        clock._leader.release()
+
+
+def test_one_rollout_that_can_not_be_moved_on_stops_no_other(tmp_path):
+    with fleets.running(tmp_path) as fleet:
+        fleet.publish("1.0.0")
+        plan = {"firmware_id": 1, "starts_at": "2000-01-01T00:00:00Z"}
+        broken, well = (fleet.api("POST", "rollouts", plan)["id"] for _ in range(2))
+        fleet.store.write(
+            lambda c: c.execute(
+                schema.rollouts.update().where(schema.rollouts.c.id == broken).values(stages=3)
+            )
+        )
+        clock = Background(fleet.parts, fleet.data)
+        clock.tick()
+        assert fleet.api("GET", f"rollouts/{well}")["state"] == "pilot"
+        clock._leader.release()
 
 
 def test_a_schedule_does_its_action_and_says_what_came_of_it(tmp_path):

@@ -3,6 +3,7 @@
 import datetime as dt
 import hashlib
 import itertools
+import json
 import time
 
 import pytest
@@ -233,6 +234,12 @@ def test_I20_F121_a_bad_build_stops_itself_within_the_pilot(fleet):
     number = rollout(fleet, [{"count": 5}, {"percent": 100}], failure_percent=10)
     met = [b for b in all_boards if b.update(good=False)]
     assert len(met) == 3  # the third failure paused it before the fourth asked
+    line = fleet.api("GET", "audit")["audit"][0]
+    assert (line["who"], line["action"], line["after"]["state"]) == (
+        "scheduler",
+        "rollout.pause",
+        "paused",
+    )
     paused = state(fleet, number)
     assert paused["state"] == "paused"
     assert "3 of 3" in paused["why"]
@@ -412,7 +419,10 @@ def test_a_start_time_and_what_a_release_must_be(fleet):
 def test_blocking_a_release_pauses_its_rollouts(fleet):
     (board,) = boards(fleet, 1)
     number = rollout(fleet, [{"percent": 100}])
+    fleet.api("POST", "webhooks", {"url": "https://example.org/", "events": ["rollout.*"]})
     fleet.api("PATCH", f"firmware/{fleet.number}", {"blocked": "burns the coffee"})
+    told = fleet.store.read(lambda c: c.execute(schema.deliveries.select()).one())
+    assert json.loads(told.body)["event"] == "rollout.paused"
     assert not board.poll()["update_available"]
     assert "burns the coffee" in state(fleet, number)["why"]
     assert fleet.api("POST", f"rollouts/{number}/resume", {})["code"] == "blocked"
