@@ -72,7 +72,6 @@ class FirmwareSlot:
             raise PartitionError("this board has no OTA slots; its partition table has none")
         if self._target.get_next_update().info() == self._target.info():
             raise PartitionError("this board has one OTA slot; an update needs two")
-        self._ready = False
         self.abandon()
 
     @property
@@ -83,7 +82,7 @@ class FirmwareSlot:
     @property
     def chip_id(self):
         """Chip id of the running image: that of this chip, or it would not run."""
-        head = bytearray(16)
+        head = bytearray(14)
         self._running.readblocks(0, head, 0)
         return head[12] | head[13] << 8
 
@@ -199,8 +198,8 @@ class FirmwareSlot:
         self._block = bytearray(BLOCK)
         self._view = memoryview(self._block)
         try:
-            whole = image.build and self._build(self._target) == image.build
-            if whole and await self._digest() == image.sha256:
+            same = self._build(self._target) == image.build
+            if same and await self._digest() == image.sha256:
                 self._pos = image.size
             elif checkpoint:  # also behind a header that was torn: the same is programmed over it
                 await self._resume(checkpoint)
@@ -229,8 +228,6 @@ class FirmwareSlot:
         if crc == checkpoint.get("crc"):
             self._pos = offset
             self._crc = crc
-        else:
-            self._header = None
 
     def checkpoint(self):
         """Return ``{"offset", "crc", "header"}``: where writing stands, at a whole block, with
@@ -339,7 +336,7 @@ class FirmwareSlot:
                 raise ImageError("build of the image", build[:32], image.build[:32])
             if self._header is not None:
                 self._target.writeblocks(0, self._header, 0)
-            self._check_build(self._read)
+            self._check_build()
         except OSError as exc:
             raise PartitionError("flash failed while verifying: %s" % exc)
         self._ready = True
@@ -348,12 +345,10 @@ class FirmwareSlot:
     def _read(self, offset, buf):
         self._target.readblocks(0, buf, offset)
 
-    def _check_build(self, read):
-        length, build = espimage.identify(read, self._image.size)
+    def _check_build(self):
+        build = espimage.identify(self._read, self._image.size)[1]
         if build != self._image.build:
             raise ImageError("build of the image", build[:32], self._image.build[:32])
-        if length > self._image.size:
-            raise ImageError("length of the image", length, self._image.size)
 
     def abandon(self):
         """Forget the update that was begun and give its buffers back."""
@@ -381,7 +376,7 @@ class FirmwareSlot:
             raise PartitionError("activate() needs an image that finish() has verified")
         if not self.is_settled():
             raise PartitionError("otadata names a slot that does not run; settle() first")
-        self._check_build(self._read)
+        self._check_build()
         try:
             self._target.set_boot()
         except OSError as exc:

@@ -1,6 +1,9 @@
 """FirmwareSlot: what it erases and writes, in which order, what it refuses, what it believes."""
 
+import asyncio
+import binascii
 import gc
+import struct
 
 import workbench as bench
 from esp32 import Partition
@@ -316,6 +319,86 @@ async def test_F4_a_complete_slot_is_found_again_without_a_byte():
     bench.otadata((1, VALID))
 
 
+async def written(image, blocks):
+    """Write the first blocks of an image; return the checkpoint behind them."""
+    slot = prepared()
+    await slot.begin(bench.signed(image))
+    for at in range(0, blocks * BLOCK, BLOCK):
+        slot.write(memoryview(image)[at : at + BLOCK])
+    kept = slot.checkpoint()
+    assert kept["offset"] == blocks * BLOCK
+    assert kept["crc"] == binascii.crc32(image[: blocks * BLOCK])
+    assert kept["header"] == binascii.hexlify(image[:32]).decode()
+    return kept
+
+
+async def test_writing_goes_on_at_a_checkpoint():
+    image = bench.make_image(4 * BLOCK + 512)
+    for blocks in range(1, 5):
+        kept = await written(image, blocks)
+        slot = FirmwareSlot(Spy)
+        Spy.reset()
+        assert await slot.begin(bench.signed(image), kept) == blocks * BLOCK
+        assert slot.checkpoint() == kept
+        for at in range(blocks * BLOCK, len(image), BLOCK):
+            slot.write(memoryview(image)[at : at + BLOCK])
+        assert slot.checkpoint()["crc"] == binascii.crc32(image)
+        await slot.finish()
+        assert Spy.erases() == list(range(blocks, 5))
+        assert bench.read(len(image)) == image
+
+
+async def test_what_is_no_checkpoint_of_this_slot_is_not_gone_on_from():
+    image = bench.make_image(4 * BLOCK)
+    kept = await written(image, 4)
+    whole = kept["crc"]
+    head, three = kept["header"], binascii.crc32(image[: 3 * BLOCK])
+    for change in (
+        {"offset": None},
+        {"offset": "4096"},
+        {"offset": 3.0 * BLOCK, "crc": three},
+        {"offset": 2 * BLOCK + 1, "crc": three},
+        {"offset": -BLOCK, "crc": 0},
+        {"offset": 4 * BLOCK, "crc": whole},
+        {"offset": 5 * BLOCK, "crc": whole},
+        {"offset": 3 * BLOCK, "crc": three ^ 1},
+        {"offset": 3 * BLOCK, "crc": None},
+        {"offset": 3 * BLOCK, "crc": three, "header": None},
+        {"offset": 3 * BLOCK, "crc": three, "header": 5},
+        {"offset": 3 * BLOCK, "crc": three, "header": head[:-1]},
+        {"offset": 3 * BLOCK, "crc": three, "header": head[:-2]},
+        {"offset": 3 * BLOCK, "crc": three, "header": head + "00"},
+        {"offset": 3 * BLOCK, "crc": three, "header": "zz" + head[2:]},
+        {"offset": 3 * BLOCK, "crc": three, "header": "ea" + head[2:]},
+    ):
+        slot = FirmwareSlot(Spy)
+        assert await slot.begin(bench.signed(image), dict(kept, **change)) == 0, change
+        assert slot.checkpoint()["crc"] == 0
+    good = dict(kept, offset=3 * BLOCK, crc=three)
+    assert await FirmwareSlot(Spy).begin(bench.signed(image), good) == 3 * BLOCK
+
+
+async def test_other_tasks_get_their_turn_while_flash_is_read():
+    turns = []
+
+    async def sleep_ms(ms):
+        turns.append(ms)
+
+    image = bench.make_image(8 * BLOCK + 16)
+    kept = await written(image, 8)
+    slot = FirmwareSlot(Spy)
+    real = asyncio.sleep_ms
+    asyncio.sleep_ms = sleep_ms
+    try:
+        await slot.begin(bench.signed(image), kept)
+        assert turns == [0, 0], "at every fourth block"
+        slot.write(memoryview(image)[8 * BLOCK :])
+        await slot.finish()
+        assert turns == [0, 0] + [0] * 9
+    finally:
+        asyncio.sleep_ms = real
+
+
 async def test_a_slot_that_only_looks_complete_is_written_again():
     slot = prepared()
     image = bench.make_image(3 * BLOCK)
@@ -558,3 +641,208 @@ async def test_abandon_gives_the_buffers_back():
     slot.abandon()
     gc.collect()
     assert gc.mem_alloc() - without < 512
+
+
+# -- tables of all kinds
+
+
+class Table:
+    """esp32.Partition over a table and flash of one's own: 8 KiB of each partition, in memory."""
+
+    BOOT, RUNNING, TYPE_APP, TYPE_DATA = 0, 1, 0, 1
+    parts = []  # [type, subtype, label, bytes]
+    running = boot = ""
+    said = []
+
+    @classmethod
+    def make(cls, apps, *otadata, running="ota_0", boot="ota_0"):
+        """A board with these apps {label: (subtype, bytes)} and otadata partitions."""
+        cls.parts = [[1, 0, "otadata", entries] for entries in otadata]
+        cls.parts += [[0, subtype, label, body] for label, (subtype, body) in apps.items()]
+        cls.running, cls.boot, cls.said = running, boot, []
+        return FirmwareSlot(cls)
+
+    def __init__(self, id):
+        label = {self.RUNNING: self.running, self.BOOT: self.boot}.get(id, id)
+        found = [part for part in self.parts if part[2] == label]
+        if not found:
+            raise OSError(2)
+        self.part = found[0]
+
+    @classmethod
+    def find(cls, type=0, subtype=0xFF):
+        return [cls(p[2]) for p in cls.parts if p[0] == type and subtype in (0xFF, p[1])]
+
+    def info(self):
+        number = self.parts.index(self.part)
+        return (self.part[0], self.part[1], 0x1000 * number, 2 * BLOCK, self.part[2], False)
+
+    def get_next_update(self):
+        slots = [p for p in self.parts if p[0] == 0 and 0x10 <= p[1] < 0x20]
+        if not slots:
+            raise OSError(-261)
+        at = slots.index(self.part) + 1 if self.part in slots else 0
+        return Table(slots[at % len(slots)][2])
+
+    def readblocks(self, block, buf, offset=0):
+        body = self.part[3] + b"\xff" * (2 * BLOCK - len(self.part[3]))
+        at = block * BLOCK + offset
+        buf[:] = body[at : at + len(buf)]
+
+    def set_boot(self):
+        self.said.append(self.part[2])
+        if not self.part[3]:
+            raise OSError(-5379)
+        Table.boot = self.part[2]
+
+    @staticmethod
+    def mark_app_valid_cancel_rollback():
+        Table.said.append("valid")
+
+
+def entries(*pairs):
+    """An otadata partition of (seq, state) pairs."""
+    raw = b""
+    for seq, state in pairs:
+        crc = binascii.crc32(struct.pack("<I", seq), 0xFFFFFFFF) & 0xFFFFFFFF
+        raw += struct.pack("<I20sII", seq, FF * 20, state, crc) + FF * (BLOCK - 32)
+    return raw
+
+
+def slots(count=2, image=b"", **more):
+    apps = {"ota_%d" % n: (0x10 + n, image) for n in range(count)}
+    apps.update(more)
+    return apps
+
+
+def test_a_board_needs_two_slots_and_says_how_many_it_has():
+    assert "no OTA slots" in str(raises(PartitionError, Table.make, {"ota_0": (0, b"")}))
+    assert "one OTA slot" in str(raises(PartitionError, Table.make, slots(1)))
+    assert Table.make(slots(2)).size == 2 * BLOCK
+
+
+def test_the_chip_is_that_of_the_image_that_runs():
+    head = bytearray(bench.make_image(BLOCK))
+    head[11:15] = b"\x77\x34\x12\x77"
+    slot = Table.make({"ota_0": (0x10, bytes(head)), "ota_1": (0x11, b"")})
+    assert slot.chip_id == 0x1234
+
+
+def test_a_sequence_counts_in_turns_of_the_ota_slots_there_are():
+    test = {"test": (0x20, b""), "factory": (0, b"")}
+    for count, running, seq in ((16, "ota_15", 16), (16, "ota_1", 18), (2, "ota_1", 4)):
+        slot = Table.make(slots(count, **test), entries((seq, VALID)), running=running)
+        assert slot.status()["state"] == "valid", (count, running, seq)
+
+
+def test_an_entry_that_the_bootloader_leaves_out_counts_for_nothing():
+    for seq in (0, 0xFFFFFFFF):
+        status = settled((seq, VALID)).status()
+        assert (status["state"], status["inactive_state"]) == ("", ""), seq
+    status = settled((0xFFFFFFFE, ABORTED)).status()
+    assert (status["state"], status["inactive_state"]) == ("", "aborted")
+    status = settled((1, VALID), (2, ABORTED, 0x1234)).status()
+    assert (status["state"], status["inactive_state"]) == ("valid", ""), "a wrong CRC"
+    bench.otadata((1, VALID))
+
+
+def test_of_two_entries_for_a_slot_the_newer_one_counts_or_else_the_first():
+    for first, second, state in (
+        ((3, PENDING), (1, VALID), "pending"),
+        ((1, VALID), (3, PENDING), "pending"),
+        ((1, VALID), (1, ABORTED), "valid"),
+    ):
+        assert settled(first, second).status()["state"] == state
+    bench.otadata((1, VALID))
+
+
+def test_only_the_first_otadata_partition_counts():
+    slot = Table.make(slots(), entries((1, VALID)))
+    Table.parts.append([1, 0, "second", entries((3, ABORTED))])
+    assert slot.status()["state"] == "valid"
+
+
+def test_an_image_may_fill_its_slot_and_no_more():
+    whole = bench.make_image(2 * BLOCK)
+    status = Table.make(slots(image=bytes(whole))).status()
+    assert status["build"] == status["inactive_build"] == bench.signed(whole).build
+    long = bytes(bench.make_image(2 * BLOCK + 16))
+    assert Table.make(slots(image=long)).status()["build"] == ""
+
+
+def test_the_version_of_what_runs_is_told_where_it_is_one():
+    for version, said in (("1.2.3", "1.2.3"), ("v1.2", ""), ("", "")):
+        image = bytes(bench.make_image(BLOCK, version=version))
+        assert Table.make(slots(image=image)).status()["version"] == said
+    assert Table.make(slots()).status()["version"] == "", "no image"
+
+
+def test_where_nothing_is_named_for_the_next_boot_nothing_is_told():
+    slot = Table.make(slots(), boot="nothing")
+    assert slot.status()["boot"] == "" and not slot.is_settled()
+
+
+def test_the_base_of_a_patch_is_the_running_slot():
+    image = bytes(bench.make_image(BLOCK, seed=9))
+    read, size = Table.make({"ota_0": (0x10, image), "ota_1": (0x11, b"")}).base()
+    piece = bytearray(40)
+    read(1000, piece)
+    assert piece == image[1000:1040] and size == 2 * BLOCK
+    assert Table.parts[0][2] == "ota_0"
+
+
+def test_what_runs_is_made_the_boot_slot_again_and_confirmed():
+    slot = Table.make(slots(image=b"x"), entries((1, ABORTED)), boot="ota_1")
+    slot.settle()
+    assert Table.said == ["ota_0", "ota_0", "valid"]
+    slot = Table.make(slots(image=b"x"), entries((1, VALID)), boot="ota_1")
+    slot.settle()
+    assert Table.said == ["ota_0"]
+    slot = Table.make(slots(), boot="ota_1")
+    raises(PartitionError, slot.settle)
+    assert Table.said == ["ota_0"], "and not confirmed"
+
+
+def test_a_confirmation_that_the_platform_refuses_is_an_error_of_the_package():
+    def refuse():
+        raise OSError(-1)
+
+    slot = Table.make(slots(image=b"x"), entries((1, PENDING)))
+    kept = Table.mark_app_valid_cancel_rollback
+    Table.mark_app_valid_cancel_rollback = refuse
+    try:
+        raises(PartitionError, slot.confirm)
+    finally:
+        Table.mark_app_valid_cancel_rollback = staticmethod(kept)
+
+
+def test_a_slot_without_an_entry_is_confirmed_already():
+    Table.make(slots(image=b"x")).confirm()
+    assert Table.said == []
+
+
+def test_the_way_back_of_a_trial_is_the_other_slot_that_is_good_or_the_factory_image():
+    image = bytes(bench.make_image(BLOCK))
+    pending, none = (3, PENDING), {"factory": (0, b"")}
+    for apps, otadata, said in (
+        (slots(image=image), entries(pending, (2, VALID)), []),
+        (slots(image=image), entries((2, VALID), pending), []),
+        (slots(image=image), entries(pending, (2, NEW)), []),
+        (slots(image=image), entries(pending, (2, ABORTED)), ["ota_1"]),
+        (slots(image=image), entries(pending, (2, INVALID)), ["ota_1"]),
+        (slots(image=image, factory=(0, image)), entries(pending, (2, INVALID)), []),
+        (slots(image=image, factory=(0, image)), entries((1, VALID)), ["factory"]),
+        (slots(3, image), entries(pending, (2, VALID)), []),
+        (slots(3, image), entries(pending, (2, ABORTED)), ["ota_0"]),
+    ):
+        running = "ota_2" if len(apps) == 3 and "factory" not in apps else "ota_0"
+        slot = Table.make(apps, otadata, running=running, boot=running)
+        slot.reject()
+        assert Table.said == said, (apps.keys(), said)
+    for apps, otadata in (
+        (slots(image=image, **none), entries(pending, (2, INVALID))),
+        ({"ota_0": (0x10, image), "ota_1": (0x11, b"")}, entries(pending, (2, VALID))),
+    ):
+        slot = Table.make(apps, otadata)
+        raises(RollbackError, slot.reject)
+        assert Table.said == []

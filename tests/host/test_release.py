@@ -69,6 +69,7 @@ def test_a_good_manifest_is_read_as_it_was_written():
     assert manifest.expires == datetime(2027, 11, 20, 9, tzinfo=UTC).timestamp()
     assert manifest.firmware.build == BUILD
     assert [p.size for p in manifest.firmware.payloads] == [70001, 5000, 400]
+    assert [p.window for p in manifest.firmware.payloads] == [0, 12, 12]
     release.judge(manifest, BOARD)
 
 
@@ -256,6 +257,10 @@ EDGES = [
     ({"images": with_image(size=16 * MIB, payloads=[{"url": "a", "size": 1, **GZIP}])}, True),
     ({"images": with_image(size=16 * MIB + 1, payloads=[{"url": "a", "size": 1, **GZIP}])}, False),
     ({"images": with_image(size=1, payloads=[{"url": "a", "size": 1, **GZIP}])}, True),
+    ({"images": with_image(size=0, payloads=[{"url": "a", "size": 1, **GZIP}])}, False),
+    ({"images": with_payload(size=1, **GZIP)}, True),
+    ({"images": with_payload(size=0, **GZIP)}, False),
+    ({"images": with_payload(size=1, encoding="of a later tool")}, True),
     ({"images": with_payload(size=16 * MIB, **GZIP)}, True),
     ({"images": with_payload(size=16 * MIB + 1, **GZIP)}, False),
     ({"images": with_payload(url="u" * 512)}, True),
