@@ -7,11 +7,34 @@ what must hold. Three thousand lives are run here; `make powercut` runs them all
 
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
-from powercut import STORIES, Broken, Cut, Point, check_end, live, make_board, prove, switch_on
-from sweep import BLOCK, FEW_SHAPES, SEED, Sweep, few, interrupted, read_trace, ways
+from powercut import (
+    PARTITIONS,
+    STORIES,
+    Broken,
+    Cut,
+    Point,
+    blob_of,
+    check_end,
+    live,
+    make_board,
+    prove,
+    switch_on,
+)
+from sweep import (
+    BLOCK,
+    FEW_SHAPES,
+    SEED,
+    Sweep,
+    carried_out,
+    few,
+    interrupted,
+    read_trace,
+    ways,
+)
 
 from twinslot_tools.virtual_esp32.chip.flash import Fault
 
@@ -149,6 +172,38 @@ def test_power_cut_in_a_download_goes_on_at_the_last_checkpoint(sweep, name):
     hold(found, ONE_SHAPE if name in ("resumed", "delta") else {}, pages=12)
     assert len(found.checkpoints) >= 3
     assert 0 < found.tally.redone <= BLOCK + REQUEST
+
+
+def _in_nvs(found):
+    """Operations of the uncut life there."""
+    part = PARTITIONS["nvs"]
+    end = part.offset + part.size
+    return [op for op in found.uncut.operations if part.offset <= op.at < end], end
+
+
+def _notes(found):
+    """How often each blob in NVS was written or deleted in the uncut life."""
+    operations, end = _in_nvs(found)
+    now, known, written = bytearray(found.base[:end]), {}, Counter()
+    for op in operations:
+        now[op.at : op.at + op.size] = carried_out(now, op)
+        for key in ("journal", "checkpoint", "log"):
+            holds = blob_of(bytes(now), key)
+            written[key] += holds != known.get(key, {})
+            known[key] = holds
+    return written
+
+
+@pytest.mark.parametrize("name", ["good", "crash", "resumed", "delta"])
+def test_flash_wears_by_a_note_for_each_checkpoint_and_a_few_for_each_update(sweep, name):
+    found = sweep(name)
+    written = _notes(found)
+    checkpoints = len(found.checkpoints) - 1  # without the beginning
+    assert written["checkpoint"] == (checkpoints + 1 if checkpoints else 0)  # the last forgets it
+    # Before the reset, at the first start, at its proof or the way back, and when it is reported.
+    assert written["journal"] <= 6 and written["log"] == 1
+    erased = Counter(op.at for op in _in_nvs(found)[0] if op.data is None)
+    assert erased.total() <= 1, erased
 
 
 def test_power_cut_in_the_header_costs_no_more_than_the_last_checkpoint(sweep):
