@@ -460,7 +460,8 @@ def check_unfinished(flash: bytes, story: Story) -> None:
     content = slot_bytes(flash, story.other)
     for version in story.complete[1:]:
         wanted = story.image(version)
-        if content[32:288] == wanted[32:288] and not content.startswith(wanted[32:], 32):
+        begun = content[32:288] == wanted[32:288]
+        if begun and not (content.startswith(wanted[32:], 32) or _being_erased(content, wanted)):
             check(
                 content[:32] == b"\xff" * 32,
                 f"unfinished, and begins with {content[:32].hex()}",
@@ -473,6 +474,14 @@ def check_unfinished(flash: bytes, story: Story) -> None:
     except chip_image.ImageError:
         return
     raise Broken("an image that is none of ours verifies", "unverified")
+
+
+def _being_erased(content: bytes, image: bytes) -> bool:
+    """Whether it was complete, and has lost nothing yet but some 0 bits of its first sector: the
+    erase that a new download begins with was cut."""
+    was, now = (int.from_bytes(c[: otadata.SECTOR], "little") for c in (image, content))
+    rest = slice(otadata.SECTOR, len(image))
+    return content[rest] == image[rest] and now & was == was
 
 
 def _not_yet_erased(story: Story, flash: bytes) -> bool:

@@ -215,6 +215,22 @@ def test_power_cut_in_the_header_costs_no_more_than_the_last_checkpoint(sweep):
     assert not found.tally.replays, "\n".join(found.tally.replays)
 
 
+def test_F3_power_cut_in_the_erase_of_a_complete_image_that_failed(sweep):
+    """The next download begins with it; its header may be the last thing that goes."""
+    found = sweep("mended")
+    start = PARTITIONS[found.story.other].offset
+    erases = [
+        number
+        for number, op in enumerate(found.uncut.operations, 1)
+        if op.at == start and op.data is None
+    ]
+    shapes = {"prefix": 3, "suffix": 3, "bits": 3}
+    assert erases, "it was not replaced"
+    for flash, cuts in found.points(found.base, found.uncut.operations, shapes, (), {erases[-1]}):
+        found.prove(flash, cuts)
+    assert not found.tally.replays, "\n".join(found.tally.replays)
+
+
 @pytest.mark.parametrize("name", ["good", "good-down", "crash-down", "factory"])
 def test_F9_F18_otadata_lost_at_a_power_cut(sweep, tmp_path, name):
     found = sweep(name)
