@@ -28,14 +28,14 @@ class Inflate:
     def __init__(self, response, window, offset):
         self._response = response
         self._window = window
-        self._ring = RingIO(AHEAD + SLICE + 1)
+        self._ring = RingIO(AHEAD + SLICE)
         self._buf = memoryview(bytearray(SLICE))
         self._offset = offset
         self._ended = False
         self._member = None
         self._idle = 0
         self._spare = memoryview(bytearray(1))
-        self._kept = 0  # 1 while _spare holds a byte that boundary() had to look at
+        self._kept = False  # while _spare holds a byte that boundary() had to look at
         self.wait = response.wait
 
     def _filled(self):
@@ -53,7 +53,7 @@ class Inflate:
 
     def take(self, view, n):
         if self._kept:
-            self._kept = 0
+            self._kept = False
             view[0] = self._spare[0]
             return 1
         while self._filled():
@@ -87,9 +87,7 @@ class Inflate:
     async def boundary(self):
         while not self._filled():
             await self.wait()
-        if self._member is not None:
-            if self._read(self._spare, 1):
-                self._kept = 1
-                return None
-            self._end_member()
+        if self._member is not None and self._read(self._spare, 1):
+            self._kept = True
+            return None
         return self._offset + self._response.received - self._ring.any(), 0

@@ -133,7 +133,7 @@ class Patch:
         self._next += 1
 
     async def boundary(self):
-        while self._next != _DIFF or self._left or self._shift:
+        while self._next != _DIFF:
             if self._left:
                 return None
             if not self._digit():

@@ -471,14 +471,23 @@ async def test_a_patch_may_go_to_either_end_of_its_base():
     assert await _apply(head + there, base, 4) == b"\1ab\1"
 
 
-async def test_a_number_may_have_five_bytes_and_the_first_byte_of_content_the_64th_place():
+async def test_a_number_may_have_five_bytes():
     head = b"\0" + _number(1) + _number(0)
-    padded = b"\x80\x80\x80\x80\x00"
-    assert await _apply(head + padded + _number(1) + b"x", bytes(64), 1) == b"x"
-    zeros = bytes(3 * 19)  # chunks without content; with the head 60 bytes of numbers
-    assert await _apply(head + zeros + b"\0\1x", bytes(64), 1) == b"x"
-    zeros += b"\0" + _number(0) + _number(0)
-    await _patch_refused(head + zeros + b"\0\1x", "64 bytes", size=1)
+    assert await _apply(head + b"\x80\x80\x80\x80\0" + _number(1) + b"x", bytes(64), 1) == b"x"
+
+
+async def test_64_bytes_of_numbers_may_come_before_each_byte_of_content_and_no_more():
+    head = b"\0" + _number(2) + _number(0)
+    idle = bytes(3 * 19)  # chunks without content
+    padded, longer = b"\x80\0\x81\0", b"\x80\0\x81\x80\0"  # sizes of 0 and 1
+    first = head + idle + padded + b"x"  # 3 + 57 + 4
+    second = b"\x80\x80\0" + idle + padded + b"y"  # a seek of 3
+    assert await _apply(first + second, bytes(64), 2) == b"xy"
+    for content in (
+        head + idle + longer + b"x" + second,
+        first + b"\x80\x80\0" + idle + longer + b"y",
+    ):
+        await _patch_refused(content, "64 bytes")
 
 
 async def test_a_patch_goes_on_between_chunks_only():

@@ -184,7 +184,7 @@ def test_texts_and_numbers_of_a_head_are_read_to_their_last_byte():
     assert said["secure_version"] == 0x04030201
     assert (said["version"], said["project"]) == ("v" * 32, "")
     head[48:80] = bytes(32)
-    assert espimage.parse(head)["version"] == ""
+    assert espimage.parse(memoryview(head))["version"] == ""
 
 
 # ---- the walk that verifies
