@@ -138,7 +138,9 @@ def _judge(situation: Situation, candidate: Candidate, now: int) -> Decision:
             ),
         )
     except OtaError as exc:
-        return no(exc.code, f"the board would refuse it ({exc.message})", "failed")
+        return no(
+            exc.code, f"the board would refuse it ({exc.message})", None if exc.retry else "failed"
+        )
     percent = candidate.percent
     if percent is not None and not rules.in_rollout(
         percent["percent"], percent["seed"], board.device_id, hashlib.sha256

@@ -106,6 +106,10 @@ def _expired(a: Attacker) -> None:
     a.point(a.sign({**a.genuine(NEXT[0]), **past}))
 
 
+def _not_yet(a: Attacker) -> None:
+    a.point(a.sign({**a.genuine(NEXT[0]), "issued": "2099-01-01T00:00:00Z", "expires": None}))
+
+
 def _wrong_key(a: Attacker) -> None:
     a.point(a.sign(a.genuine(NEXT[0]), a.lab.new_key("stranger")))
 
@@ -219,6 +223,7 @@ ATTACKS: list[tuple[str, Callable[[Attacker], None], str, tuple[str, ...]]] = [
     ("replayed", _replayed, "an older genuine release is offered again", ("version",)),
     ("downgraded", _downgraded, "signed for a downgrade, below the floor", ("security_version",)),
     ("expired", _expired, "a genuine release past its date", ("expired",)),
+    ("not yet", _not_yet, "a genuine release with a date to come", ("not_yet",)),
     ("wrong key", _wrong_key, "signed by a stranger", ("signature",)),
     ("revoked key", _revoked_key, "signed by a key the keyring has left out", ("signature",)),
     ("old keyring", _old_keyring, "the keyring before, as if it were new", ("keyring",)),

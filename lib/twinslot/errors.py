@@ -8,6 +8,7 @@
         VersionError             version                 older than, or same as, what runs
         SecurityVersionError     security_version        below the anti-rollback floor
         ExpiredError             expired
+        NotYetError              not_yet         yes: issued at a time that is still to come
         KnownBadError            known_bad               failed on this board before
         RefusedError             refused                 the application said no
       SpaceError                 space         OTA_003
@@ -96,6 +97,11 @@ class SecurityVersionError(PolicyError):
 
 class ExpiredError(PolicyError):
     code = "expired"
+
+
+class NotYetError(PolicyError):
+    code = "not_yet"
+    retry = True
 
 
 class KnownBadError(PolicyError):

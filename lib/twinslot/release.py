@@ -16,6 +16,7 @@ from .errors import (
     ExpiredError,
     HardwareError,
     KnownBadError,
+    NotYetError,
     ProductError,
     ReleaseError,
     SecurityVersionError,
@@ -30,6 +31,7 @@ SIZE_LIMIT = 16 << 20  # bytes of an image: esp_image_format.c verifies no large
 _INT_LIMIT = (1 << 30) - 1  # small integers of a 32-bit MicroPython
 _NAME_LIMIT = 64
 _NOTES_LIMIT = 2048
+_AHEAD_S = 86400  # that a signer's clock may be ahead of a board's
 
 Release = namedtuple(
     "Release",
@@ -223,7 +225,7 @@ def judge(release, board):
 
     Raises:
         ProductError, HardwareError, SpaceError, SecurityVersionError, VersionError,
-        ExpiredError, KnownBadError: each for its cause.
+        NotYetError, ExpiredError, KnownBadError: each for its cause.
     """
     image = release.firmware
     if release.product != board.product:
@@ -244,8 +246,12 @@ def judge(release, board):
     if order == 0 and image.build != board.build:
         # One version, two contents: one of them is not what its signer believes.
         raise VersionError("version", release.version + " of another build", "a new version")
-    if release.expires is not None and board.now is not None and board.now >= release.expires:
-        raise ExpiredError("release expired %d s ago" % (board.now - release.expires))
+    now = board.now
+    if now is not None:
+        if release.issued - now > _AHEAD_S:
+            raise NotYetError("release issued %d s ahead of the clock" % (release.issued - now))
+        if release.expires is not None and now >= release.expires:
+            raise ExpiredError("release expired %d s ago" % (now - release.expires))
     if image.build in board.failed:
         raise KnownBadError("release %s failed on this board before" % release.version)
 

@@ -14,6 +14,7 @@ ROWS = {
     "replayed": "F76",
     "downgraded": "F82",
     "expired": "F84",
+    "not yet": "F84",
     "wrong key": "F72",
     "revoked key": "F97",
     "old keyring": "F96",

@@ -55,7 +55,7 @@ def make(rng: random.Random, age: int = 8) -> Made:
     version = f"{rng.randrange(1 + age // 8)}.{rng.randrange(12)}.{rng.randrange(2)}"
     version += rng.choice(TAILS)
     security = rng.randrange(1 + age // 12)
-    odd = rng.choice([None] * 8 + ["product", "hardware", "chip", "signer", "expired"])
+    odd = rng.choice([None] * 8 + ["product", "hardware", "chip", "signer", "expired", "not_yet"])
     downgrade = rng.random() < 0.15
     content = image(version, rng.randrange(3), "esp32s3" if odd == "chip" else "esp32")
     manifest = {
@@ -65,7 +65,7 @@ def make(rng: random.Random, age: int = 8) -> Made:
         "hardware": ["OTHER"] if odd == "hardware" else [HARDWARE, "OTHER"],
         "security_version": security,
         "downgrade": downgrade,
-        "issued": "2026-11-20T09:00:00Z",
+        "issued": "2027-01-01T00:00:00Z" if odd == "not_yet" else "2026-11-20T09:00:00Z",
         "expires": "2026-11-30T00:00:00Z" if odd == "expired" else "2027-11-20T09:00:00Z",
         "images": [
             {
@@ -158,7 +158,7 @@ class Model:
 
     def offer(self, made: Made, now: int | None) -> None:
         # Without a clock that can be trusted, expiry is not judged.
-        if made.odd is None or (made.odd == "expired" and now is None):
+        if made.odd is None or (made.odd in ("expired", "not_yet") and now is None):
             known = self.signed.setdefault(made.build, [])
             known.append((made.security, made.version, made.downgrade))
 
@@ -249,7 +249,7 @@ def test_the_sequences_meet_every_refusal_and_really_install():
     """A property that holds because nothing happens proves nothing."""
     if len(INSTALLED) < SEEDS:
         pytest.skip("needs the sequences above")
-    assert {"product", "hardware", "version", "security_version", "known_bad"} <= SEEN
+    assert {"product", "hardware", "version", "security_version", "known_bad", "not_yet"} <= SEEN
     assert {"signature", "activated", "confirm", "reject", "crash", "power", "cut"} <= SEEN
     assert sum(INSTALLED) > 200
 

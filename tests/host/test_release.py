@@ -180,6 +180,7 @@ def test_what_is_no_manifest_is_refused(raw):
         ({"version": "1.4.1"}, errors.VersionError),  # F76
         ({"version": "1.4.0"}, errors.VersionError),  # F77: same version, other content
         ({"now": release.parse_time("2027-11-20T09:00:00Z")}, errors.ExpiredError),  # F84
+        ({"now": release.parse_time("2026-11-19T08:59:59Z")}, errors.NotYetError),  # F84
         ({"failed": (BUILD,)}, errors.KnownBadError),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else v.__name__,
@@ -194,6 +195,11 @@ def test_a_signed_downgrade_is_taken_but_never_below_the_floor():
     release.judge(manifest, BOARD._replace(version="2.0.0"))
     with pytest.raises(errors.SecurityVersionError):
         release.judge(manifest, BOARD._replace(version="2.0.0", floor=4))
+
+
+def test_F84_a_signers_clock_may_be_a_day_ahead():
+    release.judge(parse(), BOARD._replace(now=release.parse_time("2026-11-19T09:00:00Z")))
+    release.judge(parse(issued="2099-01-01T00:00:00Z"), BOARD._replace(now=None))
 
 
 def test_an_unknown_clock_never_judges_expiry():
