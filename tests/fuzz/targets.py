@@ -114,7 +114,7 @@ def _release(seeds):
     from twinslot import release
 
     board = release.Board(
-        "sensor-node", "ESP32_GENERIC", 0, "1.0.0", "", 0, 1790000000, (), 1 << 21
+        "sensor-node", "ESP32_GENERIC", 0, "1.0.0", "", 0, 1800000000, (), 1 << 21
     )
 
     def case(raw):
