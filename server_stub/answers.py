@@ -353,6 +353,25 @@ class User(_Answer):
     created: Date
 
 
+class Intervals(_Answer):
+    default: int  # seconds
+    labels: dict[str, int]
+
+
+class Enrolment(_Answer):
+    default: Literal["accepted", "pending"]
+    accept: list[dict[str, str]]
+
+
+class Settings(_Answer):
+    poll: Intervals
+    enrolment: Enrolment
+    downloads: Literal["public", "token"]
+    payload_url: str | None
+    firmware_bytes: int
+    keep_days: int
+
+
 class Users(_Answer):
     users: list[User]
 

@@ -104,6 +104,11 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
             parts, who, "webhook.remove", lambda c, note: remove_webhook_one(c, note, webhook_id)
         )
 
+    @app.get("/api/v1/settings", dependencies=[viewer])
+    async def read_settings() -> dict:
+        """What ``server.yml`` and the environment say, as far as it concerns boards."""
+        return parts.settings.public()
+
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> dict:
         await parts.store.aread(lambda c: c.exec_driver_sql("SELECT 1").scalar())

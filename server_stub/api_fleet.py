@@ -7,7 +7,7 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, func, select
 
-from . import api_rollouts, attempts, audit, devices
+from . import api_rollouts, attempts, audit, devices, imports
 from .audit import Who
 from .http import Note, Parts, change, csv_text, date, json_body, with_dates
 from .messages import DeviceId, Id, Name, Text
@@ -202,7 +202,7 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
 
 def import_all(connection: Connection, note: Note, parts: Parts, text: str) -> dict[str, Any]:
     """Register the boards of a CSV file; the answer holds their new tokens, this once."""
-    found = devices.import_csv(connection, text, int(time.time()), parts.limits.devices)
+    found = imports.import_csv(connection, text, int(time.time()), parts.limits.devices)
     note("devices", None, {k: found[k] for k in ("imported", "new")})
     return found
 

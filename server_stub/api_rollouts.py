@@ -143,10 +143,12 @@ def create_one(connection: Connection, note: Note, wanted: dict[str, Any]) -> in
         wanted["starts_at"] = seconds(wanted["starts_at"])
     now = int(time.time())
     rollout_id = rollouts.create(connection, wanted, release, now)
+    usual = dataclasses.asdict(Policy())
+    policy = {name: value for name, value in wanted["policy"].items() if value != usual[name]}
     note(
         f"rollout {rollout_id}",
         None,
-        {"version": release.version, "stages": wanted["stages"], "policy": wanted["policy"]},
+        {"version": release.version, "stages": wanted["stages"], **policy},
     )
     if wanted.get("start"):
         rollouts.act(connection, rollout_id, "start", "", now)

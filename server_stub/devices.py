@@ -1,8 +1,6 @@
-"""The registry: boards, their labels and tokens, import and export."""
+"""The registry: boards, their labels and tokens."""
 
-import csv
 import hashlib
-import io
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +8,6 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, bindparam, delete, func, select, update
 
-from .messages import DEVICE_ID
 from .problems import Problem
 from .schema import devices, job_nodes, label_keys, labels
 from .store import INSERTS, StoreError, bump, insert
@@ -18,8 +15,6 @@ from .store import INSERTS, StoreError, bump, insert
 ENROLMENTS = ("pending", "accepted", "decommissioned")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VALUE = re.compile(r"[^\x00-\x1f\x7f=,]{0,64}")
-CSV_COLUMNS = ("device_id", "mac", "product", "channel", "hardware", "labels", "token")
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,256}=*")
 
 _FIND = select(devices).where(devices.c.device_id == bindparam("board"))
 _FORGET_SAID = delete(labels).where(
@@ -27,6 +22,11 @@ _FORGET_SAID = delete(labels).where(
 )
 _SAY = {dialect: make(labels).on_conflict_do_nothing() for dialect, make in INSERTS.items()}
 _CHANGE = update(devices).where(devices.c.device_id == bindparam("board")).returning(*devices.c)
+
+
+def is_label(key: str, value: str) -> bool:
+    """True for a label that can be one."""
+    return bool(LABEL.fullmatch(key) and _VALUE.fullmatch(value))
 
 
 def hash_token(token: str) -> str:
@@ -238,7 +238,7 @@ def label_table(connection: Connection) -> list[dict[str, Any]]:
     ]
 
 
-# ---- tokens, import
+# ---- tokens
 
 
 def of_token(connection: Connection, digest: str) -> Any:
@@ -278,94 +278,3 @@ def decommission(connection: Connection, device_id: str) -> None:
         .values(status="cancelled")
     )
     bump(connection)
-
-
-def import_csv(connection: Connection, text: str, now: int, limit: int) -> dict[str, Any]:
-    """Register boards from CSV with a header line; all or none.
-
-    Columns: device_id, and any of mac, product, channel, hardware, labels (``k=v;k=v``), token
-    (``new`` makes one, which is returned).
-
-    Raises:
-        Problem: 422 with the line that is wrong.
-    """
-    names, lines = _csv_lines(text)
-    if "device_id" not in names or set(names) - set(CSV_COLUMNS):
-        raise Problem(
-            422,
-            "malformed",
-            f"line 1: expected device_id and any of {', '.join(CSV_COLUMNS[1:])}",
-        )
-    rows, tokens, tags = [], {}, []
-    for number, line in enumerate(lines, 2):
-        device_id = (line.get("device_id") or "").strip()
-        if not re.fullmatch(DEVICE_ID[1:-1], device_id) or None in line:
-            raise Problem(422, "malformed", f"line {number}: no usable device_id")
-        if any(len(line.get(name) or "") > 64 for name in CSV_COLUMNS[1:5]):
-            raise Problem(422, "malformed", f"line {number}: more than 64 characters")
-        token = (line.get("token") or "").strip()
-        if token == "new":
-            token = tokens[device_id] = secrets.token_urlsafe(32)
-        elif token and not _TOKEN.fullmatch(token):
-            raise Problem(422, "malformed", f"line {number}: token is too short or unusable")
-        for text_ in filter(None, (line.get("labels") or "").split(";")):
-            key, sign, value = text_.strip().partition("=")
-            if not (sign and LABEL.fullmatch(key) and _VALUE.fullmatch(value)):
-                raise Problem(422, "malformed", f"line {number}: label {text_[:64]!r}")
-            tags.append({"device_id": device_id, "key": key, "value": value, "by": "operator"})
-        rows.append(
-            {
-                **{name: (line.get(name) or "").strip() or None for name in CSV_COLUMNS[:5]},
-                "labels": [],
-                "first_seen": now,
-                "last_seen": 0,
-                "enrolment": "accepted",
-                "token_hash": hash_token(token) if token else None,
-            }
-        )
-    ids = [row["device_id"] for row in rows]
-    if len(set(ids)) != len(ids):
-        raise Problem(422, "malformed", "a device_id occurs twice")
-    before = count(connection, {})
-    if before + len(rows) > limit:
-        raise Problem(409, "full", f"the registry takes {limit} devices")
-    if rows:
-        known = set(connection.scalars(select(devices.c.device_id)))
-        new = [row for row in rows if row["device_id"] not in known]
-        if new:
-            connection.execute(devices.insert(), new)
-        for row in rows:
-            if row["device_id"] in known:
-                _renew(connection, row)
-    if tags:
-        statement = insert(connection, labels)
-        connection.execute(
-            statement.on_conflict_do_update(
-                index_elements=["device_id", "key"],
-                set_={"value": statement.excluded.value, "by": statement.excluded.by},
-            ),
-            tags,
-        )
-    bump(connection)
-    return {"imported": len(rows), "new": count(connection, {}) - before, "tokens": tokens}
-
-
-def _csv_lines(text: str) -> tuple[Sequence[str], list[dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    try:
-        return reader.fieldnames or (), list(reader)
-    except csv.Error as exc:
-        raise Problem(422, "malformed", f"line {reader.line_num}: {exc}") from None
-
-
-def _renew(connection: Connection, row: Mapping[str, Any]) -> None:
-    said = {
-        name: row[name]
-        for name in ("mac", "product", "channel", "hardware", "token_hash")
-        if row[name] is not None
-    }
-    connection.execute(
-        update(devices)
-        .where(devices.c.device_id == row["device_id"])
-        .values(enrolment="accepted", **said)
-    )

@@ -60,6 +60,7 @@ _ANSWERS = {
     "list_schedules": answers.Schedules,
     "create_schedule": answers.Schedule,
     "remove_schedule": answers.Removed,
+    "read_settings": answers.Settings,
     "list_users": answers.Users,
     "set_user": answers.UserToken,
     "remove_user": answers.Removed,

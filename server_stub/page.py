@@ -147,7 +147,7 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
     view("/-/rollouts/{number:int}", "rollout.html", _rollout)
     view("/-/updates", "updates.html", _updates)
     view("/-/updates/{number:int}", "update.html", lambda c, number: {"job": jobs.get(c, number)})
-    view("/-/rules", "rules.html", _rules)
+    view("/-/rules", "rules.html", _rules(parts))
     view("/-/logs", "logs.html", _logs)
 
     @app.get("/-/people", include_in_schema=False)
@@ -251,16 +251,18 @@ def _updates(connection: Connection) -> dict[str, Any]:
     return {"rows": jobs.listing(connection), "ready": releases.listing(connection)}
 
 
-def _rules(connection: Connection) -> dict[str, Any]:
-    def all_of(table: Any) -> list[dict[str, Any]]:
-        return [dict(r._mapping) for r in connection.execute(select(table).order_by(table.c.id))]
+def _rules(parts: Parts) -> Callable[..., dict[str, Any]]:
+    def read(connection: Connection) -> dict[str, Any]:
+        found = connection.execute(select(windows).order_by(windows.c.id))
+        return {
+            "labels": devices.label_table(connection),
+            "windows": [dict(row._mapping) for row in found],
+            "schedules": schedules.listing(connection),
+            "actions": [name for name in schedules.ACTIONS if name != "backup"],
+            "settings": parts.settings.public(),
+        }
 
-    return {
-        "labels": devices.label_table(connection),
-        "windows": all_of(windows),
-        "schedules": schedules.listing(connection),
-        "actions": [name for name in schedules.ACTIONS if name != "backup"],
-    }
+    return read
 
 
 def _logs(connection: Connection) -> dict[str, Any]:

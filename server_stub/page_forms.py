@@ -158,6 +158,8 @@ def _release_change(values: Fields) -> dict[str, Any]:
     wanted: dict[str, Any] = {
         name: values[name] == "yes" for name in releases.FLAGS if name in values
     }
+    if "notes" in values:
+        wanted["notes"] = values["notes"].strip()[:2048]
     if "blocked" in values:
         wanted["blocked"] = values["blocked"].strip()[:300] or None
     return wanted

@@ -110,6 +110,17 @@ class Settings(_Part):
     def poll_by_label(self) -> Mapping[str, int]:
         return self.poll.labels
 
+    def public(self) -> dict[str, Any]:
+        """What decides how boards are treated; no secret, no path of this machine."""
+        return {
+            "poll": self.poll.model_dump(),
+            "enrolment": self.enrolment.model_dump(),
+            "downloads": self.downloads,
+            "payload_url": self.payload_url,
+            "firmware_bytes": self.firmware_bytes,
+            "keep_days": self.keep_days,
+        }
+
     def enrolment_of(self, facts: Mapping[str, Any]) -> str:
         """How a board that says ``facts`` begins: a rule accepts it if all its members match."""
         for rule in self.enrolment.accept:

@@ -434,6 +434,12 @@ def fleet_status(context: typer.Context, as_json: Json = False) -> None:
     table(found["rollouts"], ["id", "name", "state", "stage", "why"])
 
 
+@fleet.command("settings")
+def fleet_settings(context: typer.Context) -> None:
+    """What the server's configuration says of boards, as JSON."""
+    print_json(context.obj.call("GET", "settings"))
+
+
 @fleet.command()
 def audit(context: typer.Context, limit: int = 50, as_json: Json = False) -> None:
     """Who changed what."""

@@ -1,5 +1,6 @@
 "use strict";
-// The only script: a rollout's numbers as they change, "are you sure?", and the way back.
+// The only script: a rollout's numbers as they change, how many devices a form would move, "are
+// you sure?", and the way back.
 const live = document.querySelector("[data-events]");
 if (live) {
   const source = new EventSource(live.dataset.events);
@@ -36,6 +37,21 @@ for (const form of document.querySelectorAll("form[data-ask]")) {
   form.addEventListener("submit", (event) => {
     if (!confirm(form.dataset.ask)) event.preventDefault();
   });
+}
+const words = (input) => (input ? input.value.split(/[\s,]+/).filter(Boolean) : []);
+for (const form of document.querySelectorAll("form[data-reach]")) {
+  const { firmware_id, label, nodes } = form.elements;
+  let latest = 0;
+  const count = async () => {
+    const mine = ++latest;
+    const release = form.dataset.reach || firmware_id.value;
+    const labels = words(label).map((text) => `label=${encodeURIComponent(text)}`).join("&");
+    const answer = await fetch(`/api/v1/firmware/${release}/reach?${labels}`);
+    const moved = words(nodes).length || (answer.ok ? (await answer.json()).devices : "?");
+    if (mine === latest) form.querySelector("[data-moves]").textContent = `moves ${moved} devices`;
+  };
+  form.addEventListener("input", count);
+  count();
 }
 const back = document.querySelector("[data-back]");
 if (back && document.referrer.startsWith(location.origin)) back.href = document.referrer;

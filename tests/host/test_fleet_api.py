@@ -306,7 +306,10 @@ def test_an_unchanged_answer_costs_a_304_and_no_database(fleet):
 
 
 def test_poll_intervals_by_label(tmp_path):
-    with running(tmp_path, poll={"default": 60, "labels": {"power=battery": 86400}}) as fleet:
+    poll = {"default": 60, "labels": {"power=battery": 86400}}
+    with running(tmp_path, poll=poll, operator_token="x" * 32) as fleet:
+        said = fleet.api("GET", "settings")
+        assert said["poll"] == poll and "x" * 32 not in json.dumps(said)
         assert Board(fleet, "b1").poll()["poll"] == 60
         assert Board(fleet, "b2", labels=["power=battery"]).poll()["poll"] == 86400
 

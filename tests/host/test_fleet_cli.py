@@ -117,6 +117,7 @@ def test_a_fleet_is_run_from_the_command_line(server, tmp_path, typed):
 EVERYTHING = """
 fleet status
 fleet call get labels
+fleet settings
 device import {boards}
 device list --enrolment accepted --label ring=pilot
 device show b1

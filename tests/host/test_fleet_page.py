@@ -182,7 +182,7 @@ def forms(fleet, tmp_path):
         ("/-/devices/{device_id}/token", "b1", {}),
         ("/-/devices-import", None, {"file": b"device_id,token\nb2,new\n"}),
         ("/-/releases-upload", None, files),
-        ("/-/releases/{number:int}", newer, {"stable": "yes"}),
+        ("/-/releases/{number:int}", newer, {"stable": "yes", "notes": "quieter"}),
         ("/-/releases/{number:int}/promote", newer, {"channel": "beta"}),
         ("/-/releases/{number:int}/remove", spare, {}),
         ("/-/rollouts", None, {"firmware_id": newer, "stages": stages, **careful}),
@@ -236,6 +236,7 @@ def test_every_form_does_its_change_once_and_for_those_who_may(fleet, tmp_path):
         assert after[0]["who"] == "ada"
         once = path.rpartition("/")[2] in ("token", "devices-import", "users", "webhooks")
         assert ("shown this once" in answer.text) == once, path
+    assert fleet.release("1.1.0")["notes"] == "quieter"
     rollout = fleet.api("GET", "rollouts/1")
     assert rollout["stages"] == [
         {"label": "ring=pilot"},
@@ -365,6 +366,13 @@ def test_an_operator_runs_a_rollout_and_sees_it_live(tmp_path, page):
         page.get_by_role("button", name="Set label").click()
         expect(page.get_by_text("site=attic")).to_be_visible()
         shoot(page, "device")
+        page.get_by_role("link", name="Jobs").click()
+        moves = page.locator("[data-moves]")
+        expect(moves).to_have_text("moves 3 devices")  # the fourth runs it
+        page.get_by_label("Devices with").fill("site=attic")
+        expect(moves).to_have_text("moves 0 devices")
+        page.get_by_label("Or these devices").fill("board-2, board-3")
+        expect(moves).to_have_text("moves 2 devices")
         page.get_by_role("link", name="Logs").click()
         expect(page.get_by_text("device.change")).to_be_visible()
         shoot(page, "logs")
@@ -375,6 +383,7 @@ def test_an_operator_runs_a_rollout_and_sees_it_live(tmp_path, page):
         )
         for path in ("", *everything.split()):
             page.goto(f"{server.url}/-/{path}")
+            page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
             wide = page.evaluate("document.documentElement.scrollWidth > innerWidth")
             assert not wide, f"/-/{path} is wider than a phone"
             shoot(page, f"phone-{path.replace('/', '-')}")
