@@ -353,13 +353,13 @@ class FirmwareSlot:
     def abandon(self):
         """Forget the update that was begun and give its buffers back."""
         self._image = None
+        self._pos = 0
         self._ready = False
         self._free()
 
     def _free(self):
         self._block = bytearray(0)
         self._view = memoryview(self._block)
-        self._header = None
 
     # -- switching --------------------------------------------------------------------------
 

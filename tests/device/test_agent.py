@@ -362,7 +362,7 @@ async def test_the_application_is_asked_for_each_step_and_may_postpone():
 
 
 async def test_F101_a_hook_that_hangs_or_raises_means_not_now():
-    waited = []
+    waited, limits = [], []
     sleep, limit = asyncio.sleep, asyncio.wait_for
     longest = twinslot.agent._POSTPONE_MAX_S
     assert longest == 86400
@@ -376,12 +376,17 @@ async def test_F101_a_hook_that_hangs_or_raises_means_not_now():
     async def no_sleep(seconds):
         waited.append(seconds)
 
-    for hook in (hang, boom, lambda step, manifest: None, lambda step, manifest: -5):
+    def wait_for(coroutine, seconds):
+        limits.append(seconds)
+        return limit(coroutine, seconds / 10000)
+
+    answers = [lambda step, manifest, answer=answer: answer for answer in (None, 0, -5, "5")]
+    for hook in [hang, boom] + answers:
         waited.clear()
         world = World()
         agent, _ = start(world)
         agent.on_install(hook)
-        asyncio.wait_for = lambda coroutine, seconds: limit(coroutine, seconds / 10000)
+        asyncio.wait_for = wait_for
         asyncio.sleep = no_sleep
         twinslot.agent._POSTPONE_MAX_S = 300
         try:
@@ -390,6 +395,7 @@ async def test_F101_a_hook_that_hangs_or_raises_means_not_now():
             asyncio.wait_for, asyncio.sleep = limit, sleep
             twinslot.agent._POSTPONE_MAX_S = longest
         assert waited == [60] * (2 * 5), "for each step; then the update comes all the same"
+    assert limits == [60] * (2 * 6), "only one of these has to be waited for"
 
 
 async def test_F101_no_answer_puts_an_update_off_for_more_than_a_day():

@@ -670,6 +670,49 @@ def test_each_failure_doubles_the_pause():
         assert 45000 << (failures - 1) < longest < 60000 << (failures - 1)
 
 
+class Dice:
+    """The module ``random``, with an order what to draw."""
+
+    def __init__(self, drawn):
+        self.drawn = drawn
+        self.asked = []
+
+    def getrandbits(self, n):
+        self.asked.append(n)
+        return self.drawn
+
+
+def test_pauses_are_drawn_from_all_of_their_range_and_no_more():
+    agent, _ = start(World(), settings={"poll": 21600})
+    for failures, bits, drawn, ms in (
+        (0, 8, 0, 21600 * 900),
+        (0, 8, 199, 21600 * 1099),
+        (0, 8, 200, 21600 * 900),
+        (1, 24, 0, 0),
+        (1, 24, 59_999, 59_999),
+        (1, 24, 60_000, 0),
+        (9, 24, 3_599_999, 3_599_999),
+    ):
+        agent._failures = failures
+        dice = Dice(drawn)
+        with Instead(twinslot.agent, random=dice):
+            assert agent._delay_ms() == ms
+        assert dice.asked == [bits]
+
+
+def test_a_boards_place_after_a_power_cut_is_by_its_number():
+    # Of sha256sum: the first 24 bits, modulo 300,001 or, where it polls each minute, 60,001.
+    for name, poll, place in (
+        ("240ac4000001", 21600, 185455),
+        ("240ac4000001", 60, 5284),
+        ("240ac4fffffe", 21600, 173025),
+        ("240ac4fffffe", 60, 52819),
+    ):
+        agent, _ = start(World(), settings={"poll": poll})
+        agent.device_id = name
+        assert agent._first_delay_ms() == place
+
+
 # -- offers
 
 
@@ -756,11 +799,27 @@ async def test_the_memory_that_an_update_needs_is_asked_for_to_the_byte():
                 await agent.update_now()
             else:
                 await refuses(BusyError, agent)
+    need, polls = twinslot.agent._HEAP_NEED, world.polls
     agent, _ = start(world)
-    polls = world.polls
-    with Instead(twinslot.agent, _HEAP_NEED=1 << 29):
+    with Instead(twinslot.agent, gc=Heap(need - 1)):
         assert "heap" in str(await refuses(BusyError, agent))
     assert world.polls == polls
+    with Instead(twinslot.agent, gc=Heap(need)):
+        await agent.update_now()
+
+
+class Heap:
+    """The module ``gc``, of a heap that has so many bytes once it is collected."""
+
+    def __init__(self, free):
+        self.free = free
+        self.collected = False
+
+    def collect(self):
+        self.collected = True
+
+    def mem_free(self):
+        return self.free if self.collected else 0
 
 
 # -- a release

@@ -240,6 +240,16 @@ async def test_finish_wants_every_byte():
     raises(PartitionError, slot.activate)
 
 
+async def test_there_is_nothing_to_finish_before_begin():
+    assert "0 bytes" in str(await refusal(ImageError, FirmwareSlot(Spy).finish()))
+
+
+async def test_a_header_that_does_not_arrive_is_found():
+    slot = prepared(lost=0)
+    await refusal(ImageError, fill(slot, bench.make_image(2 * BLOCK)))
+    raises(PartitionError, slot.activate)
+
+
 async def test_F19_bit_rot_between_write_and_finish_is_found():
     for offset in (33, BLOCK + 5, 2 * BLOCK - 1, 2 * BLOCK + 100):
         image = bench.make_image(2 * BLOCK + 512)
@@ -309,11 +319,11 @@ async def test_F4_a_complete_slot_is_found_again_without_a_byte():
     slot = prepared()
     image = bench.make_image(3 * BLOCK + 256)
     await fill(slot, image)
-    again = FirmwareSlot(Spy)
-    Spy.reset()
-    assert await again.begin(bench.signed(image)) == len(image)
-    await again.finish()
-    assert not Spy.log
+    for again in (slot, FirmwareSlot(Spy)):
+        Spy.reset()
+        assert await again.begin(bench.signed(image)) == len(image)
+        await again.finish()
+        assert not Spy.log
     again.activate()
     assert Spy.log == [("set_boot", "ota_1")]
     bench.otadata((1, VALID))
@@ -627,20 +637,24 @@ async def test_a_write_in_the_steady_state_allocates_next_to_nothing():
     assert after - before == 0, "%d bytes for 3 blocks" % (after - before)
 
 
-async def test_abandon_gives_the_buffers_back():
+async def test_finish_and_abandon_give_the_buffers_back():
     bench.otadata((1, VALID))
     slot = FirmwareSlot()
-    image = bench.signed(bench.make_image(2 * BLOCK))
-    await slot.begin(image)
+    image = bench.make_image(2 * BLOCK)
+    described = bench.signed(image)
+    await slot.begin(described)
     slot.abandon()
     gc.collect()
     without = gc.mem_alloc()
-    await slot.begin(image)
+    await slot.begin(described)
     gc.collect()
     assert gc.mem_alloc() - without >= BLOCK
     slot.abandon()
     gc.collect()
     assert gc.mem_alloc() - without < 512
+    await fill(slot, image, described)
+    gc.collect()
+    assert gc.mem_alloc() - without < 1024
 
 
 # -- tables of all kinds
@@ -799,7 +813,7 @@ def test_what_runs_is_made_the_boot_slot_again_and_confirmed():
     slot.settle()
     assert Table.said == ["ota_0"]
     slot = Table.make(slots(), boot="ota_1")
-    raises(PartitionError, slot.settle)
+    assert "can't be made" in str(raises(PartitionError, slot.settle))
     assert Table.said == ["ota_0"], "and not confirmed"
 
 
@@ -819,6 +833,17 @@ def test_a_confirmation_that_the_platform_refuses_is_an_error_of_the_package():
 def test_a_slot_without_an_entry_is_confirmed_already():
     Table.make(slots(image=b"x")).confirm()
     assert Table.said == []
+
+
+def test_the_way_back_is_another_image_whatever_runs():
+    image = bytes(bench.make_image(BLOCK))
+    apps = slots(image=image, factory=(0, image))
+    slot = Table.make(apps, entries(), running="factory", boot="factory")
+    slot.reject()
+    assert Table.said == ["ota_0"]
+    slot = Table.make(slots(image=image), entries((3, PENDING), (2, VALID)), boot="ota_1")
+    slot.reject()
+    assert Table.said == ["ota_1"], "where the bootloader would not go back by itself"
 
 
 def test_the_way_back_of_a_trial_is_the_other_slot_that_is_good_or_the_factory_image():
