@@ -1,19 +1,23 @@
 """Start the server: ``python -m twinslot_server SITE [--config FILE] [--port P] [--data DIR] ...``
 
 Prints one line when it really listens, ``listening https://127.0.0.1:8443``, on stdout; its log is
-JSON lines on stderr. Ends cleanly on SIGTERM and SIGINT. Exit code 1: it can't start, and why.
+JSON lines on stderr. Ends cleanly on SIGTERM and SIGINT; SIGHUP makes it take up a certificate
+that was renewed. Exit code 1: it can't start, and why.
 """
 
 import argparse
 import contextlib
 import datetime as dt
+import functools
 import ipaddress
 import json
 import logging
 import os
 import signal
 import socket
+import ssl
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,6 +224,10 @@ def _serve(
     # would end a clean stop as a crash.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
+    if hasattr(signal, "SIGHUP"):
+        # In a thread: a signal may come in the middle of a line of the log.
+        renew = functools.partial(_renew, config, certificate)
+        signal.signal(signal.SIGHUP, lambda *_: threading.Thread(target=renew).start())
     background = Background(parts, data)
     background.start()
     try:
@@ -229,6 +237,22 @@ def _serve(
     finally:
         background.stop()
         parts.store.close()
+
+
+def _renew(config: uvicorn.Config, certificate: tls.Certificate | None) -> None:
+    """Take up the certificate that lies where the one in use lay; a bad one changes nothing."""
+    if certificate is None or config.ssl is None:
+        return
+    try:
+        found = tls.read(certificate.certificate, certificate.key)
+        pair = (found.certificate, found.key)
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(*pair)
+        config.ssl.load_cert_chain(*pair)
+    except (tls.CertificateError, OSError) as exc:  # a key of another is an OSError
+        log.error("certificate", extra={"fields": {"why": str(exc)}})
+        return
+    fields = {"fingerprint": found.fingerprint, "expires": found.not_after.isoformat()}
+    log.info("certificate", extra={"fields": fields})
 
 
 def _serve_many(count: int, serve: Callable[[], None]) -> None:
@@ -247,13 +271,17 @@ def _serve_many(count: int, serve: Callable[[], None]) -> None:
                 os._exit(code)
         children.append(child)
 
-    def stop(*_: object) -> None:
+    def tell(number: int) -> None:
         for child in children:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGTERM)
+                os.kill(child, number)
+
+    def stop(*_: object) -> None:
+        tell(signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    signal.signal(signal.SIGHUP, lambda *_: tell(signal.SIGHUP))
     _, first = os.wait()
     stop()
     for _ in children[1:]:

@@ -234,6 +234,9 @@ def progress(
         job_id, report, now: as the route has them.
         gateway: only its own nodes, those labelled ``gateway=ID``; None is anybody who may.
 
+    Returns:
+        The answer; ``was`` is the node's status before.
+
     Raises:
         Problem: 404, or 409 for a job that was cancelled.
     """
@@ -241,7 +244,7 @@ def progress(
     if gateway and devices.labels_of(connection, node_id).get("gateway") != gateway:
         raise Problem(404, "no_node", f"{node_id!r} is no node of {gateway}"[:200])
     node = connection.execute(
-        select(job_nodes, jobs.c.cancelled)
+        select(job_nodes, jobs.c.cancelled, jobs.c.release_id)
         .join(jobs, jobs.c.id == job_nodes.c.job_id)
         .where(job_nodes.c.job_id == job_id, job_nodes.c.device_id == node_id)
     ).first()
@@ -250,7 +253,7 @@ def progress(
     if node.cancelled:
         raise Problem(409, "cancelled", f"update {job_id} is cancelled")
     if node.status in _ENDED:
-        return {"ok": True, "status": node.status}
+        return {"ok": True, "status": node.status, "was": node.status}
     total = report.get("total_parts") or node.total_parts
     part = min(max(report["current_part"], node.current_part), total)
     connection.execute(
@@ -264,4 +267,19 @@ def progress(
             updated=now,
         )
     )
-    return {"ok": True, "status": report["status"]}
+    _seen(connection, node, report["status"], now)
+    return {"ok": True, "status": report["status"], "was": node.status}
+
+
+def _seen(connection: Connection, node: Any, status: str, now: int) -> None:
+    """Write down what a gateway's word says of the board: nobody else speaks for it."""
+    said: dict[str, Any] = {"last_seen": now}
+    if status in _ENDED:
+        release = releases.get(connection, node.release_id)
+        said |= {
+            "status": {"completed": "confirmed"}.get(status, status),
+            "status_version": release.version,
+        }
+        if status == "completed":
+            said |= {"current_version": release.version, "current_build": release.build}
+    devices.change(connection, node, said)

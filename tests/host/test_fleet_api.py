@@ -586,7 +586,9 @@ def test_a_job_as_a_gateway_sees_it(fleet, tmp_path):
     assert mine["nodes"] == ["n1", "n3"]
     step = {"node_id": "n1", "current_part": 7}
     fleet.api("POST", f"ota/updates/{number}/progress", step)
+    before = len(audit_lines(fleet))
     fleet.api("POST", f"ota/updates/{number}/progress", {**step, "current_part": 3})  # late
+    assert len(audit_lines(fleet)) == before  # parts leave no lines, only what changes a status
     node = fleet.api("GET", f"ota/updates/{number}")["nodes"][1]
     assert (node["current_part"], node["status"]) == (7, "in_progress")
     assert fleet.api("GET", "ota/updates?status=in_progress")["updates"][0]["id"] == number
@@ -597,6 +599,11 @@ def test_a_job_as_a_gateway_sees_it(fleet, tmp_path):
         fleet.api("POST", f"ota/updates/{number}/progress", done)
     ended = fleet.api("GET", f"ota/updates/{number}")
     assert (ended["status"], ended["nodes"][1]["error_message"]) == ("failed", "MD5 differs")
+    n0, n1 = (fleet.api("GET", f"devices/{name}") for name in ("n0", "n1"))
+    assert (n0["status"], n0["current_version"]) == ("confirmed", "1.1.0")
+    assert (n1["status"], n1["current_version"]) == ("failed", None)
+    assert n0["last_seen"] and n1["last_seen"]
+    assert fleet.api("GET", f"firmware/{made['id']}/reach?label=gateway=g0") == {"devices": 0}
     assert fleet.api("GET", "ota/updates/pending")["updates"] == []
     assert fleet.api("DELETE", f"ota/updates/{number}")["code"] == "state"
 

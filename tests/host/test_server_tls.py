@@ -3,10 +3,12 @@
 import datetime as dt
 import json
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,39 @@ def test_boards_that_trust_the_authority_notice_no_new_certificate(tmp_path):
         ca.write_bytes(ssl.PEM_cert_to_DER_cert(Path(other["ca"]).read_text()))
         run = micropython(server, "new.example.org", ca)
         assert "not correctly signed" in run.stdout + run.stderr
+
+
+def test_a_renewed_certificate_is_taken_up_without_a_restart(tmp_path):
+    """By SIGHUP; one that can't be used changes nothing."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "server.yml").write_text("certificate: pki/server.crt\nkey: pki/server.key\n")
+    made = authority.renew(tmp_path / "pki", ["old.example.org"])
+    ca = tmp_path / "ca.der"
+    ca.write_bytes(ssl.PEM_cert_to_DER_cert((tmp_path / "pki/ca.crt").read_text()))
+    with serving(tmp_path / "site", "--config", str(tmp_path / "server.yml")) as server:
+
+        def told():
+            before = len(server.log())
+            server.process.send_signal(signal.SIGHUP)
+            deadline = time.monotonic() + 20
+            while time.monotonic() < deadline:
+                for line in server.log()[before:]:
+                    if line["event"] == "certificate":
+                        return line
+                time.sleep(0.05)
+            raise AssertionError(server.log()[before:])
+
+        assert micropython(server, "old.example.org", ca).stdout.strip() == "HTTP/1.1 404"
+        new = authority.renew(tmp_path / "pki", ["new.example.org"])
+        assert told()["fingerprint"] == new.fingerprint
+        assert micropython(server, "new.example.org", ca).stdout.strip() == "HTTP/1.1 404"
+        stranger = authority.renew(tmp_path / "other", ["new.example.org"])
+        shutil.copy(stranger.key, new.key)
+        assert told()["level"] == "error"
+        made.certificate.write_text("no certificate")
+        assert told()["level"] == "error"
+        assert micropython(server, "new.example.org", ca).stdout.strip() == "HTTP/1.1 404"
+        assert server.stop() == 0
 
 
 def test_a_certificate_is_renewed_for_the_names_it_had(tmp_path):
