@@ -3,7 +3,8 @@
 A board polls, fetches the signed release it is offered, reports its steps, "reboots" into it,
 polls from it, and confirms it or falls back. What becomes of a board is decided by a hash of its
 name, so that a run can be repeated. Not simulated: flash, signatures, the use of payload bytes
-(``download`` fetches them and throws them away); for these there is the virtual board.
+(``download`` fetches them and throws them away); for these there are the virtual boards of
+``real_boards``.
 """
 
 import asyncio
@@ -13,8 +14,9 @@ import json
 import random
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from .fleet_http import Pool, percentile
 
@@ -209,26 +211,32 @@ class Fleet:
             "met": dict(Counter(v for board in self.boards for v in board.met)),
         }
 
-    def differences(
-        self, devices: list[dict[str, Any]], attempts: list[dict[str, Any]]
-    ) -> list[str]:
-        """Where the server believes something else than what is so."""
-        rows = {row["device_id"]: row for row in devices}
-        newest: dict[str, str] = {}
-        for attempt in attempts:
-            if attempt["attempt"] is not None or attempt["reason"] == "came_back_old":
-                newest[attempt["device_id"]] = attempt["state"]
-        found = []
-        for board in self.boards:
-            row = rows.get(board.device_id)
-            if row is None:
-                found.append(f"{board.device_id}: not known")
-            elif row["current_version"] != board.version or row["current_build"] != board.build:
-                found.append(
-                    f"{board.device_id}: runs {board.version}, not {row['current_version']}"
-                )
-            elif board.state != "idle" and newest.get(board.device_id) != board.state:
-                found.append(
-                    f"{board.device_id}: {board.state}, not {newest.get(board.device_id)}"
-                )
-        return found
+
+class Known(Protocol):
+    """What is so of a board, simulated or not."""
+
+    device_id: str
+    version: str
+    build: str
+    state: str  # what its newest attempt came to; idle: it has made none
+
+
+def differences(
+    boards: Iterable[Known], devices: list[dict[str, Any]], attempts: list[dict[str, Any]]
+) -> list[str]:
+    """Where the server believes something else of ``boards`` than what is so."""
+    rows = {row["device_id"]: row for row in devices}
+    newest: dict[str, str] = {}
+    for attempt in attempts:
+        if attempt["attempt"] is not None or attempt["reason"] == "came_back_old":
+            newest[attempt["device_id"]] = attempt["state"]
+    found = []
+    for board in boards:
+        name, row = board.device_id, rows.get(board.device_id)
+        if row is None:
+            found.append(f"{name}: not known")
+        elif (row["current_version"], row["current_build"]) != (board.version, board.build):
+            found.append(f"{name}: runs {board.version}, not {row['current_version']}")
+        elif board.state != "idle" and newest.get(name) != board.state:
+            found.append(f"{name}: {board.state}, not {newest.get(name)}")
+    return found

@@ -6,20 +6,27 @@ Which server, and as whom: see ``fleet_base``. ``--json`` prints the API's own a
 
 import asyncio
 import base64
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.text import Text
 
 from . import fleet_admin_cli
 from .fleet_base import Json, cell, connect, out, print_json, query, table, talk
-from .fleet_http import Api, ApiError, Pool, multipart
+from .fleet_http import Api, ApiError, Pool, multipart, run
+
+if TYPE_CHECKING:
+    from .real_boards import RealBoards
+
+_REST_S = 60.0  # for virtual boards to finish what they are at
 
 device = typer.Typer(help="See and steer the boards of a fleet.", no_args_is_help=True)
 release = typer.Typer(help="Upload, flag, block and promote releases.", no_args_is_help=True)
@@ -530,12 +537,21 @@ def sim(
     connections: int = 64,
     timeout: float = 1800,
     start_version: Annotated[str, typer.Option(help="What the boards run at first.")] = "0.0.1",
+    real: Annotated[
+        int, typer.Option(help="Virtual boards among them; they ask as often as the server says.")
+    ] = 0,
+    keys: Annotated[
+        Path | None, typer.Option(help="What virtual boards trust: release.pub.json.")
+    ] = None,
 ) -> None:
     """Roll a release out to simulated boards and compare, at the end, what each of them runs with
-    what the server believes. Exit code 1: they differ, or it came to no end."""
-    from .fake_device import Behaviour, Fleet
+    what the server believes. `met` counts the boards that have started each version; a pilot that
+    pauses keeps it to `bound`. Exit code 1: they differ, more met it, or it came to no end."""
+    from .fake_device import Behaviour, Fleet, differences
 
     api: Api = context.obj
+    if real and not (keys and api.ca):
+        raise typer.BadParameter("--real needs --keys and --ca (or TWINSLOT_CA)")
     plan = stage or ["1%", "5%", "10%", "25%", "50%", "100%"]
     body = {
         "product": product,
@@ -545,7 +561,7 @@ def sim(
     }
     behaviour = Behaviour(bad=_share(bad), asleep=_share(asleep), slow=_share(slow), poll_s=poll)
 
-    async def play() -> dict[str, Any]:
+    async def play(extra: "RealBoards | None") -> dict[str, Any]:
         pool = Pool(api.url, connections, api.tls())
         simulated = Fleet(
             pool, device_token, product, hardware, boards, start_version, "0" * 64, behaviour
@@ -553,18 +569,53 @@ def sim(
         started = time.monotonic()
         done = asyncio.Event()
         running = asyncio.create_task(simulated.until(done))
-        found = await asyncio.gather(running, _watch(api, body, boards, done, timeout))
+        found = await asyncio.gather(running, _watch(api, body, boards + real, done, timeout))
         result = {**simulated.summary(time.monotonic() - started), **found[1]}
         await pool.close()
+        everyone: list[Any] = [*simulated.boards]
+        if extra:
+            await asyncio.to_thread(extra.rest, _REST_S)
+            everyone += extra.boards
+            result["real"] = {board.device_id: board.state for board in extra.boards}
         known = await asyncio.to_thread(api.call, "GET", "export/devices")
         tried = await asyncio.to_thread(api.call, "GET", "export/attempts")
-        differences = simulated.differences(known, tried)
-        return {**result, "differences": len(differences), "examples": differences[:10]}
+        wrong = differences(everyone, known, tried)
+        return {**result, "differences": len(wrong), "examples": wrong[:10]}
 
-    result = asyncio.run(play())
+    with contextlib.ExitStack() as stack:
+        extra = None
+        if real:
+            assert keys and api.ca
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            settings = {"product": product, "url": api.url, "token": device_token}
+            settings |= {"poll": max(1, round(poll)), "stable": 2, "deadline": 60}
+            files = {"ca.pem": api.ca, "keys.json": keys}
+            maker = _real_boards(folder, real, start_version, settings, files, hardware, timeout)
+            extra = stack.enter_context(maker)
+        result = run(play(extra))
+    most = result["bound"] = result["planned"][0] + body["policy"]["max_concurrent"]
     print_json(result)
-    if result["differences"] or result["state"] not in ("complete", "paused"):
+    too_many = (result["state"], result["stage"]) == ("paused", 1) and (
+        result["met"].get(version, 0) > most
+    )
+    if result["differences"] or too_many or result["state"] not in ("complete", "paused"):
         raise typer.Exit(1)
+
+
+def _real_boards(
+    folder: Path,
+    count: int,
+    version: str,
+    settings: dict[str, Any],
+    files: dict[str, Path],
+    hardware: str,
+    limit_s: float,
+) -> "RealBoards":
+    from .lab import virtual_firmware
+    from .real_boards import RealBoards
+
+    image = virtual_firmware(folder, version, project=settings["product"])
+    return RealBoards(folder, count, image, settings, files, hardware, limit_s)
 
 
 def _share(text: str) -> float:

@@ -8,9 +8,12 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class ApiError(ValueError):
@@ -135,7 +138,7 @@ class Pool:
     def __post_init__(self) -> None:
         parts = urllib.parse.urlsplit(self.url)
         self._host, self._port = parts.hostname or "", parts.port or 443
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[_Line] = []
         self._free = asyncio.Semaphore(self.size)
 
     async def request(
@@ -155,41 +158,89 @@ class Pool:
             started = time.perf_counter()
             for last in (False, True):
                 fresh = not self._idle
-                reader, writer = await self._open() if fresh else self._idle.pop()
+                line = await self._open() if fresh else self._idle.pop()
                 try:
-                    writer.write(message)
-                    status, headers, content = await _answer(reader)
-                except (OSError, asyncio.IncompleteReadError):
-                    writer.close()
+                    status, headers, content = await line.ask(message)
+                except OSError:
                     if last or fresh:
-                        raise OSError("the server closed the connection") from None
+                        raise
                     continue
                 if self.close_each or headers.get("connection") == "close":
-                    writer.close()
+                    line.close()
                 else:
-                    self._idle.append((reader, writer))
+                    self._idle.append(line)
                 break
             self.seconds.append(time.perf_counter() - started)
         self.statuses[status] = self.statuses.get(status, 0) + 1
         return status, headers, content
 
-    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        return await asyncio.open_connection(self._host, self._port, ssl=self.tls)
+    async def _open(self) -> "_Line":
+        loop = asyncio.get_running_loop()
+        _, line = await loop.create_connection(_Line, self._host, self._port, ssl=self.tls)
+        return line
 
     async def close(self) -> None:
-        for _, writer in self._idle:
-            writer.close()
+        for line in self._idle:
+            line.close()
         self._idle.clear()
 
 
-async def _answer(reader: asyncio.StreamReader) -> tuple[int, dict[str, str], bytes]:
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-    headers = {}
-    for line in head[1:]:
-        name, _, value = line.partition(":")
-        headers[name.lower()] = value.strip()
-    content = await reader.readexactly(int(headers.get("content-length", 0)))
-    return int(head[0].split()[1]), headers, content
+class _Line(asyncio.Protocol):
+    """One connection: a request, then its answer. A stream takes three times as long."""
+
+    def __init__(self) -> None:
+        self._got = b""
+        self._need = 0
+        self._waiter: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+
+    async def ask(self, message: bytes) -> tuple[int, dict[str, str], bytes]:
+        if self._transport.is_closing():
+            raise OSError(_CLOSED)
+        self._got, self._need = b"", 0
+        self._waiter = asyncio.get_running_loop().create_future()
+        self._transport.write(message)
+        await self._waiter
+        head, _, content = self._got.partition(b"\r\n\r\n")
+        status, headers = _headers(head)
+        return status, headers, content
+
+    def data_received(self, data: bytes) -> None:
+        self._got += data
+        if not self._need:
+            end = self._got.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            self._need = end + 4 + int(_headers(self._got[:end])[1].get("content-length", 0))
+        if len(self._got) >= self._need and self._waiter and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._waiter and not self._waiter.done():
+            self._waiter.set_exception(OSError(_CLOSED))
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+_CLOSED = "the server closed the connection"
+
+
+def _headers(head: bytes) -> tuple[int, dict[str, str]]:
+    lines = head.decode("latin-1").split("\r\n")
+    pairs = (line.partition(":") for line in lines[1:])
+    return int(lines[0].split()[1]), {name.lower(): value.strip() for name, _, value in pairs}
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run``, on the faster loop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    return uvloop.run(work)
 
 
 def percentile(values: list[float], share: float) -> float:

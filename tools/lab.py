@@ -59,6 +59,12 @@ class Event:
     boot: int  # number of the boot, from 1
 
 
+def read_event(line: str) -> tuple[str, dict[str, str]]:
+    """Read a line of a console; the name is "" if it is not of the agent."""
+    match = _EVENT.match(line)
+    return (match[1], dict(_FIELD.findall(match[2]))) if match else ("", {})
+
+
 class TimeServer(threading.Thread):
     """SNTP on a free UDP port of loopback, RFC 4330: the board boots without a clock."""
 
@@ -80,6 +86,46 @@ class TimeServer(threading.Thread):
 
     def close(self) -> None:
         self._socket.close()
+
+
+def virtual_firmware(
+    folder: Path, version: str, fault: str = "", main: bool = True, **made_with: Any
+) -> Path:
+    """Make a virtual firmware image in ``folder``: this package, ``boot.py`` and ``main.py`` as
+    its frozen modules (without ``main``, only the package).
+
+    Args:
+        fault: put in as the application's first lines.
+        made_with: arguments of ``make_firmware``.
+    """
+    tree = folder / f"tree-{version}"
+    shutil.rmtree(tree, ignore_errors=True)
+    package = Path(twinslot.__path__[0])
+    shutil.copytree(package, tree / "twinslot", ignore=shutil.ignore_patterns("__pycache__"))
+    if main:
+        shutil.copy(_ROOT / "boot.py", tree)
+        text = (_ROOT / "main.py").read_text()
+        anchor = "async def application():\n    global beats\n"
+        if anchor not in text:
+            raise RuntimeError("main.py has another application than the lab knows")
+        (tree / "main.py").write_text(text.replace(anchor, anchor + fault))
+    image = folder / f"firmware-{version}.bin"
+    made_with = {"chip": "esp32", "project": PRODUCT, **made_with}
+    image.write_bytes(firmware.make_firmware(tree, version=version, **made_with))
+    return image
+
+
+def flash_board(
+    flash: Path, image: Path, settings: dict[str, Any], files: dict[str, Path]
+) -> None:
+    """Flash a board, as over USB: ``image`` in its first slot; ota.json, which names the files of
+    its ``/ota`` that are there with ``files``, on its volume."""
+    partitions = layout.load_layout("4MiB")
+    slots = {"ota_0": image.read_bytes()}
+    flash.write_bytes(build.make_flash("esp32", 4 << 20, partitions, slots))
+    contents = {f"/ota/{name}": path.read_bytes() for name, path in files.items()}
+    settings = {"source": "server", "ca": "/ota/ca.pem", "keys": "/ota/keys.json", **settings}
+    vfs.write_files(flash, {"/ota.json": json.dumps(settings).encode(), **contents})
 
 
 class Lab:
@@ -159,38 +205,13 @@ class Lab:
     def firmware(
         self, version: str, fault: str = "", size: int | None = None, main: bool = True
     ) -> Path:
-        """A virtual firmware image: this package, ``boot.py`` and ``main.py`` as its frozen
-        modules (without ``main``, only the package). ``fault`` is put in as the application's
-        first lines."""
-        tree = self.folder / f"tree-{version}"
-        shutil.rmtree(tree, ignore_errors=True)
-        shutil.copytree(
-            Path(twinslot.__path__[0]),
-            tree / "twinslot",
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
-        if main:
-            shutil.copy(_ROOT / "boot.py", tree)
-            text = (_ROOT / "main.py").read_text()
-            anchor = "async def application():\n    global beats\n"
-            if anchor not in text:
-                raise RuntimeError("main.py has another application than the lab knows")
-            (tree / "main.py").write_text(text.replace(anchor, anchor + fault))
-        image = self.folder / f"firmware-{version}.bin"
+        """An image of ``virtual_firmware``, of this lab's size and content."""
         size = size or self._image_size
         seed = len(version) + sum(version.encode())
-        image.write_bytes(
-            firmware.make_firmware(
-                tree,
-                chip="esp32",
-                version=version,
-                project=PRODUCT,
-                size=size,
-                seed=seed,
-                filler=sample.code(size, changes=seed % 40) if self._compressible else None,
-            )
+        filler = sample.code(size, changes=seed % 40) if self._compressible else None
+        return virtual_firmware(
+            self.folder, version, fault, main, size=size, seed=seed, filler=filler
         )
-        return image
 
     def publish(
         self, image: Path, version: str, key: RSAKey | None = None, **spec: Any
@@ -210,16 +231,10 @@ class Lab:
     def make_board(self, version: str = "1.0.0", frozen_main: bool = True) -> None:
         """Flash a board, as over USB: ``version`` in its first slot, keys and ota.json on its
         volume."""
-        partitions = layout.load_layout("4MiB")
-        image = self.firmware(version, self._application, main=frozen_main).read_bytes()
-        self.flash.write_bytes(build.make_flash("esp32", 4 << 20, partitions, {"ota_0": image}))
         settings = {
             "product": PRODUCT,
             "url": self.url,
-            "source": "server",
             "token": self._token("device"),
-            "ca": "/ota/ca.pem",
-            "keys": "/ota/keys.json",
             "ntp": f"127.0.0.1:{self._time.port}",
             "poll": 1,
             "timeout": 5,
@@ -228,14 +243,12 @@ class Lab:
             "hang": 3,
             **self._settings,
         }
-        vfs.write_files(
-            self.flash,
-            {
-                "/ota.json": json.dumps(settings).encode(),
-                "/ota/ca.pem": (self.folder / "server" / "server.crt").read_bytes(),
-                "/ota/keys.json": keys.public_path(self.folder / "release.key").read_bytes(),
-            },
-        )
+        files = {
+            "ca.pem": self.folder / "server" / "server.crt",
+            "keys.json": keys.public_path(self.folder / "release.key"),
+        }
+        image = self.firmware(version, self._application, main=frozen_main)
+        flash_board(self.flash, image, settings, files)
         self.board = Board(self.flash, **self._board_options)
 
     # -- the server ---------------------------------------------------------------------------
@@ -333,9 +346,9 @@ class Lab:
                 self._changed.notify_all()
 
     def _hear(self, line: str) -> None:
-        match = _EVENT.match(line)
+        name, data = read_event(line)
         boot = sum(b["event"] == "boot" for b in self.boots)
-        event = Event(match[1], dict(_FIELD.findall(match[2])), boot) if match else None
+        event = Event(name, data, boot) if name else None
         if event:
             self.on_event(event)
         with self._changed:

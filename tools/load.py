@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from twinslot_tools import keys, postgres, publish
-from twinslot_tools.fleet_http import Api, percentile
+from twinslot_tools.fleet_http import Api, percentile, run
 from twinslot_tools.virtual_esp32.firmware import make_firmware
 
 _PRODUCT, _HARDWARE = "sensor-node", "ESP32_GENERIC"
@@ -189,7 +189,7 @@ async def _connect(port: int, ask: Ask, tally: Tally, started: float | None = No
 def _busy(process: subprocess.Popen, work: Any) -> dict[str, Any]:
     """Run ``work``; its figures, and the shares of a core that server and client took for it."""
     server, client, began = _cpu_s(process.pid), time.process_time(), time.perf_counter()
-    found = asyncio.run(work)
+    found = run(work)
     took = time.perf_counter() - began
     found["server_core"] = round((_cpu_s(process.pid) - server) / took, 2)
     found["client_core"] = round((time.process_time() - client) / took, 2)

@@ -29,6 +29,7 @@ from fleet import Board, Fleet
 from twinslot_server import backup, cron, schedules, schema, settings
 from twinslot_server.background import Background, Leader
 from twinslot_server.store import Store, StoreError, bump, generation
+from twinslot_tools import lab, publish
 
 ROOT = Path(__file__).parents[2]
 
@@ -781,32 +782,56 @@ def test_a_schedule_that_another_worker_leads_is_left_to_it(tmp_path):
 # ---- a simulated fleet
 
 
+def simulate(server, *arguments):
+    """Run ``twinslot fleet sim`` for 1.1.0; return its exit code and what it found."""
+    environment = {
+        **os.environ,
+        "TWINSLOT_URL": server.url,
+        "TWINSLOT_CA": str(server.data / "server.crt"),
+        "TWINSLOT_TOKEN": server.token("operator"),
+        "TWINSLOT_DEVICE_TOKEN": server.token("device"),
+    }
+    program = Path(sys.executable).with_name("twinslot")
+    command = [program, "fleet", "sim", servers.PRODUCT, "1.1.0", "--timeout", "60", *arguments]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, timeout=150
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
 def test_a_bad_build_stops_in_a_simulated_fleet_and_the_books_agree(tmp_path):
     site = tmp_path / "site"
     servers.publish_version(site, "1.1.0")
     (site / servers.PRODUCT / "stable.json").unlink()
     keys = str(servers.public_keys(tmp_path))
     with servers.serving(site, "--keys", keys) as server:
-        environment = {
-            **os.environ,
-            "TWINSLOT_URL": server.url,
-            "TWINSLOT_CA": str(server.data / "server.crt"),
-            "TWINSLOT_TOKEN": server.token("operator"),
-            "TWINSLOT_DEVICE_TOKEN": server.token("device"),
-        }
-        command = [
-            Path(sys.executable).with_name("twinslot"), "fleet", "sim", servers.PRODUCT, "1.1.0",
-            "--boards", "60", "--bad", "50%", "--poll", "0.5", "--stage", "20%", "--stage", "100%",
-            "--policy", "max_concurrent=5", "--timeout", "60",
-        ]  # fmt: skip
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, timeout=120
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        found = json.loads(done.stdout)
-        assert found["state"] == "paused"
-        assert found["differences"] == 0, found["examples"]
-        assert found["met"]["1.1.0"] <= found["planned"][0] + 5
+        code, found = simulate(
+            server, "--boards", "60", "--bad", "50%", "--poll", "0.5", "--stage", "20%",
+            "--stage", "100%", "--policy", "max_concurrent=5",
+        )  # fmt: skip
+    assert found["differences"] == 0, found["examples"]
+    assert found["state"] == "paused"
+    assert found["met"]["1.1.0"] <= found["bound"] == found["planned"][0] + 5
+    assert code == 0
+
+
+def test_virtual_boards_are_updated_among_simulated_ones(tmp_path):
+    """What they run is read from their flash, and the server believes the same."""
+    site = tmp_path / "site"
+    image = lab.virtual_firmware(tmp_path, "1.1.0")
+    spec = publish.Spec(version="1.1.0", product=servers.PRODUCT, hardware=(servers.HARDWARE,))
+    publish.publish(image, spec, servers.signing_key(), site)
+    (site / servers.PRODUCT / "stable.json").unlink()
+    keys = str(servers.public_keys(tmp_path))
+    with servers.serving(site, "--keys", keys, "--poll", "1") as server:
+        code, found = simulate(
+            server, "--boards", "10", "--poll", "0.5", "--stage", "100%", "--real", "2",
+            "--keys", keys,
+        )  # fmt: skip
+    assert found["differences"] == 0, found["examples"]
+    assert list(found["real"].values()) == ["confirmed"] * 2
+    assert (code, found["state"], found["planned"]) == (0, "complete", [12])
 
 
 def test_the_load_tool_measures_a_server(tmp_path):
