@@ -146,7 +146,7 @@ attempts = Table(
     Column("from_build", String),
     Column("from_version", String),
     Column("origin", String, nullable=False),  # pin, job, rollout, channel, board
-    Column("rollout_id", Integer, index=True),
+    Column("rollout_id", Integer),
     Column("job_id", Integer, index=True),
     Column("state", String, nullable=False),
     Column("reason", String),
@@ -160,6 +160,7 @@ attempts = Table(
     Column("waits_until", BigInteger),  # its install window opens then
     Index("attempts_device", "device_id", "id"),
     Index("attempts_state", "state", "updated"),
+    Index("attempts_rollout", "rollout_id", "state"),
 )
 
 rollouts = Table(
