@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint bench size compat packages faults faults-long powercut soak fuzz fuzz-api mutants setup clean
+.PHONY: help demo load test lint bench size compat packages faults faults-long powercut soak kills fuzz fuzz-api mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -23,6 +23,7 @@ help:
 	@echo "make faults-long  network cut at every byte, exceptions at every statement (SEED=, PIECE=1/9)"
 	@echo "make powercut  cut the power at every flash operation, in every way (half an hour)"
 	@echo "make soak N=1000 SEED=1  update one board N times, with faults and power cuts"
+	@echo "make kills N=100  kill the server in the middle of reports, uploads and rollouts, N times"
 	@echo "make fuzz SECONDS=60  fuzz the device's parsers"
 	@echo "make fuzz-api SECONDS=60  fuzz the server by its OpenAPI document"
 	@echo "make mutants break each line of the trusted code, see that a test notices (ONE_IN=20)"
@@ -89,6 +90,10 @@ soak: $(READY)
 
 faults: $(READY)
 	@$(BIN)/python tools/coverage_of_faults.py
+
+kills: $(READY)
+	@$(BIN)/python tests/host/kills.py $(or $(N),100) --seed $(or $(SEED),1)
+	@$(BIN)/python tests/host/kills.py $(or $(N),100) --seed $(or $(SEED),1) --postgres
 
 fuzz: $(READY)
 	@$(BIN)/python tests/fuzz/run.py $(SECONDS)

@@ -231,9 +231,7 @@ def _serve(
     background = Background(parts, data)
     background.start()
     try:
-        Server(config, parts.limits, lambda url: print(f"listening {url}", flush=True)).run(
-            [listener]
-        )
+        Server(config, parts.limits, _say_where).run([listener])
     finally:
         background.stop()
         parts.store.close()
@@ -255,16 +253,23 @@ def _renew(config: uvicorn.Config, certificate: tls.Certificate | None) -> None:
     log.info("certificate", extra={"fields": fields})
 
 
+def _say_where(url: str) -> None:
+    print(f"listening {url}\n", end="", flush=True)  # in one piece: workers say it side by side
+
+
 def _serve_many(count: int, serve: Callable[[], None]) -> None:
     """Serve with ``count`` processes that share the listener; one that dies ends them all.
 
     A process manager starts the whole again: half a server that looks well helps nobody.
     """
     children = []
+    alive, held = os.pipe()  # its end tells the workers that this process is no more
     for _ in range(count):
         if (child := os.fork()) == 0:
             code = 1
             try:
+                os.close(held)
+                threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
                 serve()
                 code = 0
             finally:
@@ -288,6 +293,11 @@ def _serve_many(count: int, serve: Callable[[], None]) -> None:
         os.wait()
     if first:
         raise StartError("a worker died; its log says why")
+
+
+def _end_with(pipe: int) -> None:
+    os.read(pipe, 1)
+    os._exit(1)
 
 
 def _listen(host: str, port: int) -> socket.socket:

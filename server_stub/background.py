@@ -4,6 +4,7 @@ Each worker flushes what it holds. The rest is done by one of them, whoever hold
 look only at what the database says, so that nothing depends on when, or by whom, they are run.
 """
 
+import functools
 import logging
 import os
 import threading
@@ -91,6 +92,13 @@ class Leader:
         return True
 
 
+def _try(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except Exception:
+        log.exception("background")
+
+
 class Background:
     """The clockwork of one worker; ``start`` and ``stop`` it around serving."""
 
@@ -103,6 +111,9 @@ class Background:
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": 3600},
         )
         self._loaded: int | None = None
+        self._at_work = threading.Condition()
+        self._working = 0
+        self._stopped = False
         self.tick_s = 0.0  # how long the last tick took
 
     def start(self) -> None:
@@ -116,17 +127,24 @@ class Background:
         self._clock.start()
 
     def stop(self) -> None:
-        self._clock.shutdown(wait=True)
-        self._guarded(self._parts.desk.flush)()
+        # Waiting is ours: the scheduler would hold, while it waits for a tick, what that needs.
+        self._clock.shutdown(wait=False)
+        with self._at_work:
+            self._stopped = True
+            self._at_work.wait_for(lambda: not self._working)
+        _try(self._parts.desk.flush)
         self._leader.release()
 
-    @staticmethod
-    def _guarded(work: Callable[[], None]) -> Callable[[], None]:
+    def _guarded(self, work: Callable[[], None]) -> Callable[[], None]:
         def run() -> None:
-            try:
-                work()
-            except Exception:
-                log.exception("background")
+            with self._at_work:
+                if self._stopped:
+                    return
+                self._working += 1
+            _try(work)
+            with self._at_work:
+                self._working -= 1
+                self._at_work.notify_all()
 
         return run
 
@@ -140,7 +158,7 @@ class Background:
         started = time.monotonic()
         store = self._parts.store
         for rollout_id in store.read(rollouts.due):
-            self._guarded(lambda n=rollout_id: self._move_on(n))()  # one must not stop the others
+            _try(lambda n=rollout_id: self._move_on(n))  # one must not stop the others
         now = int(time.time())
         store.write(
             lambda c: attempts.time_out(
@@ -210,7 +228,8 @@ class Background:
         for name, row in wanted.items():
             if name not in known:
                 trigger = schedules.check(row)
-                self._clock.add_job(self._run, trigger, id=name, args=[row["id"], row["action"]])
+                run = functools.partial(self._run, row["id"], row["action"])
+                self._clock.add_job(self._guarded(run), trigger, id=name)
 
     def _forget_schedules(self) -> None:
         self._loaded = None

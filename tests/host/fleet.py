@@ -121,6 +121,20 @@ class Fleet:
         return next(row for row in found if row["version"] == version)
 
 
+class Remote(Fleet):
+    """The calls of a fleet, to a server process."""
+
+    def __init__(self, server):
+        self.server = server
+        self.client = server.client(timeout=20)
+        self.admin = server.token("operator")
+
+    def api(self, method, path, body=None, **options):
+        options = options if body is None else {**options, "json": body}
+        headers = {"Authorization": f"Bearer {self.admin}"}
+        return self.client.request(method, f"/api/v1/{path}", headers=headers, **options).json()
+
+
 def upload_files(site: Path, published: Any) -> list:
     files = [("release", ("r.jws", (site / published.release).read_bytes()))]
     for payload in published.manifest["images"][0]["payloads"]:

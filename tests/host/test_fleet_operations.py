@@ -18,13 +18,13 @@ import tomllib
 from pathlib import Path
 
 import fleet as fleets
-import httpx
+import kills
 import postgres
 import pytest
 import servers
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from fleet import Board, Fleet
+from fleet import Board, Fleet, Remote
 
 from twinslot_server import backup, cron, schedules, schema, settings
 from twinslot_server.background import Background, Leader
@@ -304,108 +304,14 @@ def test_sqlite_serves_one_process_and_says_so(tmp_path):
 # ---- kill -9
 
 
-class Remote(Fleet):
-    """The calls of a fleet, to a server process."""
-
-    def __init__(self, server):
-        self.server = server
-        self.client = server.client(timeout=20)
-        self.admin = server.token("operator")
-
-    def api(self, method, path, body=None, **options):
-        options = options if body is None else {**options, "json": body}
-        headers = {"Authorization": f"Bearer {self.admin}"}
-        return self.client.request(method, f"/api/v1/{path}", headers=headers, **options).json()
-
-
-def test_F111_F112_killed_while_uploading_nothing_half_is_offered(tmp_path):
-    """F111: kill -9 in the middle of uploads; what was acknowledged is whole, the rest absent."""
-    site = tmp_path / "site"
-    site.mkdir()
-    keys = str(servers.public_keys(tmp_path))
-    acknowledged, number = set(), 0
-    for round_ in range(3):
-        with servers.serving(site, "--keys", keys) as server:
-            remote = Remote(server)
-            timer = threading.Timer(0.08 * round_ + 0.03, server.process.kill)
-            timer.start()
-            with pytest.raises(httpx.TransportError):
-                while True:
-                    number += 1
-                    version = f"1.{number}.0"
-                    made = tmp_path / f"made-{number}" / "site"
-                    made.mkdir(parents=True)
-                    form = fleets.upload_files(made, servers.publish_version(made, version))
-                    headers = {"Authorization": f"Bearer {remote.admin}"}
-                    answer = remote.client.post(
-                        "/api/v1/firmware/upload", headers=headers, files=form
-                    )
-                    assert answer.status_code == 201
-                    acknowledged.add(version)
-            timer.join()
-            remote.client.close()
-    with servers.serving(site, "--keys", keys) as server:
-        remote = Remote(server)
-        known = {row["version"]: row for row in remote.api("GET", "firmware")["firmware"]}
-        assert acknowledged <= set(known)
-        for row in known.values():
-            blob = site / row["payloads"][0].lstrip("/")
-            assert blob.stat().st_size == row["size"]
-        assert not any(row["stable"] for v, row in known.items() if v in acknowledged)
-        remote.client.close()
-
-
-def test_killed_in_the_middle_of_a_rollout_it_goes_on(tmp_path):
-    """The server's belief is what the boards run, however often it was killed on the way."""
-    site = tmp_path / "site"
-    servers.publish_version(site, "1.1.0")
-    (site / servers.PRODUCT / "stable.json").unlink()
-    keys = str(servers.public_keys(tmp_path))
-    boards = [Board(None, f"b{n}") for n in range(12)]
-    rollout = None
-    for round_ in range(4):
-        with servers.serving(site, "--keys", keys) as server:
-            remote = Remote(server)
-            for board in boards:
-                board.fleet, board.token = remote, server.token("device")
-            if rollout is None:
-                for board in boards:
-                    board.poll()
-                body = {
-                    "product": servers.PRODUCT,
-                    "version": "1.1.0",
-                    "stages": [{"count": 6}, {"percent": 100}],
-                    "policy": {"bake_s": 0, "promote": False},
-                    "start": True,
-                }
-                rollout = remote.api("POST", "rollouts", body)["id"]
-            if round_ < 3:
-                timer = threading.Timer(0.15 * round_ + 0.05, server.process.kill)
-                timer.start()
-                try:
-                    for board in boards:
-                        board.update()
-                    time.sleep(1)
-                except httpx.TransportError:
-                    pass
-                timer.join()
-            else:
-                deadline = time.monotonic() + 40
-                while remote.api("GET", f"rollouts/{rollout}")["state"] != "complete":
-                    assert time.monotonic() < deadline, remote.api("GET", f"rollouts/{rollout}")
-                    for board in boards:
-                        board.update()
-                        board.poll()
-                        if board.attempt:  # what it could not say before it says now
-                            board.report("confirmed", "1.1.0")
-                    time.sleep(0.3)
-                rows = remote.api("GET", "devices")["devices"]
-                assert {r["device_id"]: r["current_version"] for r in rows} == {
-                    b.device_id: b.version for b in boards
-                }
-                for board in boards:
-                    assert board.attempts()[0]["state"] == "confirmed"
-            remote.client.close()
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_F111_F112_killed_at_any_moment_it_has_what_it_acknowledged_and_goes_on(
+    kind, request, tmp_path
+):
+    """F111: in the middle of reports, uploads and rollouts; ``make kills`` does it many times."""
+    database = fresh(request.getfixturevalue("pg"), "kills") if kind == "postgres" else None
+    found = kills.run(tmp_path, 2, seed=5, database=database)
+    assert found["reports"] and found["uploads"]
 
 
 # ---- what people and boards may say
@@ -777,6 +683,26 @@ def test_a_schedule_that_another_worker_leads_is_left_to_it(tmp_path):
         one._run(made, plan["action"])
         assert fleet.api("GET", "schedules")["schedules"][0]["last_run"]
         one._leader.release()
+
+
+def test_it_stops_in_the_middle_of_a_tick(tmp_path):
+    """The tick needs the scheduler's own lock, which that held while it waited for the tick."""
+    with fleets.running(tmp_path) as fleet:
+        clock = Background(fleet.parts, fleet.data)
+        clock.start()
+        held, let_go = threading.Event(), threading.Event()
+        fleet.store.submit(lambda c: held.set() or let_go.wait())
+        held.wait()
+        clock._clock.add_job(clock._guarded(clock.tick))
+        while not clock._working:
+            time.sleep(0.01)
+        stopping = threading.Thread(target=clock.stop, daemon=True)
+        stopping.start()
+        while clock._clock.running:
+            time.sleep(0.01)
+        let_go.set()
+        stopping.join(20)
+        assert not stopping.is_alive()
 
 
 # ---- a simulated fleet
