@@ -123,7 +123,6 @@ class Walk:
         self._kept = b""  # of a part that is looked at when it is whole
         self._length = self._segments = 0
         self._checksum = _CHECKSUM_SEED  # of the segments' data so far
-        self._stored = None  # what the image says it is
         self._build = None
         self.problem = "it ends early"
 
@@ -178,7 +177,7 @@ class Walk:
             # The checksum is the last byte of a 16-byte unit.
             return (_SEGMENT, 8) if self._segments else (_PADDING, 16 - self._length % 16)
         if part == _PADDING:
-            self._stored = kept[-1]
+            self._stored = kept[-1]  # what the checksum should be
             return _DIGEST, 32
         self._judge(kept)
         return _DONE, 0

@@ -550,6 +550,12 @@ def test_encodings_of_a_port_with_deflate_and_without():
     assert payload.encodings() == ("identity", "gzip")
 
 
+def test_the_native_loops_are_used_where_they_can_be_loaded():
+    add = _native()
+    assert patch._adder() is add
+    assert espimage._native_xor() not in (None, espimage.plain_xor)
+
+
 def test_where_the_native_loop_can_not_be_loaded_the_plain_one_adds():
     for error in (ImportError("left out"), SyntaxError("no emitter"), ValueError("architecture")):
         with Without("native", error):

@@ -256,6 +256,12 @@ def test_a_wrong_checksum_under_a_right_digest_is_refused():
     assert walked(resealed(image))
 
 
+@pytest.mark.parametrize("first", [b"\xe8\x02", b"\xe9\x00", b"\xe9\x11"])
+def test_a_first_byte_or_a_number_of_segments_that_no_bootloader_takes_ends_the_walk(first):
+    with pytest.raises(ImageError, match="first bytes"):
+        walked(resealed(first + IMAGE[2:]))
+
+
 def test_the_walk_needs_an_appended_digest():
     image = bytearray(IMAGE)
     image[23] = 0

@@ -30,8 +30,9 @@ def judge(made: list[Mutant], tests: list[str], verdict: Verdict) -> bool:
     """Judge all; False if the tests don't pass as they are."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         files = [_File(DEVICE / name, Path(scratch)) for name in tests]
-        if not all(file.try_out() for file in files):
-            return False
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            if not all(pool.map(_File.try_out, files)):
+                return False
         lock = threading.Lock()
         kills: dict[str, Counter[str]] = defaultdict(Counter)
 
