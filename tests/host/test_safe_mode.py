@@ -4,6 +4,8 @@ The application lies on the volume, where a slip of its author breaks it. The gu
 starts that fail, and lets the agent run alone, so that a release that mends it can arrive.
 """
 
+import time
+
 import pytest
 
 from twinslot_tools.lab import Lab
@@ -80,3 +82,52 @@ def test_a_healthy_application_is_never_left_out(tmp_path):
             lab.board.press_reset()
         lab.power_off()
     assert "runs alone" not in "\n".join(lab.console)
+
+
+def _volume(lab):
+    found = next(p for p in lab.describe()["partitions"] if p["label"] == "vfs")
+    return found["offset"], found["size"]
+
+
+def _fill(lab, at, content):
+    with lab.flash.open("r+b") as file:
+        file.seek(at)
+        file.write(content)
+
+
+def _start_and_see(lab, *said):
+    """Switch the board on until it says one of these; return its lines."""
+    first = len(lab.console)
+    lab.power_on()
+    deadline = time.monotonic() + 60
+    while not any(word in line for line in lab.console[first:] for word in said):
+        assert time.monotonic() < deadline, lab.console[first:]
+        time.sleep(0.1)
+    lab.power_off()
+    return "\n".join(lab.console[first:])
+
+
+def _slots(lab):
+    """What decides which image boots, and the images."""
+    offset, _ = _volume(lab)
+    parts = {p["label"]: p for p in lab.describe()["partitions"]}
+    return lab.flash.read_bytes()[parts["otadata"]["offset"] : offset]
+
+
+def test_F27_a_damaged_file_system_costs_no_image_and_what_can_run_runs(tmp_path):
+    """One superblock, both, all of it: the agent goes on; MicroPython stops, as on any board; a
+    new volume is made. Slots and otadata stay, and with the volume back all is as before."""
+    with Lab(tmp_path / "lab") as lab:
+        _start_and_see(lab, "idle")
+        offset, size = _volume(lab)
+        whole = lab.flash.read_bytes()[offset : offset + size]
+        before = _slots(lab)
+        _fill(lab, offset, bytes(4096))  # littlefs has its superblock twice
+        assert "NO UPDATES" not in _start_and_see(lab, "idle")
+        _fill(lab, offset, bytes(8192))
+        assert "corrupt" in _start_and_see(lab, "corrupt")
+        _fill(lab, offset, b"\xff" * size)
+        assert "Performing initial setup" in _start_and_see(lab, "NO UPDATES")
+        _fill(lab, offset, whole)
+        _start_and_see(lab, "idle")
+        assert _slots(lab) == before
