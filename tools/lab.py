@@ -79,6 +79,8 @@ class TimeServer(threading.Thread):
         with contextlib.suppress(OSError):
             while True:
                 request, client = self._socket.recvfrom(256)
+                if client is None:  # closed meanwhile
+                    return
                 now = time.time() + self.offset + _NTP_EPOCH
                 stamp = struct.pack("!II", int(now), int(now % 1 * (1 << 32)))
                 head = struct.pack("!BBBb II 4s", 0x24, 1, 4, -20, 0, 0, b"LOCL")

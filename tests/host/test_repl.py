@@ -75,6 +75,20 @@ def test_a_traceback_comes_apart_from_the_output_and_shows_no_frame_of_the_fakes
         ]
 
 
+LOCKS = "import micropython\nmicropython.heap_lock()\nmicropython.heap_lock()\n1 // 0"
+
+
+def test_a_program_that_ends_with_the_heap_locked_leaves_a_prompt_that_works(tmp_path):
+    """As shared/runtime/pyexec.c does; main.py first, then code typed at the prompt."""
+    with Attended(new_board(tmp_path, LOCKS)) as at:
+        at.wait_for_line("ZeroDivisionError")
+        with at.transport() as transport:
+            for _ in range(2):
+                with pytest.raises(TransportExecError, match="ZeroDivisionError"):
+                    transport.exec(LOCKS)
+            assert transport.exec("print(len(bytearray(2000)))").strip() == b"2000"
+
+
 def test_ctrl_c_ends_a_program_that_waits_for_nothing(tmp_path):
     with Attended(
         new_board(tmp_path, "print('counting')\nn = 0\nwhile True:\n    n += 1\n")

@@ -13,6 +13,7 @@ import io
 import select
 import sys
 
+import micropython
 import soc
 
 _CTRL_A, _CTRL_B, _CTRL_C, _CTRL_D, _CTRL_E = 1, 2, 3, 4, 5
@@ -298,6 +299,7 @@ class Repl:
             try:
                 exec(code, self._namespace)
             finally:
+                unlock_heap()
                 soc.take_interrupt()  # one that comes too late is none
                 soc.event("prompt", open=True)
             _put(end)
@@ -311,6 +313,17 @@ class Repl:
 
     def _report(self, error):
         print(traceback(error), end="")
+
+
+def unlock_heap():
+    """Let code allocate again, whatever ended the last one, as a board's prompt does.
+
+    Here an interrupt can also come in the middle of a collection, which the next one ends.
+    """
+    gc.collect()
+    micropython.heap_lock()
+    for _ in range(micropython.heap_unlock()):
+        micropython.heap_unlock()
 
 
 def traceback(error):

@@ -234,6 +234,7 @@ def _run(name, frozen, namespace):
     except SystemExit:
         sys.modules["machine"].soft_reset()
     except BaseException as e:
+        repl.unlock_heap()
         text = repl.traceback(e)
         print(text, end="")
         return text
