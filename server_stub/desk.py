@@ -106,7 +106,7 @@ class Desk:
             self.remembered += 1
             return kept.answer
         answer, settled = await self._store.awrite(
-            lambda connection: self._answer(connection, ask.device_id, facts, token, now)
+            lambda connection: self._answer(connection, ask.device_id, facts, token, now), True
         )
         self._behind.seen(ask.device_id, now)
         if settled:
@@ -197,7 +197,7 @@ class Desk:
         """Keep a report; False where the same one is known already."""
         self.reports += 1
         now = int(time.time())
-        new = await self._store.awrite(lambda c: self._report(c, report, token, now))
+        new = await self._store.awrite(lambda c: self._report(c, report, token, now), True)
         if not new:
             self._behind.seen(report.device_id, now)
         self._kept.pop(report.device_id, None)

@@ -1,10 +1,11 @@
 """The database: SQLite or PostgreSQL by URL, migrated at start, written by one thread.
 
 Every change is a function of a connection. Changes that wait at the same moment share one
-transaction (group commit); where one fails, all are done anew, each within a savepoint of its own,
-so that it takes none of the others with it. What was answered is on disk (SQLite: WAL,
+transaction (group commit), each within a savepoint of its own: one that fails takes none of the
+others with it. What boards say pours in and hardly ever fails: it is spared the savepoint, and
+where one fails, all are done anew with it. What was answered is on disk (SQLite: WAL,
 synchronous=FULL). A change may be run more than once: for that, and where another worker's
-transaction was in the way.
+transaction was in the way, the whole is done anew.
 """
 
 import asyncio
@@ -118,17 +119,18 @@ class Store:
         """Run a change and return its result once it is durable."""
         return self.submit(change).result()
 
-    async def awrite(self, change: Change[T]) -> T:
+    async def awrite(self, change: Change[T], pours: bool = False) -> T:
+        """As :meth:`write`; ``pours``: a board's, which goes without a savepoint at first."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._queue(change, future)
+        self._queue(change, future, pours)
         return await future
 
-    def _queue(self, change: Change, future: Any) -> None:
+    def _queue(self, change: Change, future: Any, pours: bool = False) -> None:
         with self._lock:
             if self._thread is None:  # not at construction: a forked worker has no threads
                 self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
                 self._thread.start()
-        self._work.put((change, future))
+        self._work.put((change, future, pours))
 
     def _write(self) -> None:
         while True:
@@ -142,7 +144,7 @@ class Store:
 
     def _commit(self, batch: list) -> None:
         done: list[_Done] = []
-        apart = False
+        apart = not all(pours for _, _, pours in batch)
         left = _TRIES if batch else 0
         while left:
             left -= 1
@@ -155,7 +157,7 @@ class Store:
                 if not apart and len(batch) > 1:  # whose fault it was
                     apart, left = True, _TRIES
                     continue
-                done = [(future, None, exc) for _, future in batch]
+                done = [(future, None, exc) for _, future, _ in batch]
                 break
         _settle(done)
 
@@ -163,7 +165,8 @@ class Store:
         """Do a batch in one transaction; ``apart``, one that fails is undone by itself."""
         with self._engine.execution_options(write=True).begin() as connection:
             one = _apart if apart else _together
-            return [one(connection, *item) for item in batch], generation(connection)
+            done = [one(connection, change, future) for change, future, _ in batch]
+            return done, generation(connection)
 
     # -- what others have changed -------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Running it: PostgreSQL and workers, migrations, kills, backup, simulated fleets."""
 
+import asyncio
 import contextlib
 import datetime as dt
 import json
@@ -112,15 +113,19 @@ def test_a_schema_of_the_future_is_left_alone(tmp_path):
 # ---- writing
 
 
-def test_one_change_that_fails_takes_no_other_with_it(store):
+@pytest.mark.parametrize("pours", [False, True])
+def test_one_change_that_fails_takes_no_other_with_it(store, pours):
 
     def add(connection, number):
         connection.execute(schema.meta.insert().values(key=f"n{number}", value=number))
         if number % 3 == 0:
             connection.exec_driver_sql("SELECT * FROM nowhere")
 
-    futures = [store.submit(lambda c, n=n: add(c, n)) for n in range(60)]
-    failed = {n for n, future in enumerate(futures) if future.exception(10)}
+    async def all_at_once():
+        changes = (store.awrite(lambda c, n=n: add(c, n), pours) for n in range(60))
+        return await asyncio.gather(*changes, return_exceptions=True)
+
+    failed = {n for n, result in enumerate(asyncio.run(all_at_once())) if result}
     assert failed == set(range(0, 60, 3))
     kept = store.read(
         lambda c: set(
