@@ -137,10 +137,8 @@ class Desk:
         decision, channel = self._chooser.decide(connection, row, latest, now, booking=True)
         if decision.offer is not None:
             self._book(connection, row, latest, decision, now)
-        elif decision.ends_job and not _under_way(latest):
-            job_id, status = decision.ends_job
-            why = decision.sentence if status == "failed" else None
-            attempts.put_node(connection, job_id, device_id, status, why, now)
+        elif not _under_way(latest):
+            _part(connection, device_id, decision, now)
         _log_poll(device_id, decision)
         poll_s = self._chooser.poll_s(connection, row, channel, now)
         body = _body(decision, poll_s, self._site.keyring(row.product))
@@ -291,6 +289,16 @@ class Desk:
         self._behind.flush()
 
 
+def _part(connection: Connection, device_id: str, decision: Decision, now: int) -> None:
+    """End a board's part in what has nothing for it: else that would wait for it for ever."""
+    if decision.ends_job:
+        job_id, status = decision.ends_job
+        why = decision.sentence if status == "failed" else None
+        attempts.put_node(connection, job_id, device_id, status, why, now)
+    if decision.leaves_rollout:
+        rollouts.leave(connection, decision.leaves_rollout, device_id)
+
+
 def _body(decision: Decision, poll_s: int, keyring: int) -> dict[str, Any]:
     """An answer as the board reads it."""
     offer = decision.offer
@@ -313,6 +321,7 @@ def _settled(decision: Decision, latest: Any) -> bool:
         decision.offer is None
         and decision.reason not in _PASSING
         and decision.ends_job is None
+        and decision.leaves_rollout is None
         and not (_under_way(latest) or (latest is not None and latest.presumed))
     )
 

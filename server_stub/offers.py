@@ -75,6 +75,7 @@ class Decision:
     version: str | None = None
     install_in_s: int = 0  # fetch it now, install it then
     ends_job: tuple[int, str] | None = None  # this board's part in it: completed, or failed
+    leaves_rollout: int | None = None  # it can't take what this one brings
 
 
 def decide(situation: Situation, now: int) -> Decision:
@@ -113,8 +114,14 @@ def _judge(situation: Situation, candidate: Candidate, now: int) -> Decision:
     image = release.firmware
 
     def no(word: str, why: str, part: str | None = None) -> Decision:
-        ends = (candidate.job_id, part) if candidate.job_id and part else None
-        return Decision(word, f"{says} wants {version}: {why}.", None, version, ends_job=ends)
+        return Decision(
+            word,
+            f"{says} wants {version}: {why}.",
+            None,
+            version,
+            ends_job=(candidate.job_id, part) if candidate.job_id and part else None,
+            leaves_rollout=candidate.rollout_id if part == "failed" else None,
+        )
 
     if candidate.blocked is not None:
         return no("blocked", f"that release is blocked ({candidate.blocked})")

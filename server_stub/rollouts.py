@@ -118,7 +118,7 @@ def reach(
         target: label selector, as of a rollout or a job.
         channel: only boards of it, or None for all.
     """
-    other = func.coalesce(devices.c.current_build, "") != release.build
+    other = (func.coalesce(devices.c.current_build, "") != release.build) & _free(release)
     if channel is not None:
         other &= devices.c.channel == channel
     if not target.get("label"):  # without labels the database can count
@@ -128,6 +128,11 @@ def reach(
             )
         ).scalar_one()
     return len(_suiting(connection, release, target, other))
+
+
+def _free(release: Any) -> Any:
+    """Not pinned to another version: a pin stands above rollouts and jobs."""
+    return devices.c.pin.is_(None) | (devices.c.pin == release.version)
 
 
 def _could_run(release: Any) -> tuple[Any, ...]:
@@ -150,7 +155,7 @@ def _suiting(
 
 def preview(connection: Connection, row: Any) -> list[int]:
     """How many boards each stage holds, if it started now ("this will move N boards")."""
-    boards = audience(connection, row)
+    boards = _suiting(connection, row, row.target, _free(row))
     return [
         len(stages.members(boards, row.stages, stage, row.seed))
         for stage in range(len(row.stages))
@@ -267,6 +272,15 @@ def add(connection: Connection, rollout_id: int, ids: list[str], stage: int) -> 
         )
 
 
+def leave(connection: Connection, rollout_id: int, device_id: str) -> None:
+    """Take out a board that would refuse the release: no stage waits for it."""
+    connection.execute(
+        members.delete().where(
+            members.c.rollout_id == rollout_id, members.c.device_id == device_id
+        )
+    )
+
+
 def _stop(connection: Connection, row: Any, state: str, why: str, now: int) -> None:
     """Withdraw what is offered and not begun; boards in flight finish."""
     tries.cancel(connection, attempts.c.rollout_id == row.id, now=now)
@@ -282,7 +296,10 @@ def _set(connection: Connection, row: Any, now: int, **values: Any) -> None:
 
 
 def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
-    """Count the members by their newest attempt of this rollout."""
+    """Count the members by their newest attempt of this rollout.
+
+    A board that is pinned to another version counts only once it has tried.
+    """
     newest = (
         select(attempts.c.device_id, func.max(attempts.c.id).label("id"))
         .where(attempts.c.rollout_id == row.id)
@@ -304,7 +321,11 @@ def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
         .join(devices, devices.c.device_id == members.c.device_id)
         .outerjoin(newest, newest.c.device_id == members.c.device_id)
         .outerjoin(attempts, attempts.c.id == newest.c.id)
-        .where(members.c.rollout_id == row.id, devices.c.enrolment == "accepted")
+        .where(
+            members.c.rollout_id == row.id,
+            devices.c.enrolment == "accepted",
+            _free(row) | attempts.c.id.is_not(None),
+        )
         .group_by(state, alive, there)
     )
     tally = {"members": 0, "confirmed": 0, "failed": 0, "rolledback": 0, "in_flight": 0}

@@ -343,6 +343,33 @@ def test_sleeping_boards_hold_nobody_up(fleet):
     assert asleep.device_id == "board-001"
 
 
+def test_boards_that_are_pinned_or_newer_hold_nobody_up(fleet):
+    """They never take it, and nobody said that they should."""
+    plain, pinned, newer = boards(fleet, 3)
+    newer.version = "2.0.0"
+    newer.poll()
+    fleet.api("PATCH", "devices/board-001", {"pin": "1.0.0"})
+    assert fleet.api("GET", f"firmware/{fleet.number}/reach") == {"devices": 2}
+    number = rollout(fleet, [{"percent": 100}])
+    assert plain.update() == "1.1.0"
+    assert pinned.poll()["reason"] == "up_to_date"
+    assert "would refuse" in fleet.api("GET", "devices/board-002/explain")["sentence"]
+    assert newer.poll()["reason"] == "version"
+    assert tick(fleet, number, 2)[0] == "complete"
+    counts = state(fleet, number)["counts"]
+    assert (counts["members"], counts["confirmed"]) == (1, 1)
+
+
+def test_a_board_that_is_unpinned_joins_the_rollout_it_is_in(fleet):
+    one, two = boards(fleet, 2)
+    fleet.api("PATCH", "devices/board-001", {"pin": "1.0.0"})
+    number = rollout(fleet, [{"percent": 100}])
+    assert (one.update(), two.update()) == ("1.1.0", None)
+    fleet.api("PATCH", "devices/board-001", {"pin": None})
+    assert two.update() == "1.1.0"
+    assert state(fleet, number)["counts"]["confirmed"] == 2
+
+
 def test_a_lost_board_is_a_failure_after_its_time(fleet):
     (board,) = boards(fleet, 1)
     number = rollout(fleet, [{"percent": 100}])
