@@ -119,7 +119,6 @@ async def pump(stage, writer, boundary):
             raise FormatError("payload", "%d bytes missing" % writer.left(), "the whole image")
         if not n:
             await stage.wait()
-            reads = 0
             continue
         reads += 1
         if writer.advance(n):

@@ -321,6 +321,15 @@ async def test_what_follows_a_complete_image_is_read_and_harms_nothing():
     stage = payload.open_stage(GZIP, rest, None, 3000)
     await payload.pump(stage, payload.Writer(Sink(), 3000), lambda *_: None)
     assert rest.received == len(member(image)), "the connection is left clean"
+    content = b"\0" + _number(3000) + _number(0) + _chunk(bytes(3000), b"", 0)
+    rest = Body(content, 64)
+
+    def read(offset, buf):
+        buf[:] = image[offset : offset + len(buf)]
+
+    stage = payload.open_stage(PATCH, rest, (read, 3000), 3000)
+    await payload.pump(stage, payload.Writer(Sink(), 3000), lambda *_: None)
+    assert rest.received == len(content)
 
 
 class Hesitant(Body):

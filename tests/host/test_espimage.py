@@ -91,6 +91,14 @@ def test_a_segment_length_no_bootloader_takes_is_refused(length):
         identify(image)
 
 
+@pytest.mark.parametrize("length", [5, 6, 7])
+def test_the_last_segment_too_is_of_whole_words(length):
+    image = bytearray(built(8))
+    image[28] = length
+    with pytest.raises(ImageError, match="segment length"):
+        identify(bytes(image))
+
+
 def test_an_image_that_ends_beyond_its_slot_is_refused():
     for limit in (0, 24, 31, 300, len(IMAGE) // 2, len(IMAGE) - 33, len(IMAGE) - 1):
         with pytest.raises(ImageError):
@@ -178,13 +186,14 @@ def test_texts_and_numbers_of_a_head_are_read_to_their_last_byte():
     head[12:14] = b"\x34\x12"
     head[36:40] = b"\x01\x02\x03\x04"
     head[48:80] = b"v" * 32
-    head[80:112] = b"\xff" * 32
+    head[80:113] = b"p" * 32 + b"q"
     said = espimage.parse(head)
     assert espimage.chip_name(said["chip_id"]) == "chip 0x1234"
     assert said["secure_version"] == 0x04030201
-    assert (said["version"], said["project"]) == ("v" * 32, "")
-    head[48:80] = bytes(32)
-    assert espimage.parse(memoryview(head))["version"] == ""
+    assert (said["version"], said["project"]) == ("v" * 32, "p" * 32)
+    head[48:112] = bytes(32) + b"\xff" * 32
+    said = espimage.parse(memoryview(head))
+    assert (said["version"], said["project"]) == ("", "")
 
 
 # ---- the walk that verifies
