@@ -58,6 +58,8 @@ class Leader:
         held, self._held = self._held, None
         if held is not None:
             try:
+                if not self._store.is_sqlite:  # by its end the database frees it some time later
+                    held.exec_driver_sql(f"SELECT pg_advisory_unlock({_ADVISORY_LOCK})")
                 held.close()
             except Exception as exc:  # the connection is gone, and with it the lock
                 log.info("scheduler lock", extra={"fields": {"why": str(exc)[:200]}})
@@ -86,7 +88,7 @@ class Leader:
             ).scalar():
                 connection.close()
                 return False
-            connection.detach()  # closing it really ends it, and the lock
+            connection.detach()  # closing it really ends it, and a lock that was not given back
             self._held = connection
         self._held.exec_driver_sql("SELECT 1")
         return True

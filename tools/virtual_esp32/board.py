@@ -73,8 +73,9 @@ EPOCH_2000 = 946684800  # seconds from 1970 to 2000
 _RTC_FILE_SIZE = 8 + 2 + 2048 + 2  # see chip/soc.py
 _INTERRUPT, _NO_NETWORK = 2058, 2059
 
-# What waits heeds Ctrl-C at once; code that has computed for so long gets a signal.
-_PATIENCE_S = 1.0
+# What waits heeds Ctrl-C at once; code that has computed for so long gets a signal. A machine
+# with much to do must not come to that: see `heed` in chip/soc.py.
+_PATIENCE_S = 3.0
 
 # Build name and sys.implementation._machine of MicroPython's generic boards.
 HARDWARE = {
