@@ -9,7 +9,8 @@ Images are made at run time (``sample``). Times are ratios of two runs on the sa
 the same minute. A limit is what was reached, with some room for a 64-bit port or a busy machine; a
 target is what was wished for. Plots and ``bench.json`` go to docs/bench.
 
-Exit code 1: a figure is beyond its limit.
+Exit code 1: a figure is beyond its limit or, where no clock decides it, worse by more than 5 %
+than in the ``bench.json`` of docs/bench.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from .virtual_esp32.chip.flash import ERASE_SECTOR_US, PROGRAM_PAGE_US, SECTOR, 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "bench"
 FORMS = ("identity", "gzip", "delta")
 _STATIC = {"source": "static", "token": ""}
-_IMAGE = 1_000_000  # bytes of an image on a board
+_IMAGE = 1_600_000  # bytes of an image on a board
+_TOLERANCE = 1.05  # against the figure kept
 _NEIGHBOUR, _YEAR = 600, 5500  # functions changed in an image of 1.5 MB
 _PAGE = 256
 _TICK_MS = 5
@@ -43,7 +45,8 @@ _TICK_MS = 5
 
 @dataclass
 class Figure:
-    """One line of the table. ``limit`` None: told, not judged."""
+    """One line of the table. ``limit`` None: told, not judged. ``kept``: the same of an earlier
+    run, unless a clock decides it."""
 
     group: str
     name: str
@@ -51,10 +54,12 @@ class Figure:
     unit: str
     target: str = ""
     limit: float | None = None
+    kept: float | None = None
 
     @property
     def ok(self) -> bool:
-        return self.limit is None or self.value <= self.limit
+        beyond = self.limit is not None and self.value > self.limit
+        return not beyond and (self.kept is None or self.value <= self.kept * _TOLERANCE)
 
 
 def main() -> int:
@@ -76,14 +81,18 @@ def main() -> int:
         enough_heap,
     ]
     if not options.short:
-        parts += [live_heap, smallest_heap, wall_time, ticker]
+        parts += [live_heap, smallest_heap, import_time, wall_time, ticker]
+    kept = _kept()
     for part in parts:
         for figure in part():
+            if not figure.group.startswith(_TIMED):
+                figure.kept = kept.get((figure.group, figure.name))
             figures.append(figure)
             talk.print(f"  {figure.group}: {figure.name} {_shown(figure)}")
     if not options.short:
         options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps([asdict(f) for f in figures], indent=1)
+        fields = ("group", "name", "value", "unit", "target", "limit")
+        text = json.dumps([{k: getattr(f, k) for k in fields} for f in figures], indent=1)
         (options.out / "bench.json").write_text(text + "\n")
         for name, svg in plots.items():
             (options.out / f"{name}.svg").write_text(svg)
@@ -95,9 +104,24 @@ def main() -> int:
     for figure in bad:
         seen = _shown(figure)
         print(
-            f"bench: {figure.group}: {figure.name}: {seen}, limit {figure.limit}", file=sys.stderr
+            f"bench: {figure.group}: {figure.name}: {seen}, limit {figure.limit},"
+            f" kept {figure.kept}",
+            file=sys.stderr,
         )
     return 1 if bad else 0
+
+
+# Groups that a clock decides: judged by their limit alone.
+_TIMED = ("time", "gap", "import time")
+
+
+def _kept() -> dict[tuple[str, str], float]:
+    """The figures of the run that is in the repository, by group and name."""
+    try:
+        rows = json.loads((OUT / "bench.json").read_text())
+    except FileNotFoundError:
+        return {}
+    return {(row["group"], row["name"]): row["value"] for row in rows}
 
 
 def _shown(figure: Figure) -> str:
@@ -145,7 +169,7 @@ def bytes_on_the_air(pairs: list[list[str]], plots: dict[str, str]) -> Iterator[
         yield Figure(group, "gzip", packed, "of the image", "", limits[0])
         yield Figure(group, "delta", delta, "of the image", "", limits[1])
         if pairs:
-            yield Figure(group, "making the delta", seconds, "s", "seconds")
+            yield Figure("time", f"making the delta, {name}", seconds, "s", "seconds")
         rows += [(f"{name}: gzip", packed), (f"{name}: delta", delta)]
     plots["bytes"] = bars("Bytes on the air, share of the image", [("identity", 1.0), *rows])
 
@@ -281,7 +305,7 @@ def _completes(form: str, kib: int) -> bool:
         return event.name == "staged" and int(event.data["bytes"]) == wanted
 
 
-_HEAPS = {"identity": (64, 112), "gzip": (80, 124), "delta": (96, 126)}  # target, limit in KiB
+_HEAPS = {"identity": (64, 98), "gzip": (80, 108), "delta": (96, 110)}  # target, limit in KiB
 
 
 def enough_heap() -> Iterator[Figure]:
@@ -301,9 +325,12 @@ def smallest_heap() -> Iterator[Figure]:
         yield Figure("heap", f"smallest that completes: {form}", high, "KiB", f"{target}", limit)
 
 
-# Samples what is alive each time the agent lets it run: between any two blocks.
+# Samples what is alive each time the agent lets it run: between any two blocks. Imported are all
+# modules but those that the agent unloads: while it has them for a moment they are in the peak.
 _LIVE = """    import gc
-    import twinslot.native, twinslot.download, twinslot.payload, twinslot.sources.static
+    import twinslot.agent, twinslot.native, twinslot.download, twinslot.sources.static
+    import twinslot.inflate, twinslot.patch
+    twinslot.unload()
     gc.collect()
     base = peak = gc.mem_alloc()
     print("live imported", base)
@@ -319,7 +346,7 @@ _LIVE = """    import gc
 
 def live_heap() -> Iterator[Figure]:
     """Item 3: live objects of the agent beyond what is imported."""
-    for form, limit in zip(FORMS, (20_000, 31_000, 33_000), strict=True):
+    for form, limit in zip(FORMS, (31_000, 31_000, 33_000), strict=True):
         with _lab(form, application=_LIVE, image_size=400_000) as lab:
             _publish(lab, form)
             lab.power_on(max_boots=1)
@@ -358,18 +385,31 @@ _SIMPLEST = """    import hashlib, socket, time
 """
 
 
+def import_time() -> Iterator[Figure]:
+    """Item 7, the rest of it."""
+    times = size.heap(frozen=True)
+    yield Figure("import time", "import twinslot and an Agent, frozen", times["ms"], "ms", "", 250)
+
+
 def wall_time() -> Iterator[Figure]:
     """Item 2. Both on one board, one after the other, over a slot full of something else.
 
-    The agent reads each block before it writes it, reads all of it back, and keeps a checkpoint
-    every 64 KiB in NVS (which on a virtual board is Python); the loop does none of that.
+    Once as it is on a virtual board, whose flash takes no time, so that what is compared is how
+    busy the processor is: the agent looks at each block before it writes it, reads all of it back,
+    and keeps a checkpoint every 64 KiB in NVS (which on a virtual board is Python); the loop does
+    none of that. And once with the time that the flash of a board would have taken for each.
     """
-    for form, target, limit in zip(FORMS, ("1.25", "2", "2"), (8.0, 8.0, 8.0), strict=True):
-        ratios = [_race(form) for _ in range(3)]
-        yield Figure("time against the simplest loop", form, min(ratios), "x", target, limit)
+    for form, target, limit in zip(FORMS, (1.25, 2.0, 2.0), (9.0, 9.0, 12.0), strict=True):
+        runs = [_race(form) for _ in range(3)]
+        group = "time against the simplest loop"
+        real = min(with_flash for _, with_flash in runs)
+        yield Figure(group, f"{form}, with the flash's", real, "x", f"{target:g}", target)
+        busy = min(without for without, _ in runs)
+        yield Figure(group, f"{form}, processor alone", busy, "x", f"{target:g}", limit)
 
 
-def _race(form: str) -> float:
+def _race(form: str) -> tuple[float, float]:
+    """Return the ratio of times without and with that of the flash."""
     with _lab(form, image_size=_IMAGE) as lab:
         # Another image of the same size for the loop to fetch, so that the agent has all to write.
         other = lab.firmware("1.0.5").read_bytes()
@@ -384,9 +424,12 @@ def _race(form: str) -> float:
         _publish(lab, form)
         lab.power_on(max_boots=1)
         staged = lab.wait(lambda e: e.name == "staged", timeout=120)
-        lab.power_off()
-        simplest = next(line for line in lab.console if line.startswith("simplest"))
-        return int(staged.data["ms"]) / int(simplest.split()[1])
+        flash_ms = lab.power_off().flash["busy_us"] / 1000
+        line = next(line for line in lab.console if line.startswith("simplest"))
+        ours, simplest = int(staged.data["ms"]), int(line.split()[1])
+        sectors = -(-len(other) // SECTOR)
+        loops_ms = sectors * (ERASE_SECTOR_US + SECTOR // _PAGE * PROGRAM_PAGE_US) / 1000
+        return ours / simplest, (ours + flash_ms - loops_ms) / (simplest + loops_ms)
 
 
 class Proxy(threading.Thread):

@@ -22,7 +22,7 @@ import random
 import sys
 import time
 
-from . import __version__, config, guard, health, release, semver
+from . import __version__, guard, unload
 from .clock import BUILD_FLOOR, Clock
 from .errors import (
     BusyError,
@@ -50,9 +50,10 @@ _REST_S = 6 * 3600
 _DAY_S = 86400
 _POSTPONE_MAX_S = _DAY_S  # an application that is never ready gets its update all the same
 _WAIT_MAX_MS = 0x1FFFFFFF  # what the ticks of a 32-bit port can span: 6.2 days
-# Bytes of GC heap: modules of the download, two blocks, the JWS, headers, and room to run. What
-# `make bench` measures on a 64-bit port; objects of a 32-bit one are half as large.
-_HEAP_NEED = (28 if sys.maxsize > 1 << 32 else 20) * 1024
+# Bytes of GC heap: what verifies a release, then the modules of the download, a block, the JWS,
+# headers, and room to run. What `make bench` measures on a 64-bit port; objects of a 32-bit one
+# are half as large.
+_HEAP_NEED = (30 if sys.maxsize > 1 << 32 else 24) * 1024
 _TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
 
 
@@ -74,6 +75,8 @@ class Agent:
 
     def __init__(self, settings, source=None):
         import machine
+
+        from . import config
 
         self._settings = s = config.check(settings)
         self._machine = machine
@@ -123,6 +126,8 @@ class Agent:
         Raises:
             ConfigError, PartitionError: as the constructor.
         """
+        from . import config
+
         try:
             agent = cls(config.load(path))
         except OtaError as exc:
@@ -300,6 +305,8 @@ class Agent:
             await self._prove()
 
     async def _prove(self):
+        from . import health
+
         s = self._settings
         hang = s["hang"]
         guard.feed(hang)
@@ -401,6 +408,7 @@ class Agent:
                 guard.started()
             self._slot.abandon()
             await self._client.close()  # TLS holds 20 KB and more that others may want meanwhile
+            unload()
             gc.collect()
 
     async def _from_anywhere(self, force):
@@ -426,6 +434,8 @@ class Agent:
         await self._deliver()
         self._remember_time()
         if self._path:
+            from . import config
+
             config.keep(self._path)
             self._path = None
         await self._renew_keys(offer.keyring)
@@ -436,7 +446,7 @@ class Agent:
         if (
             url is None
             or ((name == self._done or self._rests(name)) and not force)
-            or not release.in_rollout(offer.percent, offer.seed, self.device_id, hashlib.sha256)
+            or not self._is_chosen(offer)
         ):
             self._emit("idle", version=self.version())
             return
@@ -444,6 +454,11 @@ class Agent:
             self._emit("waiting", seconds=offer.install)
             return
         await self._take(url, name, force, offer.install)
+
+    def _is_chosen(self, offer):
+        from . import release
+
+        return release.in_rollout(offer.percent, offer.seed, self.device_id, hashlib.sha256)
 
     async def _take(self, url, name, force, wait_s=0):
         """Fetch a release, judge it and install it: then this never returns. It does if the
@@ -475,7 +490,7 @@ class Agent:
         if build == self._running["build"] and manifest.product == self._settings["product"]:
             self._is_running(manifest, name)
             return
-        release.judge(manifest, self._board(force))
+        self._judge(manifest, force)
         waiting = self._waiting()
         if waiting[0] == build:
             report["attempt"] = waiting[1]  # it goes on
@@ -510,6 +525,8 @@ class Agent:
         older one, which would let an old release in), or its security version was not known:
         it came over the cable, or by a way on which the trial record was lost."""
         self._done = name
+        from . import semver
+
         versions = dict(self._journal.get("versions"))
         if semver.compare(manifest.version, self.version()) > 0:
             versions[self._running["build"]] = manifest.version
@@ -519,6 +536,7 @@ class Agent:
 
     def _preflight(self):
         """Raise BusyError unless both heaps can carry an update."""
+        unload()
         gc.collect()
         if gc.mem_free() < _HEAP_NEED:
             raise BusyError("heap", "%d bytes free" % gc.mem_free(), "%d or more" % _HEAP_NEED)
@@ -569,9 +587,12 @@ class Agent:
             self._tried = []
             self._emit("keyring", version=taken)
 
-    def _board(self, force):
+    def _judge(self, manifest, force):
+        """Raise what speaks against a release."""
+        from . import health, release
+
         s = self._settings
-        return release.Board(
+        board = release.Board(
             s["product"],
             s["hardware"],
             self._slot.chip_id,
@@ -582,6 +603,7 @@ class Agent:
             () if force else health.failed_builds(self._journal),
             self._slot.size,
         )
+        release.judge(manifest, board)
 
     async def _permit(self, step, manifest):
         """Ask the application; return when it agrees or its time to postpone is over."""
@@ -614,6 +636,7 @@ class Agent:
         await self._report(report, "staging")
         start = time.ticks_ms()
         self._fetching = True
+        unload()  # the release is judged
         from .download import Download
 
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
@@ -703,6 +726,8 @@ def _free_bytes():
 def _give_up(reason):
     """End a trial that can't be proven: reset into the way back. Returns only without one."""
     import machine
+
+    from . import health
 
     try:
         health.give_up(FirmwareSlot(), Journal.shared(), reason, health.TRIES)

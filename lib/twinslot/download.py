@@ -13,11 +13,11 @@ connection costs is at most that much, and what was already under way.
 
 import gc
 
-from . import payload, release
+from . import payload
 from .errors import BusyError, HttpError, NetworkError, OtaError, RefusedError
 from .url import resolve
 
-_SLOT_HEAP = 4096  # bytes that the slot takes in begin()
+_SLOT_HEAP = 4096  # bytes that the slot takes in begin() and finish()
 # For all else that happens meanwhile: reads, events, checkpoints, and holes between objects. What
 # `make bench` measures on a 64-bit port.
 _SPARE_HEAP = 9 * 1024
@@ -87,7 +87,7 @@ class Download:
         gc.collect()
         room = gc.mem_free() - _SLOT_HEAP - _SPARE_HEAP
         chosen = []
-        for candidate in release.payloads(image, build, payload.encodings()):
+        for candidate in payload.usable(image, build, payload.encodings()):
             if candidate.url == kept.get("url"):
                 chosen.insert(0, candidate)
             elif candidate.encoding == "identity" or payload.heap(candidate) <= room:

@@ -7,6 +7,8 @@ by byte, and an empty source spoils it for good.
 Source: RFC 1952; MicroPython extmod/moddeflate.c, py/objringio.c.
 """
 
+import gc
+
 import deflate
 from micropython import RingIO, const
 
@@ -33,6 +35,7 @@ class Inflate:
         self._offset = offset
         self._ended = False
         self._member = None
+        self._place = None  # keeps that of the last window for the next one
         self._idle = 0
         self._spare = memoryview(bytearray(1))
         self._kept = False  # while _spare holds a byte that boundary() had to look at
@@ -60,6 +63,7 @@ class Inflate:
             if self._member is None:
                 if not self._ring.any():
                     return None
+                self._place = None
                 self._member = deflate.DeflateIO(self._ring, deflate.GZIP, self._window)
             got = self._read(view, n)
             if got:
@@ -70,6 +74,8 @@ class Inflate:
 
     def _end_member(self):
         self._member = None
+        gc.collect()  # what is allocated meanwhile must not lie in the middle of the only hole
+        self._place = bytearray(1 << self._window)
         self._idle += 1
         if self._idle >= _IDLE_MEMBERS:
             raise FormatError("gzip", "%d members without content" % _IDLE_MEMBERS, "an image")

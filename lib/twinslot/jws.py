@@ -18,7 +18,6 @@ Source: RFC 8017 sections 8.1.2, 9.1.2 and B.2.1; RFC 7638 for key names.
 import binascii
 import hashlib
 
-from . import strict
 from .errors import ConfigError, SignatureError
 
 TOKEN_LIMIT = 12288  # characters of a whole JWS: a manifest of 8 KiB and a 4096-bit signature
@@ -116,6 +115,8 @@ def load_keys(jwk_set, demo=False):
 def _header(text):
     if len(text) > _HEADER_LIMIT:
         raise SignatureError("JWS header", "%d characters" % len(text), "at most 512")
+    from . import strict
+
     try:
         header = strict.loads(b64url_decode(text))
     except ValueError as exc:

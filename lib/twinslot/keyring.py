@@ -20,14 +20,13 @@ air by a keyring: a JWS of type ``twinslot-keyring+jws`` around
   is read. The journal keeps its version: where the file is lost or damaged, no key is trusted,
   least of all those of the key file, until a keyring of that version or a higher one has come.
 
-Allocates what ``jws.verify`` does; keeps nothing of the keyring in memory.
+Allocates what ``jws.verify`` does; keeps nothing of the keyring in memory. Imports where it needs
+a module, so that those can be unloaded meanwhile.
 """
 
 import os
 
-from . import config, jws, strict
 from .errors import ConfigError, KeyringError, OtaError, SignatureError, SpaceError
-from .release import parse_time
 
 TYPE = "twinslot-keyring+jws"
 _VERSION_MAX = (1 << 30) - 1
@@ -53,6 +52,8 @@ class Keyring:
         self._journal = journal
         self._product = product
         self._demo = demo
+        from . import config
+
         self._path = path[: path.rfind("/") + 1] + "keyring.jws"
         self._roots, self._fixed = load(config.read(path), demo)
         self.version = journal.get("keyring", int)  # 0: none, or one that has to come again
@@ -116,6 +117,8 @@ class Keyring:
 
     def _stored(self):
         """The newest keyring on the board; the keys of the key file where there is none."""
+        from . import config
+
         best = (0, None, self._fixed)
         # The second one is there after a cut, on FAT in the place of the first.
         for path in (self._path, self._path + ".new"):
@@ -142,6 +145,8 @@ def load(text, demo=False):
     Raises:
         ConfigError: malformed, nobody trusted, or a root among the keys.
     """
+    from . import jws, strict
+
     if len(text) > _FILE_MAX:
         raise ConfigError("key file", "%d bytes" % len(text), "at most %d" % _FILE_MAX)
     try:
@@ -179,6 +184,9 @@ def parse(token, roots, product, demo=False):
         SignatureError: not by a root.
         KeyringError, ConfigError: malformed, or of another product.
     """
+    from . import jws, strict
+    from .release import parse_time
+
     payload = jws.verify(token, roots, TYPE)
     try:
         obj = strict.loads(payload)

@@ -47,6 +47,23 @@ def encodings():
     return ("identity", "gzip")
 
 
+def usable(image, running_build, encodings=("identity",)):
+    """List the payloads this device can apply, smallest first.
+
+    Args:
+        image: a ``release.Image``.
+        running_build: build of the running image, the base a patch must name.
+        encodings: as of ``encodings()``.
+    """
+    usable = [
+        p
+        for p in image.payloads
+        if p.encoding in encodings and (p.patch is None or p.base == running_build)
+    ]
+    usable.sort(key=lambda p: p.size)
+    return usable
+
+
 def heap(payload):
     """Bytes of heap that ``pump`` needs for a payload, its block included."""
     need = BLOCK

@@ -1,8 +1,7 @@
-"""The release manifest: parse it, apply the policy, choose a payload. Pure: no I/O.
+"""The release manifest: parse it, apply the policy. Pure: no I/O.
 
     manifest = release.parse(jws.verify(token, keys, release.TYPE))
     release.judge(manifest, board)               # raises the refusal
-    for payload in release.payloads(manifest.firmware, running_build): ...
 
 ``parse`` is only ever given bytes whose signature holds, and is strict all the same: every field
 has one type and one range, so that a slip of the signer stops here and not in a slot.
@@ -11,7 +10,6 @@ Unknown members are ignored: a later tool may say more, never something that mus
 
 from collections import namedtuple
 
-from . import semver, strict
 from .errors import (
     ExpiredError,
     HardwareError,
@@ -181,6 +179,8 @@ def parse(payload):
         ReleaseError: too large, not JSON, a schema not known here, a member of the wrong type or
             range, or no firmware image in it.
     """
+    from . import semver, strict
+
     if len(payload) > MANIFEST_LIMIT:
         raise ReleaseError("manifest", "%d bytes" % len(payload), "at most %d" % MANIFEST_LIMIT)
     try:
@@ -227,6 +227,8 @@ def judge(release, board):
         ProductError, HardwareError, SpaceError, SecurityVersionError, VersionError,
         NotYetError, ExpiredError, KnownBadError: each for its cause.
     """
+    from . import semver
+
     image = release.firmware
     if release.product != board.product:
         raise ProductError("product", release.product, board.product)
@@ -269,20 +271,3 @@ def in_rollout(percent, seed, device_id, sha256):
     """
     digest = sha256((seed + device_id).encode()).digest()
     return int.from_bytes(digest[:4], "big") % 10000 < percent * 100
-
-
-def payloads(image, running_build, encodings=("identity",)):
-    """List the payloads this device can apply, smallest first.
-
-    Args:
-        image: the release's :class:`Image`.
-        running_build: build of the running image, the base a patch must name.
-        encodings: what the payload pipeline of this device understands.
-    """
-    usable = [
-        p
-        for p in image.payloads
-        if p.encoding in encodings and (p.patch is None or p.base == running_build)
-    ]
-    usable.sort(key=lambda p: p.size)
-    return usable

@@ -14,7 +14,8 @@ when read back; the only fallback of an image on trial is never overwritten.
 
 ``write`` blocks for one erase and write of a block (typically 50 ms, at most 1 s); ``activate``
 for a hash of the whole image (the bootloader's own check). The rest yields every few blocks.
-Allocates two blocks of 4 KiB in ``begin``, gives them back in ``finish``.
+Memory: ``begin`` and ``finish`` take a block of 4 KiB while they read flash, ``write`` an eighth
+of that.
 
 Source: ESP-IDF esp_ota_ops.c, bootloader_common_loader.c; MicroPython esp32_partition.c.
 """
@@ -24,7 +25,7 @@ import binascii
 import hashlib
 import struct
 
-from . import espimage, semver
+from . import espimage
 from .errors import (
     BusyError,
     ChecksumError,
@@ -38,6 +39,7 @@ from .errors import (
 )
 
 BLOCK = 4096
+_PIECE = 512  # bytes compared at a time: a block that differs mostly does so in the first
 _TURN = 4 * BLOCK  # read back in one go, some 10 ms, then other tasks run
 _HEADER_LEN = 32
 _FACTORY = 0x00
@@ -47,6 +49,11 @@ _STATES = {0: "new", 1: "pending", 2: "valid", 3: "invalid", 4: "aborted"}
 
 def _crc(seq):
     return binascii.crc32(struct.pack("<I", seq), 0xFFFFFFFF) & 0xFFFFFFFF
+
+
+def _parts(buf):
+    view = memoryview(buf)
+    return [view[at : at + _PIECE] for at in range(0, len(buf), _PIECE)]
 
 
 class FirmwareSlot:
@@ -130,6 +137,8 @@ class FirmwareSlot:
             return {"version": "", "secure_version": 0}
 
     def _version(self):
+        from . import semver
+
         version = self._running_head()["version"]
         try:
             semver.parse(version)
@@ -195,8 +204,6 @@ class FirmwareSlot:
         self._pos = 0
         self._crc = 0
         self._header = None
-        self._block = bytearray(BLOCK)
-        self._view = memoryview(self._block)
         try:
             same = self._build(self._target) == image.build
             if same and await self._digest() == image.sha256:
@@ -205,6 +212,7 @@ class FirmwareSlot:
                 await self._resume(checkpoint)
         except OSError as exc:
             raise PartitionError("flash can't be read: %s" % exc)
+        self._piece = memoryview(bytearray(_PIECE))
         return self._pos
 
     async def _resume(self, checkpoint):
@@ -220,9 +228,10 @@ class FirmwareSlot:
             return
         self._header = header
         crc = 0
+        block = memoryview(bytearray(BLOCK))
         for at in range(0, offset, BLOCK):
-            self._read_block(at)
-            crc = binascii.crc32(self._block, crc)
+            self._read_block(at, block)
+            crc = binascii.crc32(block, crc)
             if at % _TURN == 0:
                 await asyncio.sleep_ms(0)
         if crc == checkpoint.get("crc"):
@@ -280,34 +289,44 @@ class FirmwareSlot:
         self._target.writeblocks(0, memoryview(buf)[_HEADER_LEN:], _HEADER_LEN)
 
     def _rest(self, block, buf):
-        n = len(buf)
-        if n == BLOCK:
-            self._target.readblocks(block, self._block)
-            if self._block != buf:
-                self._target.writeblocks(block, buf)
+        if self._holds(block, buf):
             return
-        view = self._view
-        self._target.readblocks(block, view[:n])  # pyright: ignore (any buffer will do)
-        if view[:n] != buf:
-            view[:n] = buf
-            for i in range(n, BLOCK):
-                view[i] = 0xFF
-            self._target.writeblocks(block, self._block)
+        if len(buf) == BLOCK:
+            self._target.writeblocks(block, buf)
+        else:
+            self._target.ioctl(6, block)
+            self._target.writeblocks(block, buf, 0)
 
-    def _read_block(self, offset):
-        """Read a block of the slot into the buffer, the held-back header put in its place."""
-        self._target.readblocks(offset // BLOCK, self._block)
+    def _holds(self, block, buf):
+        """Tell whether flash holds these bytes already."""
+        if buf is not self._buf:  # the caller's block is one and the same: its parts are made once
+            self._parts = _parts(buf)
+            self._buf = buf
+        at = 0
+        for part in self._parts:
+            n = len(part)
+            piece = self._piece if n == _PIECE else self._piece[:n]
+            self._target.readblocks(block, piece, at)  # pyright: ignore (any buffer will do)
+            if piece != part:
+                return False
+            at += n
+        return True
+
+    def _read_block(self, offset, block):
+        """Read a block of the slot, the held-back header put in its place."""
+        self._target.readblocks(offset // BLOCK, block)
         if offset == 0 and self._header:
-            self._view[:_HEADER_LEN] = self._header
+            block[:_HEADER_LEN] = self._header
 
     async def _digest(self, walk=None):
         """SHA-256 of the image in hex, as flash holds it; ``walk`` sees the same bytes."""
         digest = hashlib.sha256()
         size = self._image.size
+        block = memoryview(bytearray(BLOCK))
         for offset in range(0, size, BLOCK):
             n = min(BLOCK, size - offset)
-            self._read_block(offset)
-            piece = self._block if n == BLOCK else self._view[:n]
+            self._read_block(offset, block)
+            piece = block if n == BLOCK else block[:n]
             digest.update(piece)
             if walk:
                 walk.feed(piece)
@@ -325,6 +344,7 @@ class FirmwareSlot:
         image = self._image
         if image is None or self._pos != image.size:
             raise ImageError("image", "%d bytes" % self._pos, image.size if image else "begin()")
+        self._buf = self._parts = None  # the caller's, who has done with it
         try:
             walk = espimage.Walk()
             seen = await self._digest(walk)
@@ -358,8 +378,7 @@ class FirmwareSlot:
         self._free()
 
     def _free(self):
-        self._block = bytearray(0)
-        self._view = memoryview(self._block)
+        self._piece = self._buf = self._parts = None
 
     # -- switching --------------------------------------------------------------------------
 

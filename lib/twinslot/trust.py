@@ -9,12 +9,13 @@ is wrong, does not lock a board out for ever: when only the *dates* of certifica
 the way of three polls in a row, the signed files of the tree are fetched over a connection that
 proves nothing (`regardless`). Nothing is lost by it that the signatures don't protect: it carries
 no token and no report, and sets no clock. Each poll still tries the verified one first.
+
+What verifies is imported when there is something to verify, and unloaded for a download.
 """
 
 import gc
 
-from . import config, http, jws
-from . import release as releases
+from . import http
 from .certs import Tls, tls_error
 from .errors import HttpError
 from .keyring import Keyring
@@ -53,6 +54,8 @@ class Trust:
     """
 
     def __init__(self, settings, journal, clock):
+        from . import config
+
         self._settings = s = settings
         self._journal = journal
         self._clock = clock
@@ -129,17 +132,21 @@ class Trust:
             SignatureError: not by a key that signs releases; KeyringError: there is none now.
             ReleaseError: it is no release.
         """
+        from . import jws, release
+
         token = await self._fetch(client, url)
         now = self._clock.now() if self._clock.trusted else None
-        payload = jws.verify(token, self._keyring.keys(now), releases.TYPE)
+        payload = jws.verify(token, self._keyring.keys(now), release.TYPE)
         del token
-        manifest = releases.parse(payload)
+        manifest = release.parse(payload)
         del payload
         gc.collect()
         self._clock.at_least(manifest.issued)
         return manifest
 
     async def _fetch(self, client, url):
+        from .jws import TOKEN_LIMIT
+
         response = await client.get(url, deadline_ms=DEADLINE_MS)
         try:
             if response.status != 200:
@@ -150,6 +157,6 @@ class Trust:
                     status=response.status,
                     retry_after=response.retry_after,
                 )
-            return await response.read(jws.TOKEN_LIMIT)
+            return await response.read(TOKEN_LIMIT)
         finally:
             await response.close()

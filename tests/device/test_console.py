@@ -10,7 +10,7 @@ from twinslot import console, health
 from twinslot.errors import PartitionError, RollbackError
 from twinslot.slot import FirmwareSlot
 
-HEAP = "512K"
+HEAP = "768K"
 OWN = FirmwareSlot().status()["build"]
 _other = bench.make_image(2 * BLOCK, version="2.0.0")
 OTHER = bench.signed(_other).build

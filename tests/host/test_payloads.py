@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from servers import HARDWARE, PRODUCT, signing_key
 
-from twinslot import release
+from twinslot import payload, release
 from twinslot.errors import ChecksumError, ConfigError, ImageError
 from twinslot_tools import payloads, publish, sample
 from twinslot_tools.payloads import BOUNDARY, WINDOW, member, varint
@@ -255,8 +255,8 @@ def test_publish_from_a_version_and_from_a_file(released, tmp_path):
     # A board that runs none of the bases takes the gzip, one that runs 1.0.0 the delta.
     image = release.parse(json.dumps(done.manifest).encode()).firmware
     encodings = ("identity", "gzip")
-    assert release.payloads(image, "0" * 64, encodings)[0].url == entries[1]["url"]
-    assert release.payloads(image, entries[2]["base"], encodings)[0].url == entries[2]["url"]
+    assert payload.usable(image, "0" * 64, encodings)[0].url == entries[1]["url"]
+    assert payload.usable(image, entries[2]["base"], encodings)[0].url == entries[2]["url"]
 
 
 def test_the_command_tells_what_each_payload_saves(tmp_path):

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from twinslot import errors, release
+from twinslot import errors, payload, release
 
 BUILD = "b" * 64
 GOOD = {
@@ -314,9 +314,9 @@ def test_a_release_at_the_limits_of_its_board_suits_it():
 def test_the_smallest_payload_that_applies_comes_first():
     image = parse().firmware
     both = ("identity", "gzip")
-    assert [p.size for p in release.payloads(image, "c" * 64, both)] == [400, 5000, 70001]
-    assert [p.size for p in release.payloads(image, "d" * 64, both)] == [5000, 70001]
-    assert [p.size for p in release.payloads(image, "c" * 64)] == [70001]
+    assert [p.size for p in payload.usable(image, "c" * 64, both)] == [400, 5000, 70001]
+    assert [p.size for p in payload.usable(image, "d" * 64, both)] == [5000, 70001]
+    assert [p.size for p in payload.usable(image, "c" * 64)] == [70001]
 
 
 def test_raising_the_percentage_only_adds_devices():
