@@ -165,6 +165,7 @@ async def test_it_polls_for_ever_each_time_after_a_pause():
     naps = Naps()
     with Instead(asyncio, sleep_ms=naps):
         await running(agent, lambda: world.polls == 4)
+    assert agent._watch is not None, "and somebody feeds the guard between polls"
     long = [ms for ms in naps.naps if ms != 1000]
     assert long[0] == agent._first_delay_ms()
     assert all(19440_000 <= ms <= 23760_000 for ms in long[1:]) and len(long) >= 4
@@ -343,6 +344,13 @@ async def test_one_update_alone_is_watched_while_it_lasts():
         assert heard == ["poll"], "the loop has a watch of its own"
 
 
+def test_checks_are_asked_in_their_order_and_the_source_last():
+    agent, _ = start(World())
+    for name in ("sensor", "display", "radio"):
+        agent.check(name, nothing)
+    assert [name for name, _ in agent._checks] == ["sensor", "display", "radio", "source"]
+
+
 async def test_a_trial_is_fed_by_its_proof_and_then_let_go():
     heard = []
     world = World()
@@ -498,6 +506,26 @@ def test_the_clock_starts_from_what_the_journal_knows():
 
 
 # -- what is told to whom
+
+
+async def test_a_report_is_kept_until_the_server_has_taken_it_or_never_will():
+    report = {"attempt": "a", "version": "1", "build": OTHER, "status": "failed", "error": None}
+    for status, kept in (
+        (None, False),
+        (0, True),
+        (399, True),
+        (400, False),
+        (408, True),
+        (429, True),
+        (499, False),
+        (500, True),
+    ):
+        world = World()
+        world.offer = {}
+        world.refuse = [status if status is None else HttpError("no", status, "", status=status)]
+        agent, _ = start(world, reports=[report])
+        await agent.update_now()
+        assert agent._journal.get("reports", list) == [report] * kept, status
 
 
 async def test_reports_go_to_the_server_itself_over_a_verified_connection_only():

@@ -1,6 +1,7 @@
 """The mutation run itself: it makes what it says, and its explanations are not stale."""
 
 import ast
+import collections
 import dataclasses
 import sys
 from pathlib import Path
@@ -89,6 +90,8 @@ def test_a_board_notices_what_is_broken_and_nothing_else():
     whole = dataclasses.replace(broken, key="unchanged", change=lambda node: None)
     said = {}
     tests = list(run.MODULES["journal"].board)
-    assert boardjudge.judge([whole, broken], tests, lambda m, by: said.update({m.key: by}))
+    kills = collections.defaultdict(collections.Counter)
+    verdict = lambda m, by: said.update({m.key: by})  # noqa: E731
+    assert boardjudge.judge([whole, broken], tests, verdict, kills)
     assert said["unchanged"] == ""
     assert said[key].startswith("test_journal.py::test_")

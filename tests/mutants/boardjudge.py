@@ -12,12 +12,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from making import ENDLESS, Mutant
+from making import ENDLESS, Kills, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEVICE = ROOT / "tests" / "device"
@@ -26,24 +26,24 @@ SILENT_S = 10  # and ten times what the slowest test takes: then nothing more is
 Verdict = Callable[[Mutant, str], None]  # the test that noticed, "" if none did
 
 
-def judge(made: list[Mutant], tests: list[str], verdict: Verdict) -> bool:
-    """Judge all; False if the tests don't pass as they are."""
+def judge(made: list[Mutant], tests: list[str], verdict: Verdict, kills: Kills) -> bool:
+    """Judge all; False if the tests don't pass as they are. Counts on in ``kills``."""
     with tempfile.TemporaryDirectory(prefix="mutants-") as scratch:
         files = [_File(DEVICE / name, Path(scratch)) for name in tests]
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             if not all(pool.map(_File.try_out, files)):
                 return False
         lock = threading.Lock()
-        kills: dict[str, Counter[str]] = defaultdict(Counter)
 
         def one(mutant: Mutant) -> None:
             compiled = _compile(mutant, Path(scratch) / f"{threading.get_ident()}.py")
             by = "it does not compile" if compiled is None else ""
             favourites = kills[mutant.function]
             for file in sorted(files, key=lambda f: -f.kills(favourites)):
-                by = by or file.judge({mutant.module: compiled or b""}, favourites)
+                by = by or file.judge({mutant.module: compiled or b""}, favourites, kills[""])
             with lock:
                 favourites[by] += 1
+                kills[""][by] += 1
                 verdict(mutant, by)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -108,9 +108,17 @@ class _File:
     def kills(self, favourites: Counter[str]) -> int:
         return sum(favourites[self._label(name)] for name in self.took)
 
-    def judge(self, modules: dict[str, bytes], favourites: Counter[str]) -> str:
-        """Return what notices: a test, those first that have noticed such mutants; "" if none."""
-        order = sorted(self.took, key=lambda t: (-favourites[self._label(t)], self.took[t]))
+    def judge(
+        self, modules: dict[str, bytes], favourites: Counter[str], good: Counter[str]
+    ) -> str:
+        """Return what notices, "" if nothing: those tests first that have noticed mutants of that
+        function, then those that have noticed others, then the quickest."""
+
+        def rank(test: str) -> tuple[int, int, float]:
+            label = self._label(test)
+            return -favourites[label], -good[label], self.took[test]
+
+        order = sorted(self.took, key=rank)
         by = self._run(modules, order, {})
         return by if by in ("", ENDLESS) else self._label(by)
 

@@ -11,11 +11,10 @@ import resource
 import signal
 import sys
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-from making import ENDLESS, Mutant
+from making import ENDLESS, Kills, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HOST = ROOT / "tests" / "host"
@@ -30,12 +29,12 @@ WALL_S = 120  # and for those who wait
 Verdict = Callable[[Mutant, str], None]  # the test that noticed, "" if none did
 
 
-def judge(made: list[Mutant], tests: list[str], verdict: Verdict) -> bool:
-    """Judge all; False if the tests don't pass as they are."""
+def judge(made: list[Mutant], tests: list[str], verdict: Verdict, kills: Kills) -> bool:
+    """Judge all; False if the tests don't pass as they are. Counts on in ``kills``."""
     import pytest
 
     _warm_up()
-    plugin = _Judge(made, verdict)
+    plugin = _Judge(made, verdict, kills)
     options = ["-q", "-p", "no:cacheprovider", "-W", "ignore", "--assert=plain", "--no-header"]
     options += ["-p", "no:xdist", "-k", DESELECT]
     pytest.main([*options, *[str(HOST / test) for test in tests]], plugins=[plugin])
@@ -60,11 +59,11 @@ def _warm_up() -> None:
 class _Judge:
     """A pytest plugin: has collected, and runs the tests in a forked child for each mutant."""
 
-    def __init__(self, made: list[Mutant], verdict: Verdict):
+    def __init__(self, made: list[Mutant], verdict: Verdict, kills: Kills):
         self.made = made
         self.verdict = verdict
         self.sound = False
-        self.kills: dict[str, Counter[str]] = defaultdict(Counter)  # function: {test: how often}
+        self.kills = kills
 
     def pytest_runtestloop(self, session):
         items = [item for item in session.items if item.get_closest_marker("skip") is None]
@@ -91,9 +90,14 @@ class _Judge:
         return True
 
     def _order(self, items, took, mutant):
-        """Those first that have noticed other mutants of that function; then the quickest."""
-        kills = self.kills[mutant.function]
-        return sorted(items, key=lambda item: (-kills[item.nodeid], took[item.nodeid]))
+        """Those first that have noticed other mutants of that function, then those that have
+        noticed any, then the quickest."""
+
+        def rank(item):
+            label = _label(item.nodeid)
+            return -self.kills[mutant.function][label], -self.kills[""][label], took[item.nodeid]
+
+        return sorted(items, key=rank)
 
     def _tell(self, mutant, answer):
         with os.fdopen(answer) as pipe:
@@ -101,8 +105,14 @@ class _Judge:
         if said == "alive":
             self.verdict(mutant, "")
             return
-        self.kills[mutant.function][said] += 1
-        self.verdict(mutant, said.replace("tests/host/", "") or ENDLESS)
+        by = _label(said) or ENDLESS
+        self.kills[mutant.function][by] += 1
+        self.kills[""][by] += 1
+        self.verdict(mutant, by)
+
+
+def _label(nodeid: str) -> str:
+    return nodeid.replace("tests/host/", "")
 
 
 def _timed(items) -> dict[str, float] | None:

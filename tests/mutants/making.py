@@ -9,12 +9,13 @@ default arguments.
 import ast
 import copy
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 ENDLESS = "it does not end"  # a verdict
+Kills = defaultdict[str, Counter[str]]  # {function, "" for all: {test that noticed: how often}}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ import json
 import sys
 import time
 import tomllib
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ sys.path.insert(0, str(HERE))
 
 import boardjudge  # noqa: E402
 import hostjudge  # noqa: E402
-from making import ENDLESS, Mutant, mutants  # noqa: E402
+from making import ENDLESS, Kills, Mutant, mutants  # noqa: E402
 
 TARGET = 0.95
 KEPT = ROOT / "build" / "mutants"
@@ -153,6 +154,11 @@ def judge(module: str, judged: list[Mutant], fresh: bool = False) -> dict[str, s
     tests = MODULES[module]
     verdicts = Verdicts(module, fresh)
     left = verdicts.recall(judged)
+    kills: Kills = defaultdict(Counter)
+    for mutant in judged:
+        if by := verdicts.all.get(mutant.key):
+            kills[mutant.function][by] += 1
+            kills[""][by] += 1
     for judges, names in ((hostjudge, tests.host), (boardjudge, tests.board)):  # quickest first
         if left and names:
             last = judges is boardjudge or not tests.board
@@ -161,7 +167,7 @@ def judge(module: str, judged: list[Mutant], fresh: bool = False) -> dict[str, s
                 if by or last:
                     verdicts.add(mutant, by)
 
-            if not judges.judge(left, list(names), say):
+            if not judges.judge(left, list(names), say, kills):
                 return None
             left = [mutant for mutant in left if mutant.key not in verdicts.all]
     return verdicts.all
