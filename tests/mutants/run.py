@@ -61,7 +61,7 @@ MODULES = {
     "espimage": Tests(("test_espimage.py", "test_slot_rules.py"), ("test_payload_stages.py",)),
     "slot": Tests(("test_slot_rules.py",), ("test_slot.py", "test_health.py")),
     "journal": Tests((), ("test_journal.py",)),
-    "payload": Tests((), ("test_payload.py", "test_payload_stages.py")),
+    "payload": Tests(("test_release.py",), ("test_payload.py", "test_payload_stages.py")),
     "inflate": Tests((), ("test_payload.py", "test_payload_stages.py")),
     "patch": Tests((), ("test_payload.py", "test_payload_stages.py")),
     "native": Tests((), ("test_payload.py", "test_payload_stages.py")),
