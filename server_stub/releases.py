@@ -336,7 +336,12 @@ def active_rollouts(connection: Connection, release_id: int) -> list[int]:
 
 
 def point(site: Site, row: Any, channel: str) -> dict[str, Any]:
-    """Make a channel's pointer name a release; returns the pointer as it was."""
+    """Make a channel's pointer name a release; returns the pointer as it was.
+
+    It goes on telling how often to poll and which keyring is current: ``static`` boards and
+    mirrors hear of a revocation by nothing else. The share of a staged release is not kept: what
+    is promoted is for every board of the channel.
+    """
     path = site.root / row.product / f"{channel}.json"
     before: dict[str, Any] = {}
     try:
@@ -346,6 +351,8 @@ def point(site: Site, row: Any, channel: str) -> dict[str, Any]:
     after: dict[str, Any] = {"release": row.path.partition("/")[2]}
     if type(before.get("poll")) is int:
         after["poll"] = before["poll"]
+    if ring := site.keyring(row.product):
+        after["keyring"] = ring
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with temporary.open("xb") as file:
         file.write(json.dumps(after).encode() + b"\n")

@@ -14,11 +14,13 @@ import fleet as fleets
 import pytest
 import servers
 from fleet import FLEET, Board, running, upload_files
+from servers import PRODUCT
+from trust import jwk, key
 
 from twinslot.release import TYPE
 from twinslot_server import devices, releases, retention, settings, webhooks
 from twinslot_server.settings import SettingsError
-from twinslot_tools import signing
+from twinslot_tools import keyrings, signing
 
 
 @pytest.fixture
@@ -344,6 +346,21 @@ def test_an_upload_is_stored_offered_and_found_again(fleet, tmp_path):
     fleet.api("PATCH", f"firmware/{made['id']}", {"stable": True})
     fleet.api("POST", f"firmware/{made['id']}/promote", {"channel": "stable"})
     assert Board(fleet, "b1").update() == "1.1.0"
+
+
+def test_F97_a_promoted_release_does_not_silence_a_revocation(fleet, tmp_path):
+    """Boards that read the pointer itself go on hearing which keyring is current."""
+    made = uploaded(fleet, tmp_path)
+    first = servers.signing_key().as_dict(private=False)
+    root = signing.signer_of(key("root"))
+    keyrings.update(fleet.site_folder, PRODUCT, root, add=[first, jwk("second")])
+    fleet.publish("1.0.1", poll=120, rollout=10)
+    keyrings.update(fleet.site_folder, PRODUCT, root, revoke=[jwk("second")["kid"]])
+    fleet.api("PATCH", f"firmware/{made['id']}", {"stable": True})
+    for channel, polls in (("stable", {"poll": 120}), ("new", {})):
+        fleet.api("POST", f"firmware/{made['id']}/promote", {"channel": channel})
+        pointer = json.loads((fleet.site_folder / PRODUCT / f"{channel}.json").read_text())
+        assert pointer == {"release": "r/1.1.0.jws", "keyring": 2, **polls}
 
 
 def test_F112_the_same_upload_again_changes_nothing_and_another_is_refused(fleet, tmp_path):
