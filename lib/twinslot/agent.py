@@ -289,8 +289,9 @@ class Agent:
         if self._failures == 0:
             return min(self._poll_s * (900 + random.getrandbits(8) % 200), _WAIT_MAX_MS)
         ceiling = min(_BACKOFF_S << min(self._failures - 1, 6), _BACKOFF_MAX_S)
-        # Never slower after an error than a board that polls at leisure.
-        ceiling = min(ceiling, max(self._poll_s, 1))
+        # Never slower after an error than a board that polls at leisure, nor as fast as an offer
+        # may wish: that is not signed.
+        ceiling = min(ceiling, max(self._settings["poll"], 1))
         wait_ms = random.getrandbits(24) % (ceiling * 1000)  # full jitter
         if self._retry_after:
             wait_ms += min(self._retry_after, _RETRY_AFTER_MAX_S) * 1000
@@ -471,7 +472,8 @@ class Agent:
             exc = foreseen(slip)
             self._note(waiting=None)  # the next one is an attempt of its own
             if self._fetching:
-                self._count(name)
+                # Once known, by what is signed: a server can call a release by many names.
+                self._count(report["version"] + report["build"] or name)
             # One that did not come at all was perhaps damaged on the way, or is a portal's page:
             # no word on the release itself.
             if report["build"] and not exc.retry:
@@ -491,6 +493,9 @@ class Agent:
             self._is_running(manifest, name)
             return
         self._judge(manifest, force)
+        if self._rests(manifest.version + build) and not force:
+            self._emit("idle", version=self.version())
+            return
         waiting = self._waiting()
         if waiting[0] == build:
             report["attempt"] = waiting[1]  # it goes on
@@ -563,7 +568,7 @@ class Agent:
             offer = await source.poll(self._client, self.facts())
             self._trust.verified()
         except TlsError as exc:
-            self._client = self._trust.regardless(exc)
+            self._client = self._trust.regardless(exc, at_home)
             self._clock.doubt()
             self._emit("failed", **exc.report())
             offer = await self._tree().poll(self._client, self.facts())

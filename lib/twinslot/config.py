@@ -60,8 +60,10 @@ def check(config):
         else:
             known = ", ".join(sorted(list(DEFAULTS) + list(_REQUIRED)))
             raise ConfigError("configuration member", name, "one of " + known)
-        if type(value) is not kind or (kind is int and value < 0):
-            raise ConfigError("configuration member " + name, value, kind.__name__)
+        if type(value) is not kind:  # not the value: it may be a secret
+            raise ConfigError("configuration member " + name, type(value).__name__, kind.__name__)
+        if kind is int and value < 0:
+            raise ConfigError("configuration member " + name, value, "0 or more")
         full[name] = value
     for name in _REQUIRED:
         if not full.get(name):

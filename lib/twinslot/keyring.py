@@ -103,8 +103,9 @@ class Keyring:
             SpaceError: it can't be written; the one before stays.
         """
         version = self._parse(token)[0]
-        if version <= self.version or version < self._journal.get("keyring", int):
-            known = self._journal.get("keyring", int)
+        # The file knows, too: a lost journal must not open the door to a revoked key.
+        known = max(self._journal.get("keyring", int), self._stored()[0])
+        if version <= self.version or version < known:
             raise KeyringError("keyring version", version, "higher than %d" % known)
         try:
             with open(self._path + ".new", "wb") as f:

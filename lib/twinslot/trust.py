@@ -20,6 +20,7 @@ from .certs import Tls, tls_error
 from .errors import HttpError
 from .keyring import Keyring
 from .sources import DEADLINE_MS
+from .url import parse, shown
 
 _PATIENCE = 3  # polls that fail on dates alone before they are looked over
 
@@ -84,12 +85,17 @@ class Trust:
             on_date=on_date,
         )
 
-    def regardless(self, error):
-        """Return the client for the signed files after a TlsError, or raise that error again."""
+    def regardless(self, error, counts=True):
+        """Return the client for the signed files after a TlsError, or raise that error again.
+
+        Args:
+            counts: False where this poll has been counted, and now a mirror was asked.
+        """
         if not error.dates:
             raise error
-        count = self._journal.get("dates", int) + 1
-        if count <= _PATIENCE:
+        count = self._journal.get("dates", int)
+        if counts and count < _PATIENCE:
+            count += 1
             self._journal.update(dates=count)
         if count < _PATIENCE:
             raise error
@@ -151,7 +157,7 @@ class Trust:
         try:
             if response.status != 200:
                 raise HttpError(
-                    url,
+                    shown(parse(url)),
                     response.status,
                     "200",
                     status=response.status,

@@ -178,6 +178,25 @@ async def test_a_release_that_does_not_come_three_times_rests():
     await installs(agent)
 
 
+async def test_F31_I17_a_release_rests_by_whatever_name_a_server_calls_it():
+    world = World()
+    world.content = UnreachableError("nobody there")
+    agent, _ = start(world)
+    for n in range(3):
+        world.offer = {"release": HOME + "lamp/r/2.0.0.jws?%d" % n}
+        await refuses(UnreachableError, agent)
+    world.offer = {"release": HOME + "lamp/r/2.0.0.jws?again"}
+    assert await agent.update_now() is False
+    assert len(world.fetched) == 3
+
+
+async def test_an_offer_makes_no_board_retry_faster_than_it_would_itself():
+    agent, _ = start(World(), settings={"poll": 3600})
+    agent._poll_s = 1
+    agent._failures = 5
+    assert max(agent._delay_ms() for _ in range(40)) > 60_000
+
+
 async def test_a_board_that_sleeps_between_polls_lets_a_release_rest_too():
     """Each wake is a boot: what is counted must not end with it."""
     world = World()

@@ -102,6 +102,8 @@ def test_transport_is_verified_or_refused():
 def test_F104_a_refusal_does_not_tell_the_token():
     assert "s3cret" not in refused(url="http://a.example/", allow_http=True, token="s3cret")
     assert "s3cret" not in refused(wifi={"ssid": "home", "ap_password": "s3cret"})
+    assert "token: saw list, expected str" in refused(token=["s3cret"])
+    assert "s3cret" not in refused(token=["s3cret"]) + refused(wifi="s3cret")
 
 
 def test_hosts_are_names_with_or_without_a_port():

@@ -291,6 +291,17 @@ def test_F38_three_polls_that_fail_on_dates_alone_open_a_way_without_token():
     raises(TlsError, board.regardless, dates())
 
 
+def test_F38_a_poll_counts_once_however_many_mirrors_have_old_certificates():
+    board = make()
+    for n in (1, 2):
+        raises(TlsError, board.regardless, dates())
+        for _ in range(3):
+            raises(TlsError, board.regardless, dates(), False)
+        assert board._journal.get("dates", int) == n
+    client = board.regardless(dates())
+    assert board.regardless(dates(), False) is client
+
+
 def test_F38_any_other_failure_of_tls_opens_no_way():
     board = make()
     for _ in range(5):

@@ -346,6 +346,21 @@ def test_a_board_without_its_journal_goes_by_the_stored_keyring(device):
         device.boot().take(keyring(2, "first"))
 
 
+@pytest.mark.parametrize("older", [1, 6])
+def test_F28_F96_an_older_keyring_is_refused_though_the_journal_is_lost(device, older):
+    """Offered before any key was asked for, as the agent does at its first poll."""
+    device.boot().take(keyring(7, "second"))
+    device.nvs.blobs.clear()
+    ring = device.boot()
+    with pytest.raises(KeyringError, match="higher than 7"):
+        ring.take(keyring(older, "first"))
+    assert device.trusts() == {kid("second")}
+    device.nvs.blobs.clear()
+    device.boot().take(keyring(7, "second"))
+    device.boot().take(keyring(8, "first"))
+    assert device.trusts() == {kid("first")}
+
+
 def test_a_cut_between_file_and_journal_leaves_the_new_keyring(device):
     ring = device.boot()
     ring.take(keyring(1, "first"))

@@ -3,7 +3,7 @@
 import json
 
 from ..errors import FormatError, HttpError
-from ..url import resolve
+from ..url import parse, resolve, shown
 from . import DEADLINE_MS, DOCUMENT_LIMIT, parse_offer
 
 
@@ -19,7 +19,7 @@ class Server:
         try:
             if response.status != 200:
                 raise HttpError(
-                    url,
+                    shown(parse(url)),
                     response.status,
                     "200",
                     status=response.status,
@@ -31,13 +31,13 @@ class Server:
         try:
             return json.loads(body)
         except ValueError:
-            raise FormatError("the answer of %s is not JSON" % url)
+            raise FormatError("the answer of %s is not JSON" % shown(parse(url)))
 
     async def poll(self, client, facts):
         """Return the server's offer for this device."""
         answer = await self._post(client, self._check, facts)
         if not isinstance(answer, dict) or type(answer.get("update_available")) is not bool:
-            raise FormatError("the answer of %s has no update_available" % self._check)
+            raise FormatError("the answer of the server has no update_available")
         if not answer["update_available"]:
             answer.pop("release", None)
         return parse_offer(answer, self._check, resolve)
