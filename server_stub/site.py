@@ -12,8 +12,10 @@ Nothing is written here; releases are published by the tool that holds the key.
 
 import hashlib
 import json
+import math
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +69,8 @@ class Channel:
 
 
 class Site:
-    """A published folder. What was read is remembered as long as no file it came from changed.
+    """A published folder. What was read is remembered as long as no file it came from changed,
+    and no longer than its product's keyring holds.
 
     Args:
         root: the folder ``twinslot publish`` wrote.
@@ -82,6 +85,7 @@ class Site:
         self._roots = roots
         self._releases: dict[str, tuple[tuple, Release]] = {}
         self._kept: dict[tuple, tuple[dict[Path, Any], Any]] = {}
+        self._ends: dict[str, float] = {}  # when a product's keyring expires
 
     @staticmethod
     def is_payload(url: str) -> bool:
@@ -130,7 +134,11 @@ class Site:
     def stamp(self, product: str, channel: str) -> tuple:
         """Something that changes whenever the channel's pointer or the keyring does."""
         folder = f"{self.root}/{product}"  # not a Path: this is asked for every poll
-        return _stamp_of(f"{folder}/{channel}.json"), _stamp_of(f"{folder}/keyring.jws")
+        return (
+            _stamp_of(f"{folder}/{channel}.json"),
+            _stamp_of(f"{folder}/keyring.jws"),
+            self._holds(product),
+        )
 
     def release(self, name: str) -> Release:
         """Read, verify and check the release at ``name``, a path below the site.
@@ -145,15 +153,15 @@ class Site:
             self._check_payloads(product, release)
             return release, self._files(name, release)
 
-        return self._remembered(("release", name), read)
+        return self._remembered(("release", product, name), read)
 
     def channel(self, product: str, channel: str) -> Channel:
         """Read a channel's pointer and the release it names.
 
         Raises:
             ChannelError: there is no such channel, or it must not be offered: the pointer is
-                malformed, the release does not verify, or a payload is missing or of another
-                size than the release says.
+                malformed, the keyring is or has expired, the release does not verify, or a
+                payload is missing or of another size than the release says.
         """
 
         def read() -> tuple[Channel, list[Path]]:
@@ -191,15 +199,26 @@ class Site:
         )
 
     def _remembered(self, key: tuple, read: Callable[[], tuple[T, list[Path]]]) -> T:
-        """What ``read`` found, with the files it depends on; afresh when one of them changes."""
+        """What ``read`` found, with the files it depends on; afresh when one of them changes.
+
+        ``key`` is what it is, the product, and which one.
+        """
         kept = self._kept.get(key)
-        if kept and all(_stamp_of(path) == stamp for path, stamp in kept[0].items()):
+        if (
+            kept
+            and self._holds(key[1])
+            and all(_stamp_of(path) == stamp for path, stamp in kept[0].items())
+        ):
             return kept[1]
         found, paths = read()
         stamps = {path: _stamp_of(path) for path in paths}
         if read()[0] == found:  # the stamps are of what was read
             self._kept[key] = (stamps, found)
         return found
+
+    def _holds(self, product: str) -> bool:
+        """False from the moment that the keyring expires."""
+        return time.time() < self._ends.get(product, math.inf)
 
     def _files(self, name: str, release: Release) -> list[Path]:
         """What an offer of a release depends on."""
@@ -217,14 +236,28 @@ class Site:
         return version if type(version) is int and 0 < version < 1 << 30 else 0
 
     def trusted(self, product: str) -> dict | None:
-        """The keys that may sign releases of a product; None: not verified here."""
+        """The keys that may sign releases of a product; None: not verified here.
+
+        Raises:
+            ChannelError: its keyring does not verify, or has expired: boards with a clock then
+                refuse whatever its keys have signed.
+        """
         file = self.find(f"{product}/keyring.jws") if self._roots else None
         if file is None or file.content is None or self._roots is None:
+            self._ends.pop(product, None)
             return self._keys
         try:
-            return keyring.parse(file.content, self._roots, product)[2]
+            version, expires, keys = keyring.parse(file.content, self._roots, product)
         except OtaError as exc:
             raise ChannelError("bad_keyring", f"{product}/keyring.jws: {exc}") from exc
+        self._ends[product] = math.inf if expires is None else expires
+        if not self._holds(product):
+            raise ChannelError(
+                "bad_keyring",
+                f"{product}/keyring.jws: keyring {version} has expired: publish its successor"
+                " with  twinslot keyring",
+            )
+        return keys
 
     def _release(self, name: str, trusted: dict | None) -> Release:
         path = self._inside(name)

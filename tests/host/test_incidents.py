@@ -6,8 +6,10 @@ test_transport. `make faults` lists them all.
 """
 
 import ast
+import datetime as dt
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -212,6 +214,34 @@ def test_F97_a_server_goes_by_the_keyring_at_once(tmp_path):
     assert site.keyring(PRODUCT) == 2, "boards are told, although nothing is offered"
     (site_folder / PRODUCT / "keyring.jws").write_bytes(b"rubbish")
     assert site.keyring(PRODUCT) == 0
+
+
+def test_F97_a_server_offers_and_takes_nothing_under_an_expired_keyring(tmp_path, monkeypatch):
+    """Boards with a clock would refuse it; of the successor all of them are told."""
+    site_folder = tmp_path / "site"
+    name = publish_version(site_folder, "1.0.0").release
+    root = signing.signer_of(key("root"))
+    day = dt.timedelta(days=1)
+    first = signing_key().as_dict(private=False)
+    keyrings.update(site_folder, PRODUCT, root, add=[first], expires=day)
+    site = Site(site_folder, {}, root.trusted)
+    asked = {
+        "offered": lambda: site.channel(PRODUCT, "stable").release.version,
+        "by its number": lambda: site.release(name).version,
+        "uploaded": lambda: len(site.trusted(PRODUCT) or {}),
+    }
+    before = [ask() for ask in asked.values()]
+    stamp = site.stamp(PRODUCT, "stable")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + day.total_seconds())
+    for ask in asked.values():
+        with pytest.raises(ChannelError, match="keyring 1 has expired"):
+            ask()
+    assert site.stamp(PRODUCT, "stable") != stamp, "what a board was told holds no longer"
+    assert site.keyring(PRODUCT) == 1
+    keyrings.update(site_folder, PRODUCT, root, expires=2 * day)
+    assert [ask() for ask in asked.values()] == before
+    assert site.keyring(PRODUCT) == 2
 
 
 # ---- I17: flash worn out by writing
