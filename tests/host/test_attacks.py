@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from twinslot_tools.attacks import ATTACKS
+from twinslot_tools.attacks import ATTACKS, judged
+from twinslot_tools.lab import Event
 
 # The row of the fault catalogue that each attack of the demo stands for.
 ROWS = {
@@ -66,3 +67,28 @@ def test_I13_a_board_is_well_after_all_of_them(played):
     assert found["version_after"].startswith("1.2."), "a genuine release still comes through"
     assert f"{len(ATTACKS)} of {len(ATTACKS)} attacks refused" in table
     assert "NOT REFUSED" not in table
+
+
+def told(name, code=""):
+    return Event(name, {"code": code, "message": f"no: {code}"}, boot=1)
+
+
+REFUSED = [told("failed", "keyring"), told("failed", "signature")]
+
+
+@pytest.mark.parametrize(
+    ("events", "held"),
+    [
+        (REFUSED, True),
+        (REFUSED[:1], False),
+        (REFUSED[1:], False),
+        ([*REFUSED[:1], told("staging"), told("staged")], False),
+        ([*REFUSED, told("trial")], False),
+        ([*REFUSED, told("failed", "checksum")], False),
+        ([], False),
+    ],
+    ids=["both", "keyring", "release", "staged", "tried", "downloaded", "silent"],
+)
+def test_I13_a_refused_keyring_does_not_excuse_taking_the_release(events, held):
+    codes = next(codes for attack, _, _, codes in ATTACKS if attack == "stolen server")
+    assert judged(events, codes)[2] is held
