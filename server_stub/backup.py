@@ -1,11 +1,12 @@
 """``python -m twinslot_server.backup DATA FILE``: one file of a running server's private folder.
 
 A tar of the database (taken with SQLite's own online backup, so that it is whole), the
-certificate with its key, and the tokens: keep it as private as the folder. A PostgreSQL database
-is backed up by ``pg_dump``; this then holds the rest.
+certificate with its key, and the hashes of the tokens: keep it as private as the folder. A
+PostgreSQL database is backed up by ``pg_dump``; this then holds the rest.
 """
 
 import contextlib
+import io
 import os
 import sqlite3
 import sys
@@ -13,8 +14,11 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from . import tokens
+
 DATABASE = "server.sqlite3"
-_FILES = ("server.crt", "server.key", "device-token", "operator-token")
+_FILES = ("server.crt", "server.key")
+_TOKENS = (tokens.DEVICE_FILE, tokens.OPERATOR_FILE)
 
 
 def make(data: Path, target: Path) -> Path:
@@ -36,6 +40,9 @@ def make(data: Path, target: Path) -> Path:
             for name in _FILES:
                 if (data / name).exists():
                     tar.add(data / name, name)
+            for name in _TOKENS:
+                if (data / name).exists():
+                    _add_hashed(tar, data / name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("rb") as source:
             beside = target.with_name(f".{target.name}.part")
@@ -47,6 +54,18 @@ def make(data: Path, target: Path) -> Path:
                 os.fsync(file.fileno())
             os.replace(beside, target)
     return target
+
+
+def _add_hashed(tar: tarfile.TarFile, path: Path) -> None:
+    """Whoever finds a backup can't act by it; the restored server still knows the token."""
+    try:
+        token = tokens.checked(path.read_text("utf-8", "replace"), str(path))
+    except tokens.TokenError:
+        return  # the server would not start with it, or has its token from elsewhere
+    content = token.hashed.encode() + b"\n"
+    entry = tarfile.TarInfo(path.name)
+    entry.size, entry.mode = len(content), 0o600
+    tar.addfile(entry, io.BytesIO(content))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 Two roles: ``device`` may ask for updates and report, ``operator`` may read the registry. Neither
 may do what the other may. Only a hash stays in memory, so that no log or traceback can show one.
+A file, or the configuration, may hold that hash in the token's place: ``sha256:`` and 64 digits.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ OPERATOR_FILE = "operator-token"
 DEVICE_ENV = "TWINSLOT_DEVICE_TOKEN"
 OPERATOR_ENV = "TWINSLOT_OPERATOR_TOKEN"
 _SHAPE = re.compile(r"[A-Za-z0-9._~+/-]{16,256}=*")  # RFC 6750 b64token, and long enough
+_HASHED = re.compile(r"sha256:([0-9a-f]{64})")
 
 
 class TokenError(Exception):
@@ -31,6 +33,11 @@ class Token:
 
     digest: bytes
     source: str
+
+    @property
+    def hashed(self) -> str:
+        """What may stand in the token's place, and tells nobody the token."""
+        return f"sha256:{self.digest.hex()}"
 
     def matches(self, presented: str) -> bool:
         """Compare without telling by the time taken how much was right."""
@@ -56,6 +63,8 @@ def load(path: Path, variable: str) -> Token:
 def checked(text: str, source: str) -> Token:
     """Raises TokenError."""
     text = text.strip()
+    if hashed := _HASHED.fullmatch(text):
+        return Token(bytes.fromhex(hashed[1]), source)
     if not _SHAPE.fullmatch(text):
         raise TokenError(
             f"the token in {source} is empty or unusable: expected 16 to 256 characters of"

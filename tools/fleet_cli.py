@@ -515,7 +515,7 @@ def move(
 def backup(
     data: Annotated[Path, typer.Argument(help="The server's private folder.")], to: Path
 ) -> None:
-    """Copy a running server's database, certificate and tokens into one file."""
+    """Copy a running server's database, certificate and hashed tokens into one file."""
     command = [sys.executable, "-m", "twinslot_server.backup", str(data), str(to)]
     raise typer.Exit(subprocess.call(command))
 

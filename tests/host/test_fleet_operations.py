@@ -456,16 +456,20 @@ def test_F126_a_backup_of_a_running_server_is_a_server(tmp_path):
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        token = server.token("operator")
+        admin = remote.admin
+        secrets = [server.token("operator"), server.token("device")]
         remote.client.close()
     kept = tmp_path / "kept" / "b.tar.gz"
     assert kept.stat().st_mode & 0o777 == 0o600
     restored = tmp_path / "restored"
     with tarfile.open(kept) as tar:
         tar.extractall(restored, filter="data")
+    told = b"".join(p.read_bytes() for p in restored.iterdir())
+    assert not any(secret.encode() in told for secret in secrets), "a backup is no pass"
+    assert (restored / "operator-token").stat().st_mode & 0o777 == 0o600
     with servers.serving(site, data=restored) as server:
-        assert server.token("operator") == token
         remote = Remote(server)
+        remote.admin = admin
         assert remote.api("GET", "devices/b1")["status"] == "confirmed"
         board.fleet = remote  # its token and what it runs are all a board has
         assert not board.poll()["update_available"]

@@ -1,6 +1,7 @@
 """The server as a process: offers, reports, roles, bad input, restarts, a clean end."""
 
 import datetime as dt
+import hashlib
 import json
 import os
 import re
@@ -387,6 +388,19 @@ def test_an_unusable_token_stops_the_start(tmp_path, content):
     (tmp_path / "data").mkdir(mode=0o700)
     (tmp_path / "data" / "device-token").write_bytes(content)
     assert "token" in refused_start(tmp_path)
+
+
+def test_a_hash_stands_in_for_a_token_and_is_none_itself(tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "data").mkdir(mode=0o700)
+    token = "kept-in-a-safe-0123456789"
+    digest = f"sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+    (tmp_path / "data" / "device-token").write_text(digest + "\n")
+    with serving(tmp_path / "site") as s:
+        with s.client(token) as client:
+            assert client.post("/api/v1/check-update", json=ASK).status_code == 200
+        with s.client(digest) as client:
+            assert client.post("/api/v1/check-update", json=ASK).status_code == 401
 
 
 def test_an_empty_token_in_the_environment_stops_the_start(tmp_path):
