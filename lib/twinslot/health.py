@@ -24,6 +24,42 @@ _SOFT = 5
 _UNKNOWN = 0  # also a reset over USB or JTAG
 
 
+def fits(key, value):
+    """True if ``value`` is what is written under ``key``. Of what has nothing inside,
+    ``Journal.get`` knows the type."""
+    if key == "trial":
+        if type(value) is not dict:
+            return False
+        numbers = [value.get(name, 0) for name in ("security", "hang", "boots")]
+        texts = [value.get(name, "") for name in ("build", "version", "attempt", "back")]
+        return _row(numbers, int, int, int) and _texts(texts)
+    if key == "versions":
+        return type(value) is dict and _texts(value.values())
+    if key == "failed":
+        return type(value) is list and all(_row(item, str, str, str, int) for item in value)
+    if key == "reports":
+        return type(value) is list and all(_is_report(item) for item in value)
+    if key == "waiting":
+        return _row(value, str, str, int)
+    if key == "spent":
+        return _row(value, int, int)
+    return key != "tried" or _row(value, int, int, int)
+
+
+def _row(value, *kinds):
+    """True for a list of just these types."""
+    return type(value) is list and [type(item) for item in value] == list(kinds)
+
+
+def _texts(values):
+    return all(type(value) is str for value in values)
+
+
+def _is_report(value):
+    names = ("attempt", "version", "build", "status")
+    return type(value) is dict and _texts([value.get(name) for name in names])
+
+
 def _failed(journal):
     return [f[0] for f in journal.get("failed", list)]
 

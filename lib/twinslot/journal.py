@@ -4,7 +4,8 @@
     journal.update(trial={...}, time=1795165200)     # None deletes a key
 
 One blob, because NVS is atomic for one key and not for two. Unreadable, half-written or newer
-content means "nothing known" and is never an exception: a board must boot with any NVS.
+content means "nothing known" and is never an exception: a board must boot with any NVS. So does
+a key whose value has another shape than below: other software may have written it.
 
     off size field
     0   1    format, 1
@@ -49,7 +50,10 @@ class Journal:
 
     def __init__(self, nvs):
         self._nvs = nvs
-        self._data = self._load(_KEY)
+        from .health import fits  # which leaves memory when it has done its work
+
+        found = self._load(_KEY)
+        self._data = {key: found[key] for key in found if fits(key, found[key])}
 
     @classmethod
     def shared(cls):
@@ -169,7 +173,10 @@ class Journal:
     def log(self):
         """Return the newest attempts, oldest first: ``[time or 0, version, status, reason]``."""
         entries = self._load(_LOG).get("log")
-        return entries if isinstance(entries, list) else []
+        if type(entries) is not list:
+            return []
+        kinds = [int, str, str, str]
+        return [e for e in entries if type(e) is list and [type(item) for item in e] == kinds]
 
     def add_to_log(self, version, status, reason=""):
         """Note how an attempt ended. Never raises: a log is not worth an update."""

@@ -1,6 +1,7 @@
 """The journal: what survives, what is never an exception, what it costs."""
 
 import binascii
+import json
 import struct
 
 import workbench as bench
@@ -8,6 +9,7 @@ from esp32 import NVS
 from harness import raises
 
 import twinslot.journal
+from twinslot import health
 from twinslot.errors import SpaceError
 from twinslot.journal import LIMIT, Journal
 
@@ -64,11 +66,11 @@ def read_back():
 
 
 def test_what_is_written_is_there_after_a_boot():
-    bench.new_journal(floor=7, confirmed=BUILD, reports=[{"status": "failed"}])
+    bench.new_journal(floor=7, confirmed=BUILD, reports=[report(1, "crash")])
     found = read_back()
     assert found.get("floor", int) == 7
     assert found.get("confirmed", str) == BUILD
-    assert found.get("reports", list) == [{"status": "failed"}]
+    assert found.get("reports", list) == [report(1, "crash")]
 
 
 def test_none_deletes_a_key_and_leaves_the_others():
@@ -142,6 +144,47 @@ def test_a_key_of_another_type_is_nothing_known_and_is_replaced():
     assert journal.get("floor", int) == 0
     journal.update(floor=2)
     assert read_back().get("floor", int) == 2
+
+
+def test_what_has_another_shape_inside_is_nothing_known_and_the_rest_is_kept():
+    whole = {
+        "trial": {"build": BUILD, "version": "2.0.0", "security": 4, "boots": 1},
+        "versions": {BUILD: "2.0.0"},
+        "failed": [[OTHER, "1.0.0", "crash", 3]],
+        "reports": [report(1, "crash")],
+        "waiting": [OTHER, "a1", 7],
+        "spent": [20000, 5],
+        "tried": [7, 2, 100],
+    }
+    misshapen = {
+        "trial": ([], {"build": 1}, {"version": 3}, {"back": None}, {"boots": "1"}, {"hang": []}),
+        "versions": ([], {BUILD: 2}, {BUILD: None}),
+        "failed": ({}, [[1]], [[]], [BUILD], [[OTHER, "1.0.0", "crash", "3"]], [None]),
+        "reports": ({}, [1], [{}], [{"status": "failed"}], [[]]),
+        "waiting": ({}, [OTHER], [OTHER, "a1", "7"], [1, 2, 3, 4]),
+        "spent": ({}, [1], [1, "2"], [1, 2, 3]),
+        "tried": ({}, [1, 2], [1, 2, None]),
+    }
+    store(framed(json.dumps(whole).encode()))
+    journal = read_back()
+    for key, value in whole.items():
+        assert journal.get(key, type(value)) == value, key
+    for key, values in misshapen.items():
+        for wrong in values:
+            store(framed(json.dumps(dict(whole, **{key: wrong})).encode()))
+            journal = read_back()
+            for other, value in whole.items():
+                expected = type(value)() if other == key else value
+                assert journal.get(other, type(value)) == expected, (wrong, other)
+            assert health.failed_builds(journal) == ([] if key == "failed" else [OTHER])
+
+
+def test_a_line_of_the_log_with_another_shape_is_left_out():
+    journal = bench.new_journal()
+    journal.add_to_log("1.0.0", "failed", "why")
+    line = journal.log()[0]
+    store(framed(json.dumps({"log": [[], 1, line, line[:3], [None] * 4]}).encode()), "log")
+    assert read_back().log() == [line]
 
 
 def test_an_update_is_one_blob_and_nothing_when_nothing_changes():

@@ -91,8 +91,6 @@ def seeds() -> dict[str, list[str]]:
     token = jose.serialize_compact(header, json.dumps(small).encode(), key, algorithms=["PS256"])
     offer = {"release": "r/1.4.0.jws", "poll": 60, "keyring": 2}
     offer["rollout"] = {"percent": 12.5, "seed": "x"}
-    body = json.dumps({"trial": {"build": "b", "boots": 1}, "floor": 3, "reports": []}).encode()
-    journal = struct.pack("<BI", 1, zlib.crc32(body)) + body
     entries = b"".join(otadata.pack(otadata.entry(seq, state)) for seq, state in ((5, 2), (6, 0)))
     partitions = [p for p in layout.load_layout("4MiB") if p.label != "vfs"]
     image = make_firmware(None, chip="esp32", version="1.0.0", project="p", size=6_000)
@@ -106,7 +104,7 @@ def seeds() -> dict[str, list[str]]:
         "image": [image, image[:300]],
         "otadata": [entries, entries[:32] + b"\xff" * 32],
         "table": [table.build(partitions)],
-        "journal": [journal],
+        "journal": _journals(),
         "nvs": [_nvs(), b""],
         **_payloads(),
     }
@@ -128,6 +126,26 @@ def _payloads() -> dict[str, list[bytes]]:
         "patch": [gzip.decompress(delta)],
         "gzpatch": [delta],
     }
+
+
+def _journals() -> list[bytes]:
+    """A journal while an image is on trial, one with all else in it, and a log."""
+    report = {"attempt": "a", "version": "1.0.0", "build": "c", "status": "failed", "error": None}
+    bodies: list[dict[str, Any]] = [
+        {"trial": {"build": "b", "version": "2.0.0", "security": 4, "back": "c", "boots": 1}},
+        {
+            "confirmed": "b",
+            "floor": 3,
+            "versions": {"b": "2.0.0"},
+            "failed": [["c", "1.0.0", "crash", 3]],
+            "reports": [report],
+            "waiting": ["d", "a", 7],
+            "tried": [7, 2, 100],
+        },
+        {"log": [[0, "1.0.0", "failed", "crash"]]},
+    ]
+    texts = [json.dumps(body).encode() for body in bodies]
+    return [struct.pack("<BI", 1, zlib.crc32(text)) + text for text in texts]
 
 
 def _nvs() -> bytes:

@@ -29,7 +29,7 @@ journal.set_starts(2)
 
 @pytest.fixture(scope="module")
 def flash(tmp_path_factory):
-    names = ("__init__", "journal", "errors")
+    names = ("__init__", "journal", "health", "errors")
     files = {f"twinslot/{name}.py": (LIB / f"{name}.py").read_text() for name in names}
     board = new_board(tmp_path_factory.mktemp("board"), MAIN, files=files)
     result = board.run(timeout=20)
