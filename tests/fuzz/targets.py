@@ -4,8 +4,8 @@
 
 Prints one line of JSON at the end. A case has passed if the code returned or raised an OtaError
 (for the modules of the virtual chip: their own errors), in time and without running out of heap.
-Anything else ends the run, with the input in the line. TARGET may name a file with one such input:
-``http:tests/fuzz/found/http-3f3f0a.bin``.
+Anything else ends the run, with the input in the line. TARGET may name a file with one such input,
+``http:tests/fuzz/found/http-3f3f0a.bin``: all cases are that one, for what a target draws by lot.
 """
 
 import asyncio
@@ -523,18 +523,19 @@ def main():
     case = TARGETS[name](seeds)
     found = {"target": name, "cases": 0, "outcomes": {}, "slowest_us": 0, "seed": int(seed)}
     start = time.ticks_ms()
+    raws = seeds
     if single:
         with open(single, "rb") as f:
-            tell(case, f.read(), found)
-    else:
-        for raw in seeds:
-            if not tell(case, raw, found):
-                break
-        while "crash" not in found and found["cases"] < int(count):
-            if time.ticks_diff(time.ticks_ms(), start) > int(seconds) * 1000:
-                break
-            if not tell(case, mutate(random.choice(seeds), seeds), found):
-                break
+            raws = [f.read()]
+    for raw in raws:
+        if not tell(case, raw, found):
+            break
+    while "crash" not in found and found["cases"] < int(count):
+        if time.ticks_diff(time.ticks_ms(), start) > int(seconds) * 1000:
+            break
+        raw = raws[0] if single else mutate(random.choice(seeds), seeds)
+        if not tell(case, raw, found):
+            break
     print(json.dumps(found))
 
 

@@ -18,6 +18,13 @@ _spec.loader.exec_module(fuzz)
 TARGETS = ["http", "jws", "keys", "keyring", "release", "offer", "image", "otadata", "table"]
 TARGETS += ["journal", "nvs", "gzip", "patch", "gzpatch"]
 
+REGRESSIONS = sorted((FUZZ / "regressions").glob("*.bin"))
+AGAIN = 50  # times that one input is replayed: some targets draw by lot how they take it
+
+
+def target_of(path):
+    return path.stem.split("-")[0]
+
 
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory):
@@ -37,11 +44,10 @@ def test_every_target_has_seeds():
     assert set(fuzz.seeds()) == set(TARGETS)
 
 
-def test_inputs_that_once_got_through_no_longer_do(seeds):
-    for path in sorted((FUZZ / "regressions").glob("*.bin")):
-        target = path.stem.split("-")[0]
-        found = fuzz.run(f"{target}:{path}", seeds, 1, 1, 60)
-        assert "crash" not in found, (path.name, found["error"], found["trace"])
+@pytest.mark.parametrize("path", REGRESSIONS, ids=lambda path: path.stem)
+def test_inputs_that_once_got_through_no_longer_do(path, seeds):
+    found = fuzz.run(f"{target_of(path)}:{path}", seeds, 1, AGAIN, 60)
+    assert "crash" not in found, (found["error"], found["trace"])
 
 
 # What is planted: (module, what is there, what a slip would leave).
@@ -79,16 +85,37 @@ SLIPS = {
 }
 
 
+@pytest.fixture
+def slipped(tmp_path, monkeypatch):
+    """Plant the slip of a target in a copy of the library, which is fuzzed from then on."""
+
+    def plant(target):
+        lib = tmp_path / "lib"
+        shutil.copytree(fuzz.LIB, lib, ignore=shutil.ignore_patterns("__pycache__"))
+        name, right, wrong = SLIPS[target]
+        path = lib / "twinslot" / name
+        source = path.read_text()
+        assert right in source
+        path.write_text(source.replace(right, wrong))
+        monkeypatch.setattr(fuzz, "LIB", lib)
+
+    return plant
+
+
 @pytest.mark.parametrize("target", SLIPS)
-def test_a_slip_planted_in_the_code_is_found(target, seeds, tmp_path, monkeypatch):
+def test_a_slip_planted_in_the_code_is_found(target, seeds, slipped):
     """A fuzzer that finds nothing might be looking at nothing."""
-    lib = tmp_path / "lib"
-    shutil.copytree(fuzz.LIB, lib, ignore=shutil.ignore_patterns("__pycache__"))
-    name, right, wrong = SLIPS[target]
-    path = lib / "twinslot" / name
-    source = path.read_text()
-    assert right in source
-    path.write_text(source.replace(right, wrong))
-    monkeypatch.setattr(fuzz, "LIB", lib)
+    slipped(target)
     found = fuzz.run(target, seeds, 1, 20_000, 60)
     assert "crash" in found, found
+
+
+@pytest.mark.parametrize("path", REGRESSIONS, ids=lambda path: path.stem)
+def test_an_input_that_is_kept_still_finds_its_slip(path, seeds, slipped):
+    slipped(target_of(path))
+    found = fuzz.run(f"{target_of(path)}:{path}", seeds, 1, AGAIN, 60)
+    assert found.get("crash") == path.read_bytes().hex()
+
+
+def test_every_slip_has_an_input_that_is_kept():
+    assert {target_of(path) for path in REGRESSIONS} == set(SLIPS)
