@@ -21,7 +21,7 @@ import json
 
 from . import config, guard, payload
 from .agent import Agent, foreseen
-from .errors import HttpError
+from .errors import BusyError, HttpError
 
 _BASE = "https://cable.invalid/"  # what URLs are relative to; nobody looks it up
 _PATIENCE_S = 120  # from one call to the next
@@ -83,7 +83,11 @@ class Push(Agent):
     # -- how an agent gets there --------------------------------------------------------------
 
     async def _push(self, url, force):
+        from .console import on_trial
+
         try:
+            if on_trial():  # a release of this very build would raise the floor unproven
+                raise BusyError("the running image is on trial")
             await self._take(url, url, force)
             self._state = {"state": "same"}
         except Exception as exc:
