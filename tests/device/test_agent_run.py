@@ -188,7 +188,9 @@ async def test_news_of_a_rollback_is_told_at_once_others_wait_for_their_place():
     world = World()
     world.offer = {}
     agent, events = start(
-        world, settings={"poll": 21600}, reports=[dict(back, status="failed"), back]
+        world,
+        settings={"poll": 21600},
+        reports=[dict(back, status="failed", version="1.9.0"), back],
     )
     naps = Naps()
     with Instead(asyncio, sleep_ms=naps):
@@ -647,16 +649,17 @@ async def test_the_clock_is_asked_before_and_doubted_after_a_failure_of_tls():
 async def test_a_slip_of_our_own_is_noted_once():
     world = World()
     agent, _ = start(world)
+    agent._journal.add_to_log("1.1.0", "failed", "of another kind")
     for error in (ValueError("slip"), ValueError("slip"), ValueError("another")):
         world.offer = error
         await refuses(InternalError, agent)
-    assert [entry[1:] for entry in agent._journal.log()] == [
+    assert [entry[1:] for entry in agent._journal.log()[1:]] == [
         ["", "failed", "ValueError: slip"],
         ["", "failed", "ValueError: another"],
     ]
     world.offer = NetworkError("no route")
     await refuses(NetworkError, agent)
-    assert len(agent._journal.log()) == 2
+    assert len(agent._journal.log()) == 3
 
 
 async def test_a_long_slip_is_told_once_too():
@@ -824,7 +827,7 @@ async def test_the_memory_that_an_update_needs_is_asked_for_to_the_byte():
     need = twinslot.agent._TLS_NEED
     for largest, good in ((need, True), (need - 1, False)):
         agent, _ = start(world)
-        regions = lambda what, n=largest: [(9, 9, 9, 9), (100_000, 50_000, n, n)]  # noqa: E731
+        regions = lambda what, n=largest: [(9, 9, 9, 9), (100_000, 50_000, n, n - 1)]  # noqa: E731
         with Instead(esp32, idf_heap_info=regions):
             if good:
                 await agent.update_now()
@@ -948,6 +951,39 @@ async def test_the_running_image_by_a_newer_name_is_idle():
     await agent.update_now()
     assert agent._journal.get("versions") == {OWN: "1.2.0"}
     assert agent._journal.get("floor", int) == 3, "never lower"
+
+
+async def test_what_judges_a_release_is_not_there_while_it_comes_nor_between_polls():
+    there = []
+
+    class Watching(World):
+        async def get(self, url, **kw):
+            there.append("twinslot.semver" in sys.modules)
+            return await super().get(url, **kw)
+
+    agent, _ = start(Watching())
+    await installs(agent)
+    assert there == [False]
+    image = make_release().firmware
+    firmware = release.Image("firmware", 0, 5000, image.sha256, OWN, image.payloads)
+    agent, _ = start(World(firmware=firmware, version="1.3.0"))
+    await agent.update_now()
+    assert "twinslot.semver" not in sys.modules
+
+
+async def test_a_download_that_failed_holds_nothing():
+    world = World()
+    world.content = UnreachableError("nobody there")
+    agent, _ = start(world)
+    await refuses(UnreachableError, agent)
+    assert agent._slot._image is None
+
+
+def test_a_release_is_called_by_its_place_in_the_tree():
+    agent, _ = start(World())
+    assert agent._name(HOME + "lamp/r/1.jws") == "lamp/r/1.jws"
+    for other in (None, "http://other.example/lamp/r/1.jws"):
+        assert agent._name(other) == other
 
 
 async def test_an_activated_image_gets_its_reset_where_something_kept_it():
@@ -1141,6 +1177,13 @@ async def test_a_budget_that_is_used_up_is_said_before_anything_is_staged():
     agent, events = start(world, settings={"budget": 1000}, spent=[day, 1000])
     await refuses(BusyError, agent)
     assert "staging" not in names(events) and world.fetched == []
+    agent, _ = start(world, settings={"budget": 1000}, spent=[day, 999])
+    raises(BusyError, agent._spend, 1)
+    assert agent._journal.get("spent", list) == [day, 1000]
+    world.content = UnreachableError("nobody there")
+    agent, _ = start(world, settings={"budget": 1000}, spent=[day, 998])
+    await refuses(UnreachableError, agent)
+    assert agent._journal.get("spent", list) == [day, 998], "nothing came"
 
 
 async def test_bytes_that_can_not_be_booked_are_counted_all_the_same():
