@@ -638,6 +638,7 @@ async def test_a_write_in_the_steady_state_allocates_next_to_nothing():
 
 async def test_finish_and_abandon_give_the_buffers_back():
     bench.otadata((1, VALID))
+    bench.erase()
     slot = FirmwareSlot()
     image = bench.make_image(2 * BLOCK)
     described = bench.signed(image)
