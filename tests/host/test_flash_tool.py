@@ -327,7 +327,7 @@ def edited(**changes):
         (edited(product=None), "configuration member product: saw nothing"),
         (edited(url=None), "configuration member url"),
         (edited(polls=5), "configuration member: saw polls, expected one of"),
-        (edited(poll="often"), "configuration member poll: saw often, expected int"),
+        (edited(poll="often"), "configuration member poll: saw str, expected int"),
         (edited(source="ftp"), "expected static or server"),
         (edited(ca="/ota/other.pem"), "put a file other.pem beside ota.json"),
         (edited(keys="/nokeys.json"), "put a file nokeys.json beside ota.json"),
