@@ -33,11 +33,11 @@ HEAD = """\
 Made from the tests by `tools/faults_page.py`; a line stands for a test that `make test` runs. On
 each of these boards the rule is the same: whatever happens, it boots the old image or the new one,
 complete and verified; when the trouble is over the update gets there, or is refused for a reason
-that `twinslot log` shows.
+that a `failed` event tells.
 
 The proofs run on the virtual board (see its limits in the README). `make test` cuts the power some
 3,000 times; `make powercut` does so before, in and after every flash operation of 17 stories, torn
-in every shape, and twice and thrice. One case is replayed by the command that it prints, or on any
+in every shape, and by clean cuts twice (all pairs of one story) and thrice (a sample). One case is replayed by the command that it prints, or on any
 board file by `twinslot board run flash.bin --cut-at 40 --torn half`. `make faults-long` takes each
 fault at many more places, the connection cut at every byte and an exception at every statement
 among them; `make soak N=1000 SEED=1` updates one board a thousand times under faults and power
