@@ -36,7 +36,7 @@ complete and verified; when the trouble is over the update gets there, or is ref
 that a `failed` event tells.
 
 The proofs run on the virtual board (see its limits in the README). `make test` cuts the power some
-3,000 times; `make powercut` does so before, in and after every flash operation of 17 stories, torn
+3,000 times; `make powercut` does so before, in and after every flash operation of 24 stories, torn
 in every shape, and by clean cuts twice (all pairs of one story) and thrice (a sample). One case is
 replayed by the command that it prints, or on any board file by `twinslot board run flash.bin
 --cut-at 40 --torn half`. `make faults-long` takes each fault at many more places, the connection
