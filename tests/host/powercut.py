@@ -6,12 +6,13 @@ left out: release and payloads lie in a partition that nothing writes. Library a
 in a ROM file system beside it, so that firmwares are small and every flash operation counts. The
 application writes a file at each start, as applications do.
 
-Replay a point that failed, with the board's console:
+Replay a point that failed, held to the same oracle, with the board's console:
 
     .venv/bin/python tests/host/powercut.py good --cut 137:torn:bits:5 --cut 12:before
 """
 
 import argparse
+import binascii
 import io
 import json
 import random
@@ -19,13 +20,13 @@ import shutil
 import struct
 import tempfile
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from twinslot_tools import keys, publish, sample
 from twinslot_tools.virtual_esp32 import bootloader, build, layout, show, vfs
-from twinslot_tools.virtual_esp32.board import Board, RunResult
+from twinslot_tools.virtual_esp32.board import Board, RunResult, memory
 from twinslot_tools.virtual_esp32.chip import image as chip_image
 from twinslot_tools.virtual_esp32.chip import nvs, otadata
 from twinslot_tools.virtual_esp32.chip.flash import Fault, Flash
@@ -74,6 +75,7 @@ twinslot.guard.start()
 MAIN_PY = "import application\n"
 APPLICATION_PY = """
 import asyncio
+import binascii
 import json
 import machine
 import os
@@ -95,6 +97,7 @@ except OSError:
 with open("starts.new", "w") as f:
     f.write(str(starts))
 os.rename("starts.new", "starts.txt")
+print("starts:", starts)
 
 if FirmwareSlot().status()["version"] in %(crashes)r:
     machine.reset()
@@ -178,8 +181,16 @@ try:
     asyncio.run(agent.update_now())
 except OtaError as exc:
     pass
-print("status:", json.dumps(FirmwareSlot().status()))
+crcs = {}
+for name in os.listdir("/"):
+    if name.endswith((".py", ".json")):
+        with open("/" + name, "rb") as f:
+            crcs["/" + name] = binascii.crc32(f.read())
+print("status:", json.dumps(dict(FirmwareSlot().status(), files=crcs)))
 """
+
+# What the application of a board that has lived keeps in NVS, beside the agent.
+CALIBRATION = {f"calibration{i}": bytes([20 + i]) * 900 for i in range(3)}
 
 SHELF = "http://shelf/"
 SETTINGS = {
@@ -396,8 +407,10 @@ def _give_past(path: Path, story: Story) -> None:
         part = PARTITIONS["nvs"]
         store = nvs.Nvs(Flash(f, FLASH), part.offset, part.size)
         mine = store.open("application")
-        for i in range(10):
+        for i in range(7):
             store.set_blob(mine, f"calibration{i % 3}", bytes([i + 1]) * 900)
+        for key, content in CALIBRATION.items():
+            store.set_blob(mine, key, content)
         ours = store.open("twinslot")
         journal = {"floor": FLOOR_BEFORE, "confirmed": story.build(OLD)}
         journal["versions"] = {story.build(v): v for v in (OLD, ANCIENT)}
@@ -450,13 +463,24 @@ def check(holds: object, complaint: str, kind: str = "other") -> None:
         raise Broken(complaint, kind)
 
 
-def blob_of(flash: bytes, key: str) -> dict:
-    """A blob of the journal as the device finds it after a power cut; {} where there is none."""
+def nvs_blob(flash: bytes, namespace: str, key: str) -> bytes | None:
+    """A blob as the device finds it after a power cut."""
     part = PARTITIONS["nvs"]
-    store = nvs.open_or_erase(Flash(io.BytesIO(flash), len(flash)), part.offset, part.size)
     try:
-        raw = store.get_blob(store.open("twinslot"), key)
-    except nvs.NvsError:
+        store = nvs.Nvs(Flash(io.BytesIO(flash), len(flash)), part.offset, part.size)
+    except nvs.NvsError as exc:
+        raise Broken(f"NVS would be erased: {exc}") from exc
+    try:
+        return store.get_blob(store.open(namespace), key)
+    except nvs.NvsError as exc:
+        check(exc.code == nvs.ERR_NOT_FOUND, f"{key}: {exc}")
+        return None
+
+
+def blob_of(flash: bytes, key: str) -> dict:
+    """A blob of the agent; {} where there is none."""
+    raw = nvs_blob(flash, "twinslot", key)
+    if raw is None:
         return {}
     check(raw[0] == 1, f"{key} of format {raw[0]}")
     check(struct.unpack_from("<I", raw, 1)[0] == otadata.crc32(raw[5:]), f"{key}: wrong CRC")
@@ -492,6 +516,8 @@ def check_after_cut(flash: bytes, story: Story) -> None:
     floor = journal.get("floor", 0)
     if story.runs == "ota_1":
         check(floor >= FLOOR_BEFORE, f"the journal was lost: {journal}")
+        for key, content in CALIBRATION.items():
+            check(nvs_blob(flash, "application", key) == content, f"{key} was lost from NVS")
     if floor == FLOOR_AFTER:
         check(kept in story.complete[-2:] and kept != OLD, "a floor without its build")
         where = _slot_of(flash, kept, story)
@@ -550,10 +576,48 @@ def _not_yet_erased(story: Story, flash: bytes) -> bool:
     return story.runs == "ota_1" and version_in(flash, story.other, story) == ANCIENT
 
 
-def check_end(flash: bytes, result: RunResult, story: Story, anywhere: bool = False) -> None:
+class Volume(NamedTuple):
+    """What must not be lost from the file system.
+
+    Attributes:
+        files: {path: CRC-32} of what nothing writes after the board was made.
+        starts: how often the application has written down that it started.
+    """
+
+    files: dict[str, int]
+    starts: int
+
+    @classmethod
+    def read(cls, flash: bytes) -> Self:
+        """Of a board that is switched off. Raises Broken where it can't be read."""
+        with tempfile.NamedTemporaryFile(dir=memory()) as copy:
+            copy.write(flash)
+            copy.flush()
+            try:
+                found = vfs.read_files(copy.name)
+                starts = int(found.get("/starts.txt", b"0"))
+            except (vfs.VolumeError, ValueError) as exc:
+                raise Broken(f"the file system is damaged: {exc!r}") from exc
+        kept = (".py", ".json")
+        return cls({k: binascii.crc32(v) for k, v in found.items() if k.endswith(kept)}, starts)
+
+
+def check_volume(result: RunResult, status: dict, volume: Volume) -> None:
+    """Nothing that the application has kept was lost."""
+    check(status.get("files") == volume.files, f"files were lost or changed: {status}")
+    told = [line for line in result.console.splitlines() if line.startswith("starts: ")]
+    check(told, "the application never ran")
+    counted = int(told[0][8:])
+    check(counted > volume.starts, f"start {counted} after {volume.starts}: a file was lost")
+
+
+def check_end(
+    flash: bytes, result: RunResult, story: Story, volume: Volume, anywhere: bool = False
+) -> None:
     """What holds when the board has come to rest.
 
     Args:
+        volume: as it was when the power failed last.
         anywhere: otadata was lost, so the images may have changed places.
     """
     outcomes = [b.outcome for b in result.boots]
@@ -564,7 +628,9 @@ def check_end(flash: bytes, result: RunResult, story: Story, anywhere: bool = Fa
     check("error: " not in result.console, result.console)
     label = result.boots[-1].partition
     journal = journal_of(flash)
-    status = json.loads(result.console.rsplit("status: ", 1)[1])
+    check("status: " in result.console, "the application was lost")
+    status = json.loads(result.console.rsplit("status: ", 1)[1].splitlines()[0])
+    check_volume(result, status, volume)
     check(status["boot"] == status["running"] == label, f"unsettled: {status}")
     check("trial" not in journal, f"a trial was left over: {journal}")
     runs = version_in(flash, label, story)
@@ -585,11 +651,11 @@ def check_end(flash: bytes, result: RunResult, story: Story, anywhere: bool = Fa
     if goes_back:
         check(journal.get("floor", 0) in (0, FLOOR_BEFORE), f"floor {journal.get('floor')}")
     else:
-        check(journal["floor"] == FLOOR_AFTER, f"floor {journal['floor']}")
+        check(journal.get("floor") == FLOOR_AFTER, f"floor {journal.get('floor')}")
     if story.refused:
         check("failed" in result.console, "nothing was said of the refusal")
         return
-    check(journal["confirmed"] == story.build(runs), "another image counts as confirmed")
+    check(journal.get("confirmed") == story.build(runs), "another image counts as confirmed")
     if story.fails:
         check(len(failed) == 1 and failed[0][1] == NEW and failed[0][2], f"failed: {failed}")
         check(failed[0][3] >= 3 or story.newer, f"not given up for good: {failed}")
@@ -680,36 +746,6 @@ def _scramble(flash: bytearray, seed: int) -> None:
 WIPES = {"both": _wipe_both, "one": _wipe_one, "noise": _scramble}
 
 
-def live(path: Path, point: Point | None, on_console=None) -> tuple[bytes, RunResult]:
-    """Run a life, cut its power, switch on again, let it come to rest.
-
-    Args:
-        path: flash file of the board; changed.
-        point: None: nothing happens to it.
-
-    Returns:
-        The flash at the first cut (of an uncut life: at its end), and what ran after the last.
-
-    Raises:
-        Broken: the power was not cut for the first time.
-    """
-    flash = b""
-    cuts = point.cuts if point else ()
-    for i, cut in enumerate(cuts):
-        result = _run_to_cut(switch_on(path, cuts[:i]), Fault(*cut), on_console)
-        if result.outcome != "power-cut":
-            check(flash, f"no cut: {[b.outcome for b in result.boots]}")
-            return flash, result  # it had come to rest before the next cut
-        if not flash:
-            flash = path.read_bytes()
-            if point.wipe:
-                changed = bytearray(flash)
-                WIPES[point.wipe](changed, point.seed)
-                path.write_bytes(changed)
-    result = run_to_rest(switch_on(path, cuts), on_console)
-    return flash or path.read_bytes(), result
-
-
 def switch_on(path: Path, cuts: tuple[Cut, ...] = ()) -> Board:
     """The board of a flash file, the same one whatever the file is called; with memory enough
     that no life takes another turn for want of it."""
@@ -723,21 +759,36 @@ def is_strict(cuts: tuple[Cut, ...]) -> bool:
     return all(cut.mode != "torn" for cut in cuts)
 
 
-def run_to_rest(board: Board, on_console=None, **options) -> RunResult:
-    """Run until main.py is done; the guard's timer would keep the board awake."""
-    return board.run(MAX_BOOTS, TIMEOUT, on_console=on_console, until=_rests, **options)
+def run_to_rest(board: Board, story: Story, on_console=None, **options) -> RunResult:
+    """Run until main.py is done; the guard's timer would keep the board awake.
+
+    Raises:
+        Broken: bytes ran that are no complete image of ours.
+    """
+    look = partial(_look, board, story)
+    return board.run(
+        MAX_BOOTS, TIMEOUT, on_console=on_console, until=_rests, on_event=look, **options
+    )
+
+
+def _look(board: Board, story: Story, event: dict) -> None:
+    if event["event"] == "boot":
+        runs = version_in(board.path.read_bytes(), event["partition"], story)
+        known = runs in (*story.complete, ANCIENT)
+        check(known, f"{event['partition']} runs, no complete image", "unverified")
 
 
 def _rests(event: dict) -> bool:
     return event["event"] == "idle"
 
 
-def _run_to_cut(board: Board, fault: Fault, on_console) -> RunResult:
+def _run_to_cut(board: Board, story: Story, fault: Fault, on_console) -> RunResult:
     result = board.run(
         MAX_BOOTS,
         TIMEOUT,
         fault=fault,
         on_console=on_console,
+        on_event=partial(_look, board, story),
         until=lambda event: event.get("outcome") == "power-cut" or _rests(event),
     )
     if on_console:
@@ -745,11 +796,55 @@ def _run_to_cut(board: Board, fault: Fault, on_console) -> RunResult:
     return result
 
 
+def first_fetch(console: str) -> tuple[str, int] | None:
+    """URL and first byte of the first payload that was asked for."""
+    for line in console.splitlines():
+        if line.startswith("fetch: "):
+            url, start = line[7:].rsplit(" ", 1)
+            return url, int(start)
+    return None
+
+
+def check_checkpoint(flash: bytes, fetched: tuple[str, int] | None) -> None:
+    """Held at the checkpoint that flash held when the power failed."""
+    kept = blob_of(flash, "checkpoint")
+    if kept and fetched and fetched[0].endswith(kept["url"]):
+        complaint = f"a checkpoint at {kept['at']}, fetched from {fetched[1]}"
+        check(fetched[1] >= kept["at"], complaint, "lost")
+
+
 def prove(path: Path, story: Story, point: Point, on_console=None) -> None:
-    """Cut one life at one point and hold it to the oracle. Raises Broken."""
-    flash, result = live(path, point, on_console)
-    check_after_cut(flash, story)
-    check_end(path.read_bytes(), result, story, anywhere=bool(point.wipe))
+    """Live a life, cut where the point says, and hold it to the oracle after each cut.
+
+    Args:
+        path: flash file of the board; changed.
+
+    Raises:
+        Broken: it does not hold; or the power was not cut for the first time.
+    """
+    volume = Volume.read(path.read_bytes())
+    left = None  # flash when the power failed last
+    for i, cut in enumerate(point.cuts):
+        board = switch_on(path, point.cuts[:i])
+        result = _run_to_cut(board, story, Fault(*cut), on_console)
+        if left and not point.wipe:
+            check_checkpoint(left, first_fetch(result.console))
+        if result.outcome != "power-cut":
+            check(left, f"no cut: {[b.outcome for b in result.boots]}")
+            break  # it had come to rest before
+        left = path.read_bytes()
+        if i == 0 or not point.wipe:
+            check_after_cut(left, story)
+        volume = volume._replace(starts=Volume.read(left).starts)
+        if point.wipe and i == 0:
+            changed = bytearray(left)
+            WIPES[point.wipe](changed, point.seed)
+            path.write_bytes(changed)
+    else:
+        result = run_to_rest(switch_on(path, point.cuts), story, on_console)
+        if left and not point.wipe:
+            check_checkpoint(left, first_fetch(result.console))
+    check_end(path.read_bytes(), result, story, volume, anywhere=bool(point.wipe))
 
 
 def main() -> None:
@@ -762,12 +857,7 @@ def main() -> None:
     story = STORIES[args.story]
     with tempfile.TemporaryDirectory() as folder:
         path = make_board(Path(folder) / "board", story)
-        if args.cut is None:
-            _, result = live(path, None, print)
-            print(json.dumps(result.flash), [b.outcome for b in result.boots])
-            check_end(path.read_bytes(), result, story)
-        else:
-            prove(path, story, Point(tuple(args.cut), args.wipe, args.seed), print)
+        prove(path, story, Point(tuple(args.cut or ()), args.wipe, args.seed), print)
     print("holds")
 
 

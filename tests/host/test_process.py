@@ -20,7 +20,7 @@ def life(path, base, folder, name):
     """A whole life: what it did to flash, what it said, and the heap it found and left."""
     path.write_bytes(base)
     trace = folder / name
-    result = run_to_rest(switch_on(path), trace=trace)
+    result = run_to_rest(switch_on(path), STORIES["crash-down"], trace=trace)
     operations = [(op.at, op.size, op.data is None) for op in read_trace(trace)]
     boots = [(b.partition, b.reset_cause, b.outcome, b.error, b.console) for b in result.boots]
     return operations, boots, [b.heap["start"] for b in result.boots]
@@ -53,11 +53,11 @@ def words(boots):
 def test_a_board_runs_on_when_its_mother_is_dead(tmp_path):
     path = make_board(tmp_path / "board", STORIES["good"])
     base = path.read_bytes()
-    assert run_to_rest(switch_on(path)).outcome == "idle"
+    assert run_to_rest(switch_on(path), STORIES["good"]).outcome == "idle"
     for mother in process._mothers()._known.values():
         mother._popen.kill()
     path.write_bytes(base)
-    assert run_to_rest(switch_on(path)).outcome == "idle"
+    assert run_to_rest(switch_on(path), STORIES["good"]).outcome == "idle"
 
 
 HANGS = """
