@@ -50,7 +50,7 @@ ONE_SHAPE = {"bits": 1}
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory):
-    """Return a maker of sweeps, each made once."""
+    """Return a maker of sweeps, each made once and kept in its ``made``."""
     folder = tmp_path_factory.mktemp("lives")
     made = {}
 
@@ -59,6 +59,7 @@ def sweep(tmp_path_factory):
             made[name] = Sweep(folder, name)
         return made[name]
 
+    make.made = made
     return make
 
 
@@ -347,3 +348,12 @@ def _header_of(found):
 def test_F32_power_cut_once_more_during_the_recovery(sweep, name):
     tally = sweep(name).twice(sample=2, thrice=4)
     assert not tally.replays, "\n".join(tally.replays)
+
+
+def test_three_thousand_lives_were_run(sweep, request):
+    """Last: adds up what the tests of this file have done."""
+    if request.config.option.keyword or any("::" in arg for arg in request.config.args):
+        pytest.skip("only some of the tests were asked for")
+    tallies = [found.tally for found in sweep.made.values()]
+    print(f"{sum(t.points for t in tallies)} points in {len(tallies)} stories")
+    assert sum(t.runs for t in tallies) >= 3000
