@@ -519,7 +519,12 @@ class Agent:
     def _rests(self, name):
         """True while a release that could not be downloaded several times is left alone, also
         after a reboot or deep sleep."""
-        return self._tries(name) >= _TRIES and 0 <= int(time.time()) - self._tried[2] < _REST_S
+        if self._tries(name) < _TRIES:
+            return False
+        rested = int(time.time()) - self._tried[2]
+        if rested < 0:  # the clock began anew with this boot
+            rested = time.ticks_ms() // 1000
+        return rested < _REST_S
 
     def _tries(self, name):
         crc = binascii.crc32(name.encode())

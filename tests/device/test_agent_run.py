@@ -881,7 +881,7 @@ async def test_a_rest_ends_after_six_hours_and_tries_start_anew():
     with Instead(twinslot.agent, time=clock):
         for _ in range(3):
             await refuses(UnreachableError, agent)
-        for later, rests in ((0, True), (6 * 3600 - 1, True), (6 * 3600, False), (-1, False)):
+        for later, rests in ((0, True), (6 * 3600 - 1, True), (6 * 3600, False)):
             clock.now = 1_000_000 + later
             assert agent._rests(agent._name(world.offer["release"])) is rests
         assert agent._tried[1:] == [3, 1_000_000]
@@ -889,6 +889,23 @@ async def test_a_rest_ends_after_six_hours_and_tries_start_anew():
         await refuses(UnreachableError, agent)
         assert agent._tried[1:] == [1, clock.now]
         assert agent._journal.get("tried", list) == agent._tried
+
+
+async def test_a_board_without_a_clock_rests_as_long_after_each_start():
+    """Its time begins anew with the power: it is earlier than the last try, and must not count as
+    the end of the rest."""
+    world = World()
+    world.manifest = UnreachableError("nobody there")
+    agent, _ = start(world)
+    clock = Time(1_000)
+    name = agent._name(world.offer["release"])
+    with Instead(twinslot.agent, time=clock):
+        for _ in range(3):
+            await refuses(UnreachableError, agent)
+        clock.now = 20
+        for uptime_s, rests in ((20, True), (6 * 3600 - 1, True), (6 * 3600, False)):
+            clock.ticks_ms = lambda ms=uptime_s * 1000: ms
+            assert agent._rests(name) is rests
 
 
 async def test_a_try_counts_once_however_many_mirrors_failed():
