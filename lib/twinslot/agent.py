@@ -523,7 +523,7 @@ class Agent:
             return False
         rested = int(time.time()) - self._tried[2]
         if rested < 0:  # the clock began anew with this boot
-            rested = time.ticks_ms() // 1000
+            rested = time.ticks_ms() // 1000  # pyright: ignore (a number, whatever it wraps at)
         return rested < _REST_S
 
     def _tries(self, name):
