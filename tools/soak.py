@@ -29,11 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import twinslot
+from twinslot.journal import LIMIT
 
 from . import keys, publish
 from .log_cli import Notes
 from .log_cli import read as read_notes
-from .virtual_esp32 import build, layout, vfs
+from .virtual_esp32 import bootloader, build, layout, show, vfs
 from .virtual_esp32.board import Board, RunResult
 from .virtual_esp32.chip.flash import MODES, SECTOR, Fault, Stats
 from .virtual_esp32.firmware import make_firmware, make_tree
@@ -54,6 +55,8 @@ MAX_BOOTS = 12
 TIMEOUT_S = 60
 HOURS_OFF = 7
 POLLS = 6  # of one power-on, then the board is switched off and on
+HEAP_GROWTH = 4096  # bytes
+ERASES = 5  # of the most worn sector, by each update: otadata's
 SIZES = (18_000, 90_000)  # of an image, from and to
 
 # Garbage is collected when the heap is full; the guard's own threshold would do so all the time.
@@ -100,7 +103,13 @@ print("rest:", json.dumps([agent.version(), gc.mem_alloc()]))
 
 
 class Unexplained(Exception):
-    """An update ended as none may; the text says how and where."""
+    """An update ended as none may; the text says how and where.
+
+    Attributes:
+        tally: what had happened by then, once it left `run`.
+    """
+
+    tally: Tally | None = None
 
 
 @dataclass
@@ -112,6 +121,7 @@ class Tally:
     faults: Counter[str] = field(default_factory=Counter)
     cuts: int = 0
     outcomes: Counter[str] = field(default_factory=Counter)
+    unexplained: int = 0
     erases: list[int] = field(default_factory=lambda: [0] * (FLASH // SECTOR))
     journal: list[int] = field(default_factory=list)  # bytes, after each update
     heap: list[int] = field(default_factory=list)  # bytes taken, after each update
@@ -139,6 +149,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path = site / self.path.lstrip("/")
         fault = self.server.take_fault(self.path)  # type: ignore[attr-defined]
         if fault.kind == "error":
+            self._broke(fault)
             self._answer(503, b"busy")
             return
         if not path.is_file():
@@ -157,10 +168,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if fault.kind == "damage" and part:
             at = fault.at % len(part)
             part = part[:at] + bytes([part[at] ^ 0x10]) + part[at + 1 :]
+            self._broke(fault)
         if fault.kind == "cut":
+            if fault.at % (len(part) + 1) < len(part):
+                self._broke(fault)
             self._answer(206 if start else 200, part, fields, fault.at % (len(part) + 1))
             return
         self._answer(206 if start else 200, part, fields)
+
+    def _broke(self, fault: _Break) -> None:
+        self.server.broken[f"network {fault.kind}"] += 1  # type: ignore[attr-defined]
 
     def _answer(
         self, status: int, body: bytes, fields: dict[str, str] | None = None, room: int = 1 << 40
@@ -188,6 +205,7 @@ class _Site(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.site = site
         self.faults: list[_Break] = []
+        self.broken: Counter[str] = Counter()  # by kind; what really happened
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def take_fault(self, path: str) -> _Break:
@@ -325,11 +343,11 @@ class Soak:
             self.tally.cuts += 1
             self.tally.faults[f"power cut {fault.mode}"] += 1
             self._check(old, new)
-        for name in trouble.names():
-            if not name.startswith("power cut"):
-                self.tally.faults[name] += 1
         outcome = self._settle(old, new, trouble)
         self.tally.updates += 1
+        self.tally.faults += self.server.broken
+        self.server.broken.clear()
+        self.tally.faults["application crashes"] += outcome.startswith("rolled back")
         self.tally.outcomes[outcome] += 1
         return outcome
 
@@ -377,16 +395,26 @@ class Soak:
         if "trial" in notes.journal:
             raise Unexplained(f"at rest, and on trial: {notes.journal}")
         if running == new and not trouble.crashes:
+            self._check_confirmed(new, notes)
             self.version = new
             return "confirmed"
         if running == old and trouble.crashes and reason:
             return "rolled back: " + reason[2].split(" (")[0]
         raise Unexplained(f"{running} runs after an update from {old} to {new}: {notes}")
 
+    def _check_confirmed(self, new: str, notes: Notes) -> None:
+        """It was proven, and journal and otadata say so."""
+        if notes.journal.get("confirmed") != self.images[new][-32:].hex():
+            raise Unexplained(f"{new} runs, and counts as not confirmed: {notes.journal}")
+        flash = self.flash.read_bytes()
+        boots = bootloader.predict(flash, "esp32").partition
+        label = boots.label if boots else ""
+        states = {slot["label"]: slot["state"] for slot in show.describe(flash)["slots"]}
+        if states.get(label) != "VALID":
+            raise Unexplained(f"{new} runs in {label}, and otadata says {states}")
+
     def _check(self, old: str, new: str) -> Notes:
         """What holds at any time: what would boot is whole, and one of the two."""
-        from .virtual_esp32 import bootloader
-
         flash = self.flash.read_bytes()
         boots = bootloader.predict(flash, "esp32").partition
         if boots is None:
@@ -408,18 +436,33 @@ def growth(values: list[int]) -> int:
 
 def report(tally: Tally) -> str:
     label, erases = tally.worn()
+    last = (tally.journal or [0])[-1]
     lines = [
         f"updates        {tally.updates} ({tally.boots} boots)",
         "faults         "
         + (", ".join(f"{k} {v}" for k, v in sorted(tally.faults.items())) or "0"),
         f"power cuts     {tally.cuts}",
         "outcomes       " + ", ".join(f"{k} {v}" for k, v in sorted(tally.outcomes.items())),
-        "unexplained    0",
+        f"unexplained    {tally.unexplained}",
         f"most worn      a sector of {label}: {erases} erases",
-        f"journal        {max(tally.journal)} bytes at most, {tally.journal[-1]} at the end",
-        f"heap           {tally.heap[-1]} bytes at the end, growth {growth(tally.heap)}",
+        f"journal        {max(tally.journal, default=0)} bytes at most, {last} at the end",
+        f"heap           {(tally.heap or [0])[-1]} bytes at the end, growth {growth(tally.heap)}",
     ]
     return "\n".join(lines)
+
+
+def hold(tally: Tally) -> None:
+    """Limits of wear and memory, over all updates. Raises Unexplained."""
+    if max(tally.journal) >= LIMIT:
+        raise Unexplained(f"the journal has grown to {max(tally.journal)} bytes")
+    # What is in use at rest differs by some 2 KB, by what the last boot had to do.
+    if growth(tally.heap) >= HEAP_GROWTH:
+        raise Unexplained(f"the heap in use has grown: {tally.heap}")
+    label, erases = tally.worn()
+    if erases > ERASES * tally.updates:
+        raise Unexplained(f"a sector of {label} was erased {erases} times")
+    if tally.outcomes["confirmed"] < tally.updates // 2:
+        raise Unexplained(f"too few were confirmed: {tally.outcomes}")
 
 
 def run(n: int, seed: int, folder: Path, say=lambda line: None) -> Tally:
@@ -428,14 +471,15 @@ def run(n: int, seed: int, folder: Path, say=lambda line: None) -> Tally:
     began = time.monotonic()
     try:
         for number in range(1, n + 1):
-            try:
-                outcome = soak.update(number)
-            except Unexplained as exc:
-                text = "".join(soak.console)[-3000:]
-                raise Unexplained(
-                    f"update {number}: {exc}\n{text}\nreplay: {soak.replay()}"
-                ) from exc
+            outcome = soak.update(number)
             say(f"{number:5} {outcome}  ({(time.monotonic() - began) / number:.1f} s each)")
+        hold(soak.tally)
+    except Unexplained as exc:
+        text = "".join(soak.console)[-3000:]
+        found = Unexplained(f"{exc}\n{text}\nreplay: {soak.replay()}")
+        found.tally = soak.tally
+        found.tally.unexplained += 1
+        raise found from exc
     finally:
         soak.close()
     return soak.tally
@@ -454,6 +498,8 @@ def main() -> None:
             tally = run(args.n, args.seed, Path(folder) / "soak", say)
         except Unexplained as exc:
             print(f"twinslot: soak: {exc}", file=sys.stderr)
+            if exc.tally:
+                print(report(exc.tally))
             sys.exit(1)
     print(report(tally))
 
