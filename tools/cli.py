@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -202,8 +203,18 @@ def publish(
     bases: Annotated[
         list[str] | None,
         typer.Option(
-            "--from", metavar="OLD", help="Build a delta from this image or version (repeatable)."
+            "--from",
+            metavar="OLD",
+            help="Build a delta from this image or version, or 'fleet': from what the boards of"
+            " --server run (repeatable).",
         ),
+    ] = None,
+    server: Annotated[
+        str, typer.Option(envvar="TWINSLOT_URL", help="For --from fleet: https://host:port")
+    ] = "https://127.0.0.1:8443",
+    token: Annotated[str, typer.Option(envvar="TWINSLOT_TOKEN", help="An API token.")] = "",
+    ca: Annotated[
+        Path | None, typer.Option(envvar="TWINSLOT_CA", help="The server's certificate.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -212,9 +223,19 @@ def publish(
     Publish the same thing again with another --rollout to widen it, or with another --channel to
     promote it: the release itself never changes.
     """
+    from . import fleet_bases, images, trust_cli
     from . import publish as publishing
-    from . import trust_cli
+    from .fleet_http import Api
 
+    named = [text for text in bases or () if text != fleet_bases.FLEET]
+    running: list[fleet_bases.Running] = []
+    if len(named) < len(bases or ()):
+        api = Api(server, token, ca)
+        running = fleet_bases.find(api, site, product, images.load(image), len(named))
+        for one in running:
+            if not one.taken:
+                talk.print(f"no delta from {one}: {one.why}", soft_wrap=True, markup=False)
+        named += [one.version for one in running if one.taken]
     spec = publishing.Spec(
         product=product,
         version=version,
@@ -226,13 +247,13 @@ def publish(
         notes=notes,
         rollout=rollout,
         poll=poll,
-        bases=tuple(bases or ()),
+        bases=tuple(named),
     )
     signer = trust_cli.signer(key, sign_command, public, passphrase_fd)
     with _bar(as_json) as progress:
         done = publishing.publish(image, spec, signer, site, progress)
     if as_json:
-        _print_json(_published(done, spec, site))
+        _print_json(_published(done, spec, site) | {"fleet": [asdict(one) for one in running]})
     else:
         _show_published(done, spec, site)
 

@@ -46,6 +46,7 @@ WINDOW = 12  # 4 KiB of window on the device
 GZIP_LIMIT = 0.9
 DELTA_LIMIT = 0.8
 PAYLOADS_MAX = 16  # in a manifest, lib/twinslot/release.py
+DELTAS_MAX = PAYLOADS_MAX - 2  # beside the plain image and its gzip
 _APPLY = Path(__file__).parent / "apply_payload.py"
 _APPLY_TIMEOUT_S = 120
 
@@ -100,8 +101,8 @@ def build(image: bytes, bases: Iterable[Base] = (), progress: Progress = quiet) 
         ValueError: more payloads than a manifest holds.
     """
     bases = list({base.build: base for base in bases}.values())
-    if len(bases) + 2 > PAYLOADS_MAX:
-        raise ValueError(f"{len(bases)} bases: a release holds {PAYLOADS_MAX - 2} deltas at most")
+    if len(bases) > DELTAS_MAX:
+        raise ValueError(f"{len(bases)} bases: a release holds {DELTAS_MAX} deltas at most")
     packed, *deltas = _make_all(image, [None, *bases], progress)
     found = [Payload(image, "identity")]
     found.append(Payload(packed, "gzip", kept=len(packed) <= GZIP_LIMIT * len(image)))

@@ -236,11 +236,35 @@ def _published_image(version: str, product: Path) -> Path:
     if manifest is None:
         seen = "neither an image file nor a version in this site"
         raise ConfigError(f"--from {version}", seen, "one of the two")
+    path = _plain_image(manifest, product)
+    if path is None:
+        raise ConfigError(f"--from {version}: its plain image is no longer in {product}")
+    return path
+
+
+def _plain_image(manifest: dict[str, Any], product: Path) -> Path | None:
+    """Where the plain image of a release lies, or None."""
     for payload in manifest["images"][0]["payloads"]:
         path = product / payload["url"]
         if payload["encoding"] == "identity" and "patch" not in payload and path.is_file():
             return path
-    raise ConfigError(f"--from {version}: its plain image is no longer in {product}")
+    return None
+
+
+def plain_images(site: Path, product: str, chip_id: int) -> dict[str, str]:
+    """Versions, by build, of the releases for a chip whose plain image is in the site.
+
+    Raises:
+        ReleaseError: a file among them is no release.
+    """
+    found = {}
+    for path in sorted((site / product / "r").glob("*.jws")):
+        manifest = _read_release(path)
+        if manifest and _plain_image(manifest, site / product):
+            image = manifest["images"][0]
+            if image["chip_id"] == chip_id:
+                found[image["build"]] = manifest["version"]
+    return found
 
 
 def _keyring(site: Path, product: str, signer: Signer) -> int:

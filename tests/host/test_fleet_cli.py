@@ -13,7 +13,7 @@ import servers
 import typer
 from fleet import Board, Fleet
 
-from twinslot_tools import fleet_cli
+from twinslot_tools import fleet_cli, keys
 from twinslot_tools.fleet_http import Api
 
 TWINSLOT = Path(sys.executable).with_name("twinslot")
@@ -238,3 +238,37 @@ def test_refusals_are_one_line_and_exit_code_1(server):
 class Remote(Fleet):
     def __init__(self, server):
         self.client = server.client()
+
+
+def test_publish_makes_deltas_from_what_the_fleet_runs(tmp_path):
+    """The most common first; a build that is not in the site, or is the new one, gets none."""
+    site = tmp_path / "made"
+    site.mkdir()
+    (tmp_path / "site").mkdir()
+    for version in ("1.0.0", "1.1.0", "1.2.0"):  # nobody runs 1.2.0
+        servers.publish_version(site, version)
+    keys.generate(tmp_path / "r.key", 2048)
+    (tmp_path / "2.0.0.bin").write_bytes(servers.firmware("2.0.0"))
+    keyed = "--keys", str(servers.public_keys(tmp_path))
+    with servers.serving(tmp_path / "site", *keyed) as running:
+        fleet = Remote(running)
+        runs = ("1.1.0", "1.0.0", "1.1.0", "0.9.0", "2.0.0")
+        for number, version in enumerate(runs):
+            board = Board(fleet, f"b{number}", version)
+            board.token = running.token("device")
+            board.poll()
+        fleet.client.close()
+        command = ["publish", tmp_path / "2.0.0.bin", "--version", "2.0.0", "--product"]
+        command += [servers.PRODUCT, "--hardware", servers.HARDWARE, "--key", tmp_path / "r.key"]
+        command += ["--to", site, "--from", "fleet"]
+        refused = call(running, *command, code=1, TWINSLOT_TOKEN="none")
+        assert refused.startswith("twinslot: ") and "token" in refused
+        assert not (site / servers.PRODUCT / "r" / "2.0.0.jws").exists()
+        told = json.loads(call(running, *command, "--json"))
+    assert [(r["version"], r["boards"], r["taken"]) for r in told["fleet"]] == [
+        ("1.1.0", 2, True),
+        ("1.0.0", 1, True),
+        ("0.9.0", 1, False),
+    ]
+    made = [row["payload"] for row in told["sizes"]]
+    assert made[2:] == ["delta from 1.1.0", "delta from 1.0.0"]
