@@ -439,6 +439,8 @@ class Agent:
 
             config.keep(self._path)
             self._path = None
+            del config
+            unload()
         await self._renew_keys(offer.keyring)
         if offer.poll:
             self._poll_s = offer.poll
@@ -599,7 +601,12 @@ class Agent:
 
     def _judge(self, manifest, force):
         """Raise what speaks against a release."""
-        from . import health, release
+        from . import health
+
+        failed = () if force else health.failed_builds(self._journal)
+        del health
+        unload()  # one after the other, as in ``trust``
+        from . import release
 
         s = self._settings
         board = release.Board(
@@ -610,7 +617,7 @@ class Agent:
             self._running["build"],
             self._journal.get("floor", int),
             self._clock.now() if self._clock.trusted else None,
-            () if force else health.failed_builds(self._journal),
+            failed,
             self._slot.size,
         )
         release.judge(manifest, board)

@@ -10,12 +10,13 @@ the way of three polls in a row, the signed files of the tree are fetched over a
 proves nothing (`regardless`). Nothing is lost by it that the signatures don't protect: it carries
 no token and no report, and sets no clock. Each poll still tries the verified one first.
 
-What verifies is imported when there is something to verify, and unloaded for a download.
+What verifies is imported when there is something to verify, what parses after that has gone, and
+it goes for a download.
 """
 
 import gc
 
-from . import http
+from . import http, unload
 from .certs import Tls, tls_error
 from .errors import HttpError
 from .keyring import Keyring
@@ -138,12 +139,21 @@ class Trust:
             SignatureError: not by a key that signs releases; KeyringError: there is none now.
             ReleaseError: it is no release.
         """
-        from . import jws, release
+        from .release import TYPE
 
+        # One after the other, the connection beside them: this is where the heap is fullest.
+        unload()
         token = await self._fetch(client, url)
         now = self._clock.now() if self._clock.trusted else None
-        payload = jws.verify(token, self._keyring.keys(now), release.TYPE)
-        del token
+        keys = self._keyring.keys(now)
+        from . import jws
+
+        payload = jws.verify(token, keys, TYPE)
+        del token, keys, jws
+        unload()
+        gc.collect()
+        from . import release
+
         manifest = release.parse(payload)
         del payload
         gc.collect()
