@@ -25,7 +25,7 @@ import binascii
 import hashlib
 import struct
 
-from . import espimage
+from . import unload
 from .errors import (
     BusyError,
     ChecksumError,
@@ -121,6 +121,8 @@ class FirmwareSlot:
         return name
 
     def _build(self, part):
+        from . import espimage
+
         try:
             return espimage.identify(
                 lambda offset, buf: part.readblocks(0, buf, offset), part.info()[3]
@@ -129,6 +131,8 @@ class FirmwareSlot:
             return ""
 
     def _running_head(self):
+        from . import espimage
+
         head = bytearray(espimage.HEAD_LEN)
         self._running.readblocks(0, head, 0)
         try:
@@ -268,6 +272,8 @@ class FirmwareSlot:
         self._pos += n
 
     def _first(self, buf):
+        from . import espimage
+
         head = espimage.parse(buf)
         if head["chip_id"] != self.chip_id:
             raise HardwareError(
@@ -279,6 +285,8 @@ class FirmwareSlot:
             raise ImageError("the image has no appended SHA-256, so its checksum is 8 bits")
         # Where the bootloader's own anti-rollback is on, its eFuse stands at what runs, or below.
         least = self._running_head()["secure_version"]
+        del espimage
+        unload()  # until it is all here
         if head["secure_version"] < least:
             raise SecurityVersionError(
                 "secure_version of the image", head["secure_version"], "%d or higher" % least
@@ -345,6 +353,8 @@ class FirmwareSlot:
         if image is None or self._pos != image.size:
             raise ImageError("image", "%d bytes" % self._pos, image.size if image else "begin()")
         self._buf = self._parts = None  # the caller's, who has done with it
+        from . import espimage
+
         try:
             walk = espimage.Walk()
             seen = await self._digest(walk)
@@ -366,6 +376,8 @@ class FirmwareSlot:
         self._target.readblocks(0, buf, offset)
 
     def _check_build(self):
+        from . import espimage
+
         build = espimage.identify(self._read, self._image.size)[1]
         if build != self._image.build:
             raise ImageError("build of the image", build[:32], self._image.build[:32])
