@@ -352,7 +352,7 @@ class FirmwareSlot:
         image = self._image
         if image is None or self._pos != image.size:
             raise ImageError("image", "%d bytes" % self._pos, image.size if image else "begin()")
-        self._buf = self._parts = None  # the caller's, who has done with it
+        self._free()  # what compared blocks, and the block of the caller, who has done with it
         from . import espimage
 
         try:
@@ -370,7 +370,6 @@ class FirmwareSlot:
         except OSError as exc:
             raise PartitionError("flash failed while verifying: %s" % exc)
         self._ready = True
-        self._free()
 
     def _read(self, offset, buf):
         self._target.readblocks(0, buf, offset)
