@@ -5,10 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+LOCKS := requirements/dev.txt requirements/peers.txt
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint bench size compat packages faults faults-long powercut soak kills fuzz fuzz-api mutants setup clean
+.PHONY: help demo load test lint bench size compat packages lock faults faults-long powercut soak kills fuzz fuzz-api mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -19,6 +21,7 @@ help:
 	@echo "make size    bytes of each module of lib/twinslot on the device"
 	@echo "make compat  the device package against MicroPython 1.24 to 1.29 (needs PyPI)"
 	@echo "make packages  write package*.json, when a module came or went"
+	@echo "make lock    pin the newest allowed version of every dependency, with hashes"
 	@echo "make faults  every fault and attack of the catalogue, with the tests that cover it"
 	@echo "make faults-long  network cut at every byte, exceptions at every statement (SEED=, PIECE=1/9)"
 	@echo "make powercut  cut the power at every flash operation, in every way (half an hour)"
@@ -58,7 +61,7 @@ bench: $(READY)
 
 setup: $(READY) $(STUBS)
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(LOCKS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	    echo "twinslot: $(PYTHON) is `$(PYTHON) -V 2>&1`: needs Python 3.11 or newer;" \
 	         "name one with  make PYTHON=python3.12" >&2; exit 1; }
@@ -67,14 +70,25 @@ $(READY): pyproject.toml
 	    echo "twinslot: $(PYTHON) can't make a virtual environment: on Debian and Ubuntu" \
 	         "run  apt install python3-venv" >&2; exit 1; }; }
 	@echo "installing into $(VENV)" >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[peers]' 2>/dev/null || \
+	@$(PIP) install --require-hashes --requirement requirements/dev.txt
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(PIP) install --no-build-isolation --require-hashes --requirement requirements/peers.txt 2>/dev/null || \
 	    echo "no detools (it needs a C compiler): tests that compare with it are skipped" >&2
 	@touch $@
 
 $(STUBS): $(READY)
 	@$(BIN)/python tools/stubs.py build/typings
 	@touch $@
+
+# The newest versions that pyproject.toml allows, for every Python from 3.11 on, each with the
+# hashes of its files: what is tested is what was looked at, and a file that was swapped is refused.
+LOCK := $(BIN)/uv --quiet pip compile --universal --python-version 3.11 --generate-hashes --upgrade \
+    --custom-compile-command 'make lock' pyproject.toml
+
+lock: $(READY)
+	@$(PIP) install uv
+	@$(LOCK) --extra dev --group build --output-file requirements/dev.txt
+	@$(LOCK:pyproject.toml=) --group peers --constraint requirements/dev.txt --output-file requirements/peers.txt
 
 SECONDS ?= 60
 
