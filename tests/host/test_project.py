@@ -110,6 +110,7 @@ def fake_python(folder: Path, body: str) -> Path:
 def make(folder: Path, python: Path) -> subprocess.CompletedProcess:
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "requirements", folder / "requirements")
     return subprocess.run(
         ["make", "setup", f"PYTHON={python}"],
         check=False,
