@@ -4,7 +4,7 @@ What every poll and report runs is made once, here: to build a statement costs m
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, Integer, bindparam, func, select, update
@@ -24,16 +24,23 @@ _OF_BOARD = (
     .order_by(attempts.c.id.desc())
     .limit(1)
 )
+_OF_BOARDS = select(attempts).where(
+    attempts.c.id.in_(
+        select(func.max(attempts.c.id))
+        .where(attempts.c.device_id.in_(bindparam("boards", expanding=True)))
+        .group_by(attempts.c.device_id)
+    )
+)
 _NAMED = _OF_BOARD.where(attempts.c.attempt == bindparam("name"))
 _TRIES = (
-    select(attempts.c.build, func.count())
+    select(attempts.c.device_id, attempts.c.build, func.count())
     .where(
-        attempts.c.device_id == bindparam("board"),
+        attempts.c.device_id.in_(bindparam("boards", expanding=True)),
         attempts.c.state.in_(truth.BAD),
         attempts.c.ended > bindparam("since"),
         func.coalesce(attempts.c.reason, "").not_in(_NOT_THE_BUILDS_FAULT),
     )
-    .group_by(attempts.c.build)
+    .group_by(attempts.c.device_id, attempts.c.build)
 )
 _ADD = attempts.insert().returning(*attempts.c)
 _CHANGE = update(attempts).where(attempts.c.id == bindparam("row")).returning(*attempts.c)
@@ -57,10 +64,21 @@ def latest(connection: Connection, device_id: str) -> Any:
     return connection.execute(_OF_BOARD, {"board": device_id}).first()
 
 
-def tries(connection: Connection, device_id: str, now: int) -> dict[str, int]:
-    """Attempts of the last day that went wrong, by build."""
-    since = now - TRIES_WITHIN_S
-    return dict(connection.execute(_TRIES, {"board": device_id, "since": since}).all())
+def latest_of(connection: Connection, device_ids: Iterable[str]) -> dict[str, Any]:
+    """The newest attempt of each of these boards that has had one."""
+    rows = connection.execute(_OF_BOARDS, {"boards": list(device_ids)})
+    return {row.device_id: row for row in rows}
+
+
+def tries(
+    connection: Connection, device_ids: Iterable[str], now: int
+) -> dict[str, dict[str, int]]:
+    """Attempts of the last day that went wrong: by board, then by build."""
+    wanted = {"boards": list(device_ids), "since": now - TRIES_WITHIN_S}
+    found: dict[str, dict[str, int]] = {}
+    for device_id, build, number in connection.execute(_TRIES, wanted):
+        found.setdefault(device_id, {})[build] = number
+    return found
 
 
 def on_poll(connection: Connection, row: Any, device: Any, now: int) -> Any:

@@ -6,6 +6,7 @@ and handed to the pure rules. ``explain`` goes the same way as a poll and books 
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -18,6 +19,16 @@ from .site import Channel, ChannelError, Site
 from .store import generation
 
 log = logging.getLogger("twinslot.server")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """What the database knows of a board that asks."""
+
+    row: Any
+    latest: Any  # its newest attempt, or None
+    tries: Mapping[str, int]  # failures by build
+    labels: Mapping[str, str]  # empty where no rule looks at any
 
 
 class Chooser:
@@ -43,10 +54,10 @@ class Chooser:
                 "install_in_s": 0,
                 "notes": [],
             }
-        latest = attempts.latest(connection, device_id)
-        if latest is not None:
-            latest = _Seen(latest, attempts.poll_of(latest, row, now))
-        decision, _ = self.decide(connection, row, latest, now, booking=False)
+        latest = attempts.latest_of(connection, [device_id])
+        latest = {b: _Seen(one, attempts.poll_of(one, row, now)) for b, one in latest.items()}
+        (caller,) = self.callers(connection, {device_id: row}, latest, now)
+        decision, _ = self.decide(connection, caller, now, booking=False)
         return {
             "device_id": device_id,
             "update_available": decision.offer is not None,
@@ -59,10 +70,25 @@ class Chooser:
             "notes": self._notes(connection, row),
         }
 
+    def callers(
+        self, connection: Connection, rows: Mapping[str, Any], latest: Mapping[str, Any], now: int
+    ) -> list[Caller]:
+        """Read what else must be known to answer these boards, for all of them at once."""
+        rules = self._snapshot(connection)
+        tries = attempts.tries(connection, latest, now) if latest else {}
+        labels: Mapping[str, Mapping[str, str]] = {}
+        if rules.windows or rules.rollouts or self._settings.poll_by_label:
+            labels = devices.labels_by_board(connection, rows)
+        return [
+            Caller(row, latest.get(board), tries.get(board, {}), labels.get(board, {}))
+            for board, row in rows.items()
+        ]
+
     def decide(
-        self, connection: Connection, row: Any, latest: Any, now: int, booking: bool
+        self, connection: Connection, caller: Caller, now: int, booking: bool
     ) -> tuple[Decision, Channel | None]:
         rules = self._snapshot(connection)
+        row = caller.row
         channel: Channel | None = None
         trouble: ChannelError | None = None
         try:
@@ -72,7 +98,7 @@ class Chooser:
         candidates = (
             self._pinned(rules, row)
             or self._of_jobs(connection, rules, row)
-            or self._of_rollouts(connection, rules, row, latest, now, booking)
+            or self._of_rollouts(connection, rules, caller, now, booking)
         )
         if not candidates:
             if trouble is not None:
@@ -80,7 +106,6 @@ class Chooser:
                     "no offer", extra={"fields": {"reason": trouble.code, "why": str(trouble)}}
                 )
             candidates = self._of_channel(connection, rules, row, channel, trouble, booking)
-        labels = devices.labels_of(connection, row.device_id) if rules.windows else {}
         situation = Situation(
             Board(
                 row.device_id,
@@ -92,9 +117,9 @@ class Chooser:
             ),
             candidates,
             row.enrolment,
-            attempts.tries(connection, row.device_id, now) if latest is not None else {},
+            caller.tries,
             attempts.TRIES,
-            *_windows_in(rules, labels, now),
+            *_windows_in(rules, caller.labels, now),
             row.staged,
         )
         return offers.decide(situation, now), channel
@@ -159,11 +184,11 @@ class Chooser:
         self,
         connection: Connection,
         rules: policy.Policy,
-        row: Any,
-        latest: Any,
+        caller: Caller,
         now: int,
         booking: bool,
     ) -> list[Candidate]:
+        row = caller.row
         running = [
             r
             for r in rules.rollouts
@@ -174,7 +199,7 @@ class Chooser:
         mine = rollouts.of_board(connection, row.device_id)
         for rollout in running:
             release = rules.releases[rollout.release_id]
-            if rollout.id not in mine and not self._joins(connection, rollout, release, row):
+            if rollout.id not in mine and not self._joins(rollout, release, caller):
                 continue
             if rollout.id not in mine and booking:
                 rollouts.add(connection, rollout.id, [row.device_id], rollout.stage)
@@ -192,20 +217,20 @@ class Chooser:
                     "rollout",
                     says,
                     rollout_id=rollout.id,
-                    hold=self._hold(connection, fresh, row, latest),
+                    hold=self._hold(connection, fresh, row, caller.latest),
                     late=bool(deadline) and now > fresh.stage_started + deadline,
                 )
             ]
         return []
 
     @staticmethod
-    def _joins(connection: Connection, rollout: Any, release: Any, row: Any) -> bool:
+    def _joins(rollout: Any, release: Any, caller: Caller) -> bool:
         """True if a newcomer belongs to a running rollout."""
+        row, labels = caller.row, caller.labels
         if not rollout.policy.get("include_new") or row.hardware not in release.hardware:
             return False
         if row.enrolment != "accepted":
             return False
-        labels = devices.labels_of(connection, row.device_id)
         return stages.matches(rollout.target, labels) and stages.joins(
             (row.device_id, labels), rollout.stages, rollout.stage, rollout.seed
         )
@@ -271,20 +296,19 @@ class Chooser:
         ]
         return [f"Rollout {r.id} '{r.name}' is paused: {r.why}." for r in paused]
 
-    def poll_s(self, connection: Connection, row: Any, channel: Channel | None, now: int) -> int:
+    def poll_s(
+        self, connection: Connection, caller: Caller, channel: Channel | None, now: int
+    ) -> int:
         """How soon the board shall ask again; not later than its window opens."""
         seconds = self._settings.poll_s
         if channel is not None and channel.poll is not None:
             seconds = channel.poll
-        rules = self._snapshot(connection)
-        if not (self._settings.poll_by_label or rules.windows):
-            return seconds
-        labels = devices.labels_of(connection, row.device_id)
         for label, wanted in self._settings.poll_by_label.items():
-            if stages.matches({"label": label}, labels):
+            if stages.matches({"label": label}, caller.labels):
                 seconds = wanted
                 break
-        return max(1, min([seconds, *filter(None, _windows_in(rules, labels, now))]))
+        opens_in = _windows_in(self._snapshot(connection), caller.labels, now)
+        return max(1, min([seconds, *filter(None, opens_in)]))
 
 
 def _windows_in(rules: policy.Policy, labels: Mapping[str, str], now: int) -> list[int]:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from . import attempts, audit, devices, events, rollouts, truth
 from .behind import Behind
-from .choices import Chooser
+from .choices import Caller, Chooser
 from .limits import Limits
 from .messages import CheckUpdate, ReportStatus
 from .offers import Decision
@@ -49,6 +49,13 @@ class Answer:
 
     body: bytes
     etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Poll:
+    device_id: str
+    facts: dict[str, Any]
+    token: str | None  # hash of the board's own
 
 
 @dataclass(frozen=True)
@@ -88,7 +95,6 @@ class Desk:
             Problem: the token does not speak for this board.
             StoreError, DatabaseError: the registry can't take it now.
         """
-        now = int(time.time())
         generation = await self._store.current_generation()
         facts = ask.model_dump(exclude={"device_id"})
         facts["address"] = address
@@ -102,13 +108,13 @@ class Desk:
         self.polls += 1
         kept = self._kept.get(ask.device_id)
         if kept and kept.stamp == stamp and kept.until > time.monotonic():
-            self._behind.seen(ask.device_id, now)
+            self._behind.seen(ask.device_id, int(time.time()))
             self.remembered += 1
             return kept.answer
-        answer, settled = await self._store.awrite(
-            lambda connection: self._answer(connection, ask.device_id, facts, token, now), True
+        answer, settled = await self._store.awrite_together(
+            self._answers, _Poll(ask.device_id, facts, token)
         )
-        self._behind.seen(ask.device_id, now)
+        self._behind.seen(ask.device_id, int(time.time()))
         if settled:
             self._keep(ask.device_id, _Kept(stamp, time.monotonic() + REMEMBER_S, answer))
         return answer
@@ -118,52 +124,59 @@ class Desk:
             self._kept.clear()
         self._kept[device_id] = kept
 
-    def _answer(
-        self,
-        connection: Connection,
-        device_id: str,
-        facts: Mapping[str, Any],
-        token: str | None,
-        now: int,
-    ) -> tuple[Answer, bool]:
-        before = devices.find(connection, device_id)
-        _check_token(before, token)
-        row = self._registered(connection, device_id, facts, before, now)
-        latest = attempts.latest(connection, device_id)
-        if latest is not None:
-            after = attempts.on_poll(connection, latest, row, now)
-            self._ended(connection, latest.state, after, now)
-            latest = after
-        decision, channel = self._chooser.decide(connection, row, latest, now, booking=True)
+    def _answers(
+        self, connection: Connection, polls: Sequence[_Poll]
+    ) -> list[tuple[Answer, bool]]:
+        """Answer polls that wait together; true for an answer that may be remembered.
+
+        What they all need is read at once, and so is written what they bring: when a whole fleet
+        boots, statements for each board by itself are what a database can't keep up with.
+        """
+        by_board = {poll.device_id: poll for poll in polls}
+        if len(by_board) < len(polls):  # who has asked twice is answered twice, in turn
+            return [self._answers(connection, [poll])[0] for poll in polls]
+        now = int(time.time())
+        rows = self._registered(connection, by_board, now)
+        latest = attempts.latest_of(connection, rows)
+        for board, before in latest.items():
+            after = attempts.on_poll(connection, before, rows[board], now)
+            self._ended(connection, before.state, after, now)
+            latest[board] = after
+        in_turn = {poll.device_id: rows[poll.device_id] for poll in polls}
+        callers = self._chooser.callers(connection, in_turn, latest, now)
+        return [self._answer(connection, caller, now) for caller in callers]
+
+    def _answer(self, connection: Connection, caller: Caller, now: int) -> tuple[Answer, bool]:
+        row, latest = caller.row, caller.latest
+        decision, channel = self._chooser.decide(connection, caller, now, booking=True)
         if decision.offer is not None:
             self._book(connection, row, latest, decision, now)
         elif not _under_way(latest):
-            _part(connection, device_id, decision, now)
-        _log_poll(device_id, decision)
-        poll_s = self._chooser.poll_s(connection, row, channel, now)
+            _part(connection, row.device_id, decision, now)
+        _log_poll(row.device_id, decision)
+        poll_s = self._chooser.poll_s(connection, caller, channel, now)
         body = _body(decision, poll_s, self._site.keyring(row.product))
         content = json.dumps(body, separators=(",", ":")).encode()
         etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         return Answer(content, etag), _settled(decision, latest)
 
     def _registered(
-        self,
-        connection: Connection,
-        device_id: str,
-        facts: Mapping[str, Any],
-        before: Any,
-        now: int,
-    ) -> Any:
-        """The board's row as it is now: made, or renewed where it says something new."""
-        enrolment = self._settings.enrolment_of(facts)
-        if before is not None and before.product is None and before.last_seen:
-            # It has only reported so far, and a report says too little for the rules.
-            facts = {**facts, "enrolment": enrolment}
-        limit = self._limits.devices
-        row = devices.touch(connection, device_id, facts, now, enrolment, limit, before)
-        if before is None:
-            events.emit(connection, "device.new", {"device_id": device_id}, now)
-        return row
+        self, connection: Connection, polls: Mapping[str, _Poll], now: int
+    ) -> dict[str, Any]:
+        """The boards' rows as they are now: made, or renewed where one says something new."""
+        known = devices.find_all(connection, polls)
+        said = {}
+        for board, poll in polls.items():
+            row = known.get(board)
+            _check_token(row, poll.token)
+            # One that has only reported so far said too little for the rules.
+            first = row is None or (row.product is None and row.last_seen)
+            enrolment = self._settings.enrolment_of(poll.facts) if first else row.enrolment
+            said[board] = {**poll.facts, "enrolment": enrolment}
+        rows = devices.touch(connection, said, known, now, self._limits.devices)
+        if new := [{"device_id": board} for board in polls if board not in known]:
+            events.emit_all(connection, "device.new", new, now)
+        return rows
 
     def _book(
         self, connection: Connection, row: Any, latest: Any, decision: Decision, now: int
@@ -208,11 +221,10 @@ class Desk:
         before = devices.find(connection, device_id)
         _check_token(before, token)
         # A board this server has never seen may report: its database may be a new one.
-        enrolment = self._settings.enrolment_of({})
         row = before
         if row is None:
-            limit = self._limits.devices
-            row = devices.touch(connection, device_id, {}, now, enrolment, limit, None)
+            said = {device_id: {"enrolment": self._settings.enrolment_of({})}}
+            row = devices.touch(connection, said, {}, now, self._limits.devices)[device_id]
         kept = report.model_dump(exclude={"device_id", "current_version", "current_build"})
         added = connection.execute(
             _ADD_REPORT[connection.dialect.name],

@@ -10,17 +10,23 @@ from sqlalchemy import Connection, Select, bindparam, delete, func, select, upda
 
 from .problems import Problem
 from .schema import devices, job_nodes, label_keys, labels
-from .store import INSERTS, StoreError, bump, insert
+from .store import INSERTS, StoreError, bump
 
 ENROLMENTS = ("pending", "accepted", "decommissioned")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _VALUE = re.compile(r"[^\x00-\x1f\x7f=,]{0,64}")
 
 _FIND = select(devices).where(devices.c.device_id == bindparam("board"))
+_FIND_ALL = select(devices).where(devices.c.device_id.in_(bindparam("boards", expanding=True)))
 _FORGET_SAID = delete(labels).where(
     labels.c.device_id == bindparam("board"), labels.c.by == "device"
 )
+_LABELS_OF = select(labels.c.device_id, labels.c.key, labels.c.value).where(
+    labels.c.device_id.in_(bindparam("boards", expanding=True))
+)
 _SAY = {dialect: make(labels).on_conflict_do_nothing() for dialect, make in INSERTS.items()}
+_ADD = {dialect: make(devices).on_conflict_do_nothing() for dialect, make in INSERTS.items()}
+_RENEW = update(devices).where(devices.c.device_id == bindparam("board"))
 _CHANGE = update(devices).where(devices.c.device_id == bindparam("board")).returning(*devices.c)
 
 
@@ -37,6 +43,12 @@ def find(connection: Connection, device_id: str) -> Any:
     return connection.execute(_FIND, {"board": device_id}).first()
 
 
+def find_all(connection: Connection, device_ids: Iterable[str]) -> dict[str, Any]:
+    """Those of these boards that are known, by id."""
+    rows = connection.execute(_FIND_ALL, {"boards": list(device_ids)})
+    return {row.device_id: row for row in rows}
+
+
 def get(connection: Connection, device_id: str) -> Any:
     """One board.
 
@@ -51,37 +63,50 @@ def get(connection: Connection, device_id: str) -> Any:
 
 def touch(
     connection: Connection,
-    device_id: str,
-    facts: Mapping[str, Any],
+    said: Mapping[str, Mapping[str, Any]],
+    known: Mapping[str, Any],
     now: int,
-    enrolment: str,
     limit: int,
-    row: Any,
-) -> Any:
-    """Register a board or renew what is known of it; None in ``facts`` overwrites too.
+) -> dict[str, Any]:
+    """Register boards, or renew what is known of them: with few statements, however many.
 
-    ``row`` is what :func:`find` found, None for a new board. Where nothing changed nothing is
-    written: that the board was seen is the write-behind's.
+    Where nothing changed nothing is written: that a board was seen is the write-behind's.
+
+    Args:
+        said: facts by board, the same columns for each; None in them overwrites too.
+        known: what :func:`find_all` found of these boards.
+
+    Returns:
+        The boards' rows as they are now.
 
     Raises:
-        StoreError: it is new and the registry is full.
+        StoreError: some are new and the registry is full.
     """
-    if row is None:
+    # In order: two workers that renew the same boards must not wait for each other.
+    new = sorted(said.keys() - known.keys())
+    changed = sorted(board for board, row in known.items() if _differs(row, said[board]))
+    if not (new or changed):
+        return dict(known)
+    if new:
         count = connection.execute(select(func.count()).select_from(devices)).scalar_one()
-        if count >= limit:
+        if count + len(new) > limit:
             raise StoreError(f"the registry is full: {count} devices")
-        values = {"labels": [], **facts, "first_seen": now, "last_seen": now}
+        blank = {"labels": [], "first_seen": now, "last_seen": now}
         connection.execute(
-            insert(connection, devices)
-            .values(device_id=device_id, enrolment=enrolment, **values)
-            .on_conflict_do_nothing()
+            _ADD[connection.dialect.name],
+            [{**blank, **said[board], "device_id": board} for board in new],
         )
-        _keep_reported(connection, device_id, [], values["labels"])
-        return find(connection, device_id)
-    changed = {k: v for k, v in facts.items() if getattr(row, k) != v}
-    if "labels" in changed:
-        _keep_reported(connection, device_id, row.labels, changed["labels"])
-    return change(connection, row, {**changed, "last_seen": now}) if changed else row
+    if changed:
+        connection.execute(
+            _RENEW, [{**said[board], "board": board, "last_seen": now} for board in changed]
+        )
+    before = {board: known[board].labels if board in known else [] for board in (*new, *changed)}
+    _keep_reported(connection, before, said)
+    return {**known, **find_all(connection, before)}
+
+
+def _differs(row: Any, said: Mapping[str, Any]) -> bool:
+    return any(getattr(row, name) != value for name, value in said.items())
 
 
 def change(connection: Connection, row: Any, values: Mapping[str, Any]) -> Any:
@@ -156,18 +181,28 @@ def public(row: Any) -> dict[str, Any]:
 
 
 def _keep_reported(
-    connection: Connection, device_id: str, before: list[str], reported: Iterable[str]
+    connection: Connection,
+    before: Mapping[str, list[str]],
+    said: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """What a board says as key=value counts, unless an operator has said otherwise."""
-    if before:
-        connection.execute(_FORGET_SAID, {"board": device_id})
-    said = [
-        {"device_id": device_id, "key": key, "value": value, "by": "device"}
-        for key, sign, value in (text.partition("=") for text in reported)
+    """What a board says as key=value counts, unless an operator has said otherwise.
+
+    Args:
+        before: what each board said so far.
+        said: its facts now; without ``labels`` it has said nothing of them.
+    """
+    after = {board: said[board].get("labels", was) for board, was in before.items()}
+    if gone := [{"board": b} for b, was in before.items() if was and was != after[b]]:
+        connection.execute(_FORGET_SAID, gone)
+    new = [
+        {"device_id": board, "key": key, "value": value, "by": "device"}
+        for board, was in before.items()
+        if was != after[board]
+        for key, sign, value in (text.partition("=") for text in after[board])
         if sign and LABEL.fullmatch(key) and _VALUE.fullmatch(value)
     ]
-    if said:
-        connection.execute(_SAY[connection.dialect.name], said)
+    if new:
+        connection.execute(_SAY[connection.dialect.name], new)
 
 
 def set_labels(connection: Connection, device_id: str, wanted: Mapping[str, str | None]) -> None:
@@ -201,6 +236,16 @@ def labels_of(connection: Connection, device_id: str) -> dict[str, str]:
         .order_by(labels.c.key)
     )
     return dict(rows.all())
+
+
+def labels_by_board(
+    connection: Connection, device_ids: Iterable[str]
+) -> dict[str, dict[str, str]]:
+    """The labels of these boards, by id; of those that have some."""
+    found: dict[str, dict[str, str]] = {}
+    for device_id, key, value in connection.execute(_LABELS_OF, {"boards": list(device_ids)}):
+        found.setdefault(device_id, {})[key] = value
+    return found
 
 
 def labels_of_all(connection: Connection) -> dict[str, dict[str, str]]:

@@ -3,7 +3,8 @@
 Every change is a function of a connection. Changes that wait at the same moment share one
 transaction (group commit), each within a savepoint of its own: one that fails takes none of the
 others with it. What boards say pours in and hardly ever fails: it is spared the savepoint, and
-where one fails, all are done anew with it. What was answered is on disk (SQLite: WAL,
+where one fails, all are done anew with it. Polls that wait together are even one change, which
+reads and writes for all of them at once. What was answered is on disk (SQLite: WAL,
 synchronous=FULL). A change may be run more than once: for that, and where another worker's
 transaction was in the way, the whole is done anew.
 """
@@ -16,7 +17,8 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,8 +56,11 @@ log = logging.getLogger("twinslot.server")
 INSERTS = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
 """INSERTs that know ``on_conflict_do_nothing`` and ``..._do_update``, by dialect."""
 
+A = TypeVar("A")
 T = TypeVar("T")
 Change = Callable[[Connection], T]
+Together = Callable[[Connection, list[A]], list[T]]
+"""A change for all that ask for it at the same moment; their results in the same order."""
 
 
 class StoreError(Exception):
@@ -112,7 +117,7 @@ class Store:
     def submit(self, change: Change[T]) -> "concurrent.futures.Future[T]":
         """Queue a change; the future holds its result once it is durable."""
         future: concurrent.futures.Future = concurrent.futures.Future()
-        self._queue(change, future)
+        self._queue(_Waiting(_alone(change), None, future))
         return future
 
     def write(self, change: Change[T]) -> T:
@@ -122,15 +127,21 @@ class Store:
     async def awrite(self, change: Change[T], pours: bool = False) -> T:
         """As :meth:`write`; ``pours``: a board's, which goes without a savepoint at first."""
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._queue(change, future, pours)
+        self._queue(_Waiting(_alone(change), None, future, pours))
         return await future
 
-    def _queue(self, change: Change, future: Any, pours: bool = False) -> None:
+    async def awrite_together(self, together: Together[A, T], asked: A) -> T:
+        """Do ``together`` for ``asked`` and whatever else waits for it then; a board's."""
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._queue(_Waiting(together, asked, future, True))
+        return await future
+
+    def _queue(self, waiting: "_Waiting") -> None:
         with self._lock:
             if self._thread is None:  # not at construction: a forked worker has no threads
                 self._thread = threading.Thread(target=self._write, name="writer", daemon=True)
                 self._thread.start()
-        self._work.put((change, future, pours))
+        self._work.put(waiting)
 
     def _write(self) -> None:
         while True:
@@ -142,9 +153,9 @@ class Store:
             if last:
                 return
 
-    def _commit(self, batch: list) -> None:
+    def _commit(self, batch: "list[_Waiting]") -> None:
         done: list[_Done] = []
-        apart = not all(pours for _, _, pours in batch)
+        apart = not all(one.pours for one in batch)
         left = _TRIES if batch else 0
         while left:
             left -= 1
@@ -157,15 +168,17 @@ class Store:
                 if not apart and len(batch) > 1:  # whose fault it was
                     apart, left = True, _TRIES
                     continue
-                done = [(future, None, exc) for _, future, _ in batch]
+                done = [(one.future, None, exc) for one in batch]
                 break
         _settle(done)
 
-    def _transact(self, batch: list, apart: bool) -> "tuple[list[_Done], int]":
+    def _transact(self, batch: "list[_Waiting]", apart: bool) -> "tuple[list[_Done], int]":
         """Do a batch in one transaction; ``apart``, one that fails is undone by itself."""
         with self._engine.execution_options(write=True).begin() as connection:
-            one = _apart if apart else _together
-            done = [one(connection, change, future) for change, future, _ in batch]
+            if apart:
+                done = [_apart(connection, one) for one in batch]
+            else:
+                done = [one for some in _groups(batch) for one in _together(connection, some)]
             return done, generation(connection)
 
     # -- what others have changed -------------------------------------------------------------
@@ -194,23 +207,46 @@ class Store:
             _migrate(connection, found)
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A change in the queue."""
+
+    work: Together
+    asked: Any
+    future: Any
+    pours: bool = False
+
+
 _Done = tuple[Any, Any, BaseException | None]
 """A future, and its result or what went wrong."""
 
 
-def _together(connection: Connection, change: Change, future: Any) -> _Done:
-    return future, change(connection), None
+def _alone(change: Change) -> Together:
+    return lambda connection, _: [change(connection)]
 
 
-def _apart(connection: Connection, change: Change, future: Any) -> _Done:
+def _groups(batch: list[_Waiting]) -> Iterable[list[_Waiting]]:
+    """Those that wait for the same work, together."""
+    groups: dict[Together, list[_Waiting]] = {}
+    for one in batch:
+        groups.setdefault(one.work, []).append(one)
+    return groups.values()
+
+
+def _together(connection: Connection, some: list[_Waiting]) -> list[_Done]:
+    results = some[0].work(connection, [one.asked for one in some])
+    return [(one.future, result, None) for one, result in zip(some, results, strict=True)]
+
+
+def _apart(connection: Connection, one: _Waiting) -> _Done:
     try:
         with connection.begin_nested():
-            return _together(connection, change, future)
+            return _together(connection, [one])[0]
     except Exception as exc:
         if _was_in_the_way(exc):
             raise
         connection.info.pop(_GENERATION, None)
-        return future, None, exc
+        return one.future, None, exc
 
 
 def _was_in_the_way(exc: Exception) -> bool:

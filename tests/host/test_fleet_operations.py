@@ -23,12 +23,14 @@ import kills
 import postgres
 import pytest
 import servers
+import sqlalchemy
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from fleet import Board, Fleet, Remote
 
 from twinslot_server import backup, cron, schedules, schema, settings
 from twinslot_server.background import Background, Leader
+from twinslot_server.messages import CheckUpdate
 from twinslot_server.store import Store, StoreError, bump, generation
 from twinslot_tools import lab, publish
 
@@ -137,6 +139,75 @@ def test_one_change_that_fails_takes_no_other_with_it(store, pours):
         )
     )
     assert kept == set(range(60)) - failed
+
+
+@pytest.fixture
+def fleet_on(store, tmp_path):
+    found = Fleet(tmp_path, store.engine.url.render_as_string(hide_password=False))
+    yield found
+    found.close()
+
+
+def ask_together(fleet, boards, **facts):
+    """Poll for ``boards`` within one transaction; the answers, and the statements it took."""
+    begun, held = threading.Event(), threading.Event()
+    statements = []
+
+    def hold(_connection):
+        begun.set()
+        held.wait()
+
+    async def ask_all():
+        fleet.store.submit(hold)
+        await asyncio.to_thread(begun.wait)
+        asks = [CheckUpdate.model_validate({"device_id": b, **BOARD, **facts}) for b in boards]
+        polls = [asyncio.ensure_future(fleet.desk.poll(ask, None, None)) for ask in asks]
+        await asyncio.to_thread(all_wait, len(polls))
+        sqlalchemy.event.listen(fleet.store.engine, "before_cursor_execute", note)
+        held.set()
+        return await asyncio.gather(*polls, return_exceptions=True)
+
+    def all_wait(number):
+        while fleet.store._work.qsize() < number:
+            time.sleep(0.001)
+
+    def note(_connection, _cursor, statement, *_):
+        statements.append(statement)
+
+    answers = asyncio.run(ask_all())
+    sqlalchemy.event.remove(fleet.store.engine, "before_cursor_execute", note)
+    return answers, len(statements)
+
+
+BOARD = {"product": servers.PRODUCT, "hardware": servers.HARDWARE, "current_version": "1.0.0"}
+
+
+def test_a_fleet_that_boots_at_once_takes_few_statements(fleet_on):
+    fleet_on.publish("1.0.0")
+    few, many = [f"few-{n}" for n in range(3)], [f"many-{n}" for n in range(60)]
+    ask_together(fleet_on, ["first"])  # registers the release
+    for facts in ({"labels": ["site=a"]}, {"labels": ["site=b"]}):  # all are new; all moved
+        (answers, cheap), (more, dear) = (ask_together(fleet_on, b, **facts) for b in (few, many))
+        assert {json.loads(a.body)["reason"] for a in answers + more} == {"up_to_date"}
+        assert dear == cheap
+    assert fleet_on.api("GET", "labels")["labels"][0]["values"] == {"b": len(few + many)}
+    known = fleet_on.api("GET", "export/devices")
+    assert {row["device_id"] for row in known} == {"first", *few, *many}
+
+
+def test_what_one_board_may_not_do_and_another_does_twice_holds_up_no_third(fleet_on):
+    fleet_on.publish("1.1.0")
+    ask_together(fleet_on, ["own"])
+    fleet_on.api("POST", "devices/own/token")
+    answers, _ = ask_together(fleet_on, ["twice", "own", "third", "twice"])
+    assert [getattr(a, "code", "answered") for a in answers] == [
+        "answered",
+        "unauthorized",
+        "answered",
+        "answered",
+    ]
+    tried = fleet_on.api("GET", "export/attempts")
+    assert sorted(row["device_id"] for row in tried) == ["own", "third", "twice"]
 
 
 def test_what_was_remembered_of_a_change_that_was_undone_fits_no_other(store):
