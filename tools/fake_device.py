@@ -195,6 +195,10 @@ class Fleet:
             board.running = False
         await asyncio.wait_for(asyncio.gather(*tasks), 60 + 3 * self.behaviour.poll_s)
 
+    def met(self, version: str) -> int:
+        """Boards that have started a version."""
+        return sum(version in board.met for board in self.boards)
+
     def summary(self, seconds: float) -> dict[str, Any]:
         """What the boards have been through."""
         times = self.pool.seconds

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -545,8 +546,9 @@ def sim(
     ] = None,
 ) -> None:
     """Roll a release out to simulated boards and compare, at the end, what each of them runs with
-    what the server believes. `met` counts the boards that have started each version; a pilot that
-    pauses keeps it to `bound`. Exit code 1: they differ, more met it, or it came to no end."""
+    what the server believes. `met` counts the boards that have started each version: never more
+    than the stages so far hold and may update at once (at the end that is `bound`); `over` is by
+    how many it was more, at worst. Exit code 1: they differ, it was, or it came to no end."""
     from .fake_device import Behaviour, Fleet, differences
 
     api: Api = context.obj
@@ -569,8 +571,11 @@ def sim(
         started = time.monotonic()
         done = asyncio.Event()
         running = asyncio.create_task(simulated.until(done))
-        found = await asyncio.gather(running, _watch(api, body, boards + real, done, timeout))
+        watching = _watch(api, body, boards + real, done, timeout, lambda: simulated.met(version))
+        found = await asyncio.gather(running, watching)
         result = {**simulated.summary(time.monotonic() - started), **found[1]}
+        # What was under way at the end has been finished since.
+        result["over"] = max(result["over"], simulated.met(version) - result["bound"])
         await pool.close()
         everyone: list[Any] = [*simulated.boards]
         if extra:
@@ -593,12 +598,8 @@ def sim(
             maker = _real_boards(folder, real, start_version, settings, files, hardware, timeout)
             extra = stack.enter_context(maker)
         result = run(play(extra))
-    most = result["bound"] = result["planned"][0] + body["policy"]["max_concurrent"]
     print_json(result)
-    too_many = (result["state"], result["stage"]) == ("paused", 1) and (
-        result["met"].get(version, 0) > most
-    )
-    if result["differences"] or too_many or result["state"] not in ("complete", "paused"):
+    if result["differences"] or result["over"] or result["state"] not in ("complete", "paused"):
         raise typer.Exit(1)
 
 
@@ -626,10 +627,20 @@ def _share(text: str) -> float:
 
 
 async def _watch(
-    api: Api, body: dict[str, Any], boards: int, done: asyncio.Event, limit_s: float
+    api: Api,
+    body: dict[str, Any],
+    boards: int,
+    done: asyncio.Event,
+    limit_s: float,
+    met: Callable[[], int],
 ) -> dict[str, Any]:
-    """Wait for the boards to be known, roll out, wait for the end."""
+    """Wait for the boards to be known, roll out, wait for the end.
+
+    ``met`` counts boards that have started the release, and is compared all the time with what the
+    stages so far allow.
+    """
     started = time.monotonic()
+    over = 0
     try:
         made = await asyncio.to_thread(api.call, "POST", "rollouts", body)
         while made["preview"][-1] < boards and time.monotonic() - started < limit_s:
@@ -640,7 +651,10 @@ async def _watch(
         await asyncio.to_thread(api.call, "POST", f"rollouts/{number}/start", {})
         seen = ""
         while True:
+            so_far = met()  # looked at first: a stage that begins meanwhile only allows more
             found = await asyncio.to_thread(api.call, "GET", f"rollouts/{number}")
+            bound = made["preview"][found["stage"]] + body["policy"]["max_concurrent"]
+            over = max(over, so_far - bound)
             line = f"{found['state']} stage {found['stage'] + 1}: {found['why']}"
             if line != seen:
                 talk.print(f"{time.monotonic() - started:6.1f} s  {line}")
@@ -658,4 +672,6 @@ async def _watch(
         "stage": found["stage"] + 1,
         "why": found["why"],
         "planned": made["preview"],
+        "bound": bound,
+        "over": over,
     }

@@ -32,7 +32,8 @@ from twinslot_server import backup, cron, schedules, schema, settings
 from twinslot_server.background import Background, Leader
 from twinslot_server.messages import CheckUpdate
 from twinslot_server.store import Store, StoreError, bump, generation
-from twinslot_tools import lab, publish
+from twinslot_tools import fleet_cli, lab, publish
+from twinslot_tools.fleet_http import Api
 
 ROOT = Path(__file__).parents[2]
 
@@ -818,8 +819,23 @@ def test_a_bad_build_stops_in_a_simulated_fleet_and_the_books_agree(tmp_path):
         )  # fmt: skip
     assert found["differences"] == 0, found["examples"]
     assert found["state"] == "paused"
-    assert found["met"]["1.1.0"] <= found["bound"] == found["planned"][0] + 5
-    assert code == 0
+    assert found["met"]["1.1.0"] <= found["bound"]
+    assert found["bound"] == found["planned"][found["stage"] - 1] + 5
+    assert (code, found["over"]) == (0, 0)
+
+
+def test_boards_that_met_a_build_too_early_are_counted_in_any_stage(tmp_path):
+    servers.publish_version(tmp_path / "site", "1.1.0")
+    keys = str(servers.public_keys(tmp_path))
+    body = {"product": servers.PRODUCT, "version": "1.1.0", "policy": {"max_concurrent": 2}}
+    body["stages"] = [{"percent": 10}, {"percent": 100}]
+    with servers.serving(tmp_path / "site", "--keys", keys) as server:
+        api = Api(server.url, server.token("operator"), server.data / "server.crt")
+        release = api.call("GET", "firmware")["firmware"][0]["id"]
+        api.call("PATCH", f"firmware/{release}", {"pilot_ready": True})
+        watching = fleet_cli._watch(api, body, 0, asyncio.Event(), 0, lambda: 9)
+        found = asyncio.run(watching)
+    assert (found["bound"], found["over"]) == (0 + 2, 9 - 2)
 
 
 def test_virtual_boards_are_updated_among_simulated_ones(tmp_path):
