@@ -136,6 +136,10 @@ class Imported(_Answer):
     tokens: dict[str, str]
 
 
+class Accepted(_Answer):
+    accepted: int
+
+
 class DeviceToken(_Answer):
     device_id: str
     token: str

@@ -4,7 +4,7 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Query, Request, Response
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, func, select
 
 from . import api_rollouts, attempts, audit, devices, imports
@@ -19,6 +19,7 @@ from .schema import rollouts as rollout_table
 from .store import bump
 
 IMPORT = "/api/v1/devices/import"
+ACCEPT = "/api/v1/devices/accept"
 
 
 class _Body(BaseModel):
@@ -31,6 +32,17 @@ class ChangeDevice(_Body):
     enrolment: Literal["pending", "accepted"] | None = None
     pin: Text | None = None
     labels: dict[str, str | None] = {}
+
+
+class AcceptDevices(_Body):
+    """``POST /api/v1/devices/accept``: boards by name, or else all that wait and are like this."""
+
+    devices: Annotated[list[DeviceId], Field(max_length=10_000)] = []
+    label: Annotated[str, Field(max_length=130)] = ""
+    product: Text = ""
+    hardware: Text = ""
+    version: Text = ""
+    q: Text = ""
 
 
 class DescribeLabel(_Body):
@@ -125,6 +137,15 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
             parts, who, "device.import", lambda c, note: import_all(c, note, parts, text)
         )
 
+    @app.post(ACCEPT)
+    async def accept_devices(
+        who: Annotated[Who, operator],
+        wanted: Annotated[AcceptDevices, Depends(json_body(AcceptDevices))],
+    ) -> dict:
+        return await change(
+            parts, who, "device.accept", lambda c, note: accept_all(c, note, wanted)
+        )
+
     @app.get("/api/v1/devices/{device_id}", dependencies=[viewer])
     async def device(device_id: DeviceId) -> dict:
         return await parts.store.aread(lambda c: detail(c, parts, device_id))
@@ -205,6 +226,15 @@ def import_all(connection: Connection, note: Note, parts: Parts, text: str) -> d
     found = imports.import_csv(connection, text, int(time.time()), parts.limits.devices)
     note("devices", None, {k: found[k] for k in ("imported", "new")})
     return found
+
+
+def accept_all(connection: Connection, note: Note, wanted: AcceptDevices) -> dict[str, Any]:
+    """Accept many boards at once; which they were is in the audit log."""
+    filters = wanted.model_dump(exclude={"devices", "version"})
+    filters["current_version"] = wanted.version
+    found = devices.accept(connection, wanted.devices, filters)
+    note("devices", None, {"enrolment": "accepted", "devices": found})
+    return {"accepted": len(found)}
 
 
 def decommission_one(connection: Connection, note: Note, device_id: str) -> None:

@@ -51,6 +51,7 @@ def create_app(parts: Parts) -> FastAPI:
             api_firmware.UPLOAD: parts.settings.firmware_bytes * 4,
             page_forms.UPLOAD: parts.settings.firmware_bytes * 4,
             api_fleet.IMPORT: 4 << 20,
+            api_fleet.ACCEPT: 1 << 20,
             page_forms.IMPORT: 4 << 20,
         },
     )

@@ -147,6 +147,30 @@ def count(connection: Connection, filters: Mapping[str, Any]) -> int:
     return connection.execute(query).scalar_one()
 
 
+def accept(
+    connection: Connection, device_ids: Sequence[str], filters: Mapping[str, Any]
+) -> list[str]:
+    """Accept these boards; none named: those that wait and fit ``filters``. Returns which.
+
+    Raises:
+        Problem: 404.
+    """
+    if device_ids:
+        unknown = set(device_ids) - find_all(connection, device_ids).keys()
+        if unknown:
+            raise Problem(404, "no_device", f"no device {min(unknown)!r}")
+        query = select(devices.c.device_id).where(devices.c.device_id.in_(device_ids))
+    else:
+        query = _filtered(select(devices.c.device_id), {**filters, "enrolment": "pending"})
+    query = query.where(devices.c.enrolment != "accepted").order_by(devices.c.device_id)
+    found = connection.scalars(query).all()
+    connection.execute(
+        update(devices).where(devices.c.device_id.in_(found)).values(enrolment="accepted")
+    )
+    bump(connection)
+    return list(found)
+
+
 def _filtered(query: Select, filters: Mapping[str, Any]) -> Select:
     for name in ("product", "status", "current_version", "enrolment", "channel", "hardware"):
         if filters.get(name):

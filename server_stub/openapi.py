@@ -26,6 +26,7 @@ _ANSWERS = {
     "fleet": answers.Fleet,
     "list_devices": answers.Devices,
     "import_devices": answers.Imported,
+    "accept_devices": answers.Accepted,
     "device": answers.DeviceDetail,
     "explain": answers.Explained,
     "change_device": answers.DeviceDetail,

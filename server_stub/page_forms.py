@@ -100,6 +100,11 @@ def _device_forms(parts: Parts) -> list[_Form]:
     def change_device(c: Connection, note: Note, values: Fields, at: At) -> None:
         api_fleet.change_one(c, note, at["device_id"], _device_change(values))
 
+    def accept(c: Connection, note: Note, values: Fields, _: At) -> None:
+        names = ("label", "version", "q")
+        wanted = checked(api_fleet.AcceptDevices, {n: values.get(n, "") for n in names})
+        api_fleet.accept_all(c, note, wanted)
+
     def retire(c: Connection, note: Note, _: Fields, at: At) -> None:
         api_fleet.decommission_one(c, note, at["device_id"])
 
@@ -117,6 +122,7 @@ def _device_forms(parts: Parts) -> list[_Form]:
         _Form(one, "device.change", one, change_device),
         _Form(one + "/retire", "device.decommission", one, retire),
         _Form(one + "/token", "device.token", one, token),
+        _Form("/-/devices-accept", "device.accept", "/-/devices", accept),
         _Form(IMPORT, "device.import", "/-/devices", import_csv),
     ]
 

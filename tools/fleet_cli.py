@@ -115,11 +115,21 @@ def device_label(
 
 
 @device.command()
-def accept(context: typer.Context, device_ids: list[str]) -> None:
-    """Accept boards that wait."""
-    for device_id in device_ids:
-        context.obj.call("PATCH", f"devices/{device_id}", {"enrolment": "accepted"})
-        print(f"{device_id} accepted")
+def accept(
+    context: typer.Context,
+    device_ids: Annotated[list[str] | None, typer.Argument()] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="All that wait and fit.")] = False,
+    label: Annotated[str, typer.Option(help="key=value")] = "",
+    product: str = "",
+    version: str = "",
+    search: Annotated[str, typer.Option(help="Part of an id or MAC.")] = "",
+) -> None:
+    """Accept boards that wait: these, or with --all those that fit the options."""
+    if bool(device_ids) == everyone:
+        raise typer.BadParameter("expected ids of boards, or --all")
+    body = {"label": label, "product": product, "version": version, "q": search}
+    found = context.obj.call("POST", "devices/accept", {"devices": device_ids or [], **body})
+    print(f"{found['accepted']} accepted")
 
 
 @device.command()

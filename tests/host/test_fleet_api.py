@@ -799,6 +799,28 @@ def test_a_webhook_is_signed_tried_again_and_told_once(tmp_path):
         receiver.server_close()
 
 
+def test_many_boards_are_accepted_in_one_call(tmp_path):
+    with fleets.running(tmp_path, enrolment={"default": "pending"}) as fleet:
+        for board, site in (("a1", "x"), ("a2", "x"), ("b1", "y"), ("b2", "y"), ("c1", "z")):
+            Board(fleet, board, labels=[f"site={site}"]).poll()
+        fleet.api("DELETE", "devices/a2")
+        accept = [{"label": "site=x"}, {"devices": ["b2", "b1"]}, {"devices": ["b2"]}, {}]
+        counts = [fleet.api("POST", "devices/accept", body)["accepted"] for body in accept]
+        assert counts == [1, 2, 0, 1]
+        assert fleet.api("GET", "devices/a2")["enrolment"] == "decommissioned"
+        assert fleet.api("POST", "devices/accept", {"devices": ["c1", "x9"]})["code"] == (
+            "no_device"
+        )
+        assert Board(fleet, "b1").poll()["reason"] != "pending"
+        lines = fleet.api("GET", "audit")["audit"]
+        assert [line["after"]["devices"] for line in lines if "accept" in line["action"]] == [
+            ["c1"],
+            [],
+            ["b1", "b2"],
+            ["a1"],
+        ]
+
+
 # ---- settings, metrics
 
 

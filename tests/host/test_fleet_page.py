@@ -87,6 +87,18 @@ def test_a_form_without_its_token_changes_nothing(fleet):
     assert (line["who"], line["action"]) == ("anna", "device.change")
 
 
+def test_boards_that_wait_are_accepted_as_they_are_filtered(fleet):
+    for board in ("a1", "a2", "b1"):
+        Board(fleet, board).poll()
+        fleet.api("PATCH", f"devices/{board}", {"enrolment": "pending"})
+    logged_in(fleet)
+    page = fleet.client.get("/-/devices?enrolment=pending&q=a").text
+    hidden = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', page))
+    assert fleet.client.post("/-/devices-accept", data=hidden).status_code == 303
+    waiting = fleet.api("GET", "devices?enrolment=pending")["devices"]
+    assert [row["device_id"] for row in waiting] == ["b1"]
+
+
 def test_a_viewer_sees_and_changes_nothing(fleet):
     Board(fleet, "b1").poll()
     logged_in(fleet, "victor", "viewer")
