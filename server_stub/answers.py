@@ -374,6 +374,7 @@ class Settings(_Answer):
     payload_url: str | None
     firmware_bytes: int
     keep_days: int
+    set: list[str]  # members that stand in place of the configuration's
 
 
 class Users(_Answer):

@@ -7,10 +7,11 @@ from fastapi import Depends, FastAPI, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 
-from . import auth, metrics, webhooks
+from . import auth, metrics, policy, webhooks
 from .audit import Who
 from .http import Note, Parts, change, json_body, with_dates
 from .messages import Id, Name
+from .settings import Changes
 
 
 class _Body(BaseModel):
@@ -57,6 +58,24 @@ def remove_webhook_one(connection: Connection, note: Note, webhook_id: int) -> d
     webhooks.remove(connection, webhook_id)
     note(f"webhook {webhook_id}")
     return {"removed": webhook_id}
+
+
+def shown_settings(connection: Connection, parts: Parts) -> dict[str, Any]:
+    """How boards are treated, and which of it was set in place of the configuration's."""
+    in_force = policy.in_force(connection, parts.settings)
+    return {**in_force.public(), "set": sorted(policy.changes(connection))}
+
+
+def change_settings_one(
+    connection: Connection, note: Note, parts: Parts, wanted: Changes
+) -> dict[str, Any]:
+    """Set how boards are treated, or go back to the configuration."""
+    before = shown_settings(connection, parts)
+    policy.change(connection, wanted)
+    after = shown_settings(connection, parts)
+    names = wanted.model_fields_set
+    note("settings", {n: before[n] for n in names}, {n: after[n] for n in names})
+    return after
 
 
 def add_routes(app: FastAPI, parts: Parts) -> None:
@@ -106,8 +125,20 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/api/v1/settings", dependencies=[viewer])
     async def read_settings() -> dict:
-        """What ``server.yml`` and the environment say, as far as it concerns boards."""
-        return parts.settings.public()
+        """What is configured and set, as far as it concerns boards."""
+        return await parts.store.aread(lambda c: shown_settings(c, parts))
+
+    @app.patch("/api/v1/settings")
+    async def change_settings(
+        who: Annotated[Who, admin],
+        wanted: Annotated[Changes, Depends(json_body(Changes))],
+    ) -> dict:
+        return await change(
+            parts,
+            who,
+            "settings.change",
+            lambda c, note: change_settings_one(c, note, parts, wanted),
+        )
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> dict:

@@ -16,7 +16,17 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
 
-from . import api_admin, api_firmware, api_fleet, api_rollouts, openapi, page, page_forms, tree
+from . import (
+    api_admin,
+    api_firmware,
+    api_fleet,
+    api_rollouts,
+    openapi,
+    page,
+    page_forms,
+    policy,
+    tree,
+)
 from .auth import Boards, refused
 from .http import (
     Parts,
@@ -162,9 +172,13 @@ class _Fetchers:
         if await self._parts.people.find(request) is not None:
             return
         digest = await self._boards(request)
-        if digest is None and self._parts.settings.enrolment.default == "pending":
+        if digest is None:
+            settings = await self._parts.store.aread(
+                lambda c: policy.in_force(c, self._parts.settings)
+            )
             # The fleet's token registers a board; what it may have is decided first.
-            raise refused()
+            if settings.enrolment.default == "pending":
+                raise refused()
 
 
 class _Places:

@@ -74,10 +74,10 @@ class Chooser:
         self, connection: Connection, rows: Mapping[str, Any], latest: Mapping[str, Any], now: int
     ) -> list[Caller]:
         """Read what else must be known to answer these boards, for all of them at once."""
-        rules = self._snapshot(connection)
+        rules = self.rules(connection)
         tries = attempts.tries(connection, latest, now) if latest else {}
         labels: Mapping[str, Mapping[str, str]] = {}
-        if rules.windows or rules.rollouts or self._settings.poll_by_label:
+        if rules.windows or rules.rollouts or rules.settings.poll_by_label:
             labels = devices.labels_by_board(connection, rows)
         return [
             Caller(row, latest.get(board), tries.get(board, {}), labels.get(board, {}))
@@ -87,7 +87,7 @@ class Chooser:
     def decide(
         self, connection: Connection, caller: Caller, now: int, booking: bool
     ) -> tuple[Decision, Channel | None]:
-        rules = self._snapshot(connection)
+        rules = self.rules(connection)
         row = caller.row
         channel: Channel | None = None
         trouble: ChannelError | None = None
@@ -124,10 +124,11 @@ class Chooser:
         )
         return offers.decide(situation, now), channel
 
-    def _snapshot(self, connection: Connection) -> policy.Policy:
+    def rules(self, connection: Connection) -> policy.Policy:
+        """What operators have decided, as this transaction sees it."""
         now = generation(connection)
         if self._policy is None or self._policy[0] != now:
-            self._policy = (now, policy.read(connection))
+            self._policy = (now, policy.read(connection, self._settings))
         return self._policy[1]
 
     def _candidate(self, release: Any, origin: str, says: str, **more: Any) -> Candidate:
@@ -288,7 +289,7 @@ class Chooser:
         return [first, *(self._candidate(other, "channel", says) for other in others)]
 
     def _notes(self, connection: Connection, row: Any) -> list[str]:
-        rules = self._snapshot(connection)
+        rules = self.rules(connection)
         paused = [
             r
             for r in rules.rollouts
@@ -300,14 +301,15 @@ class Chooser:
         self, connection: Connection, caller: Caller, channel: Channel | None, now: int
     ) -> int:
         """How soon the board shall ask again; not later than its window opens."""
-        seconds = self._settings.poll_s
+        rules = self.rules(connection)
+        seconds = rules.settings.poll_s
         if channel is not None and channel.poll is not None:
             seconds = channel.poll
-        for label, wanted in self._settings.poll_by_label.items():
+        for label, wanted in rules.settings.poll_by_label.items():
             if stages.matches({"label": label}, caller.labels):
                 seconds = wanted
                 break
-        opens_in = _windows_in(self._snapshot(connection), caller.labels, now)
+        opens_in = _windows_in(rules, caller.labels, now)
         return max(1, min([seconds, *filter(None, opens_in)]))
 
 

@@ -72,7 +72,6 @@ class Desk:
         self._site = site
         self._store = store
         self._limits = limits
-        self._settings = settings
         self._kept: dict[str, _Kept] = {}
         self._chooser = Chooser(site, settings)
         self._behind = Behind(store, limits.downloads_kept)
@@ -164,6 +163,7 @@ class Desk:
         self, connection: Connection, polls: Mapping[str, _Poll], now: int
     ) -> dict[str, Any]:
         """The boards' rows as they are now: made, or renewed where one says something new."""
+        settings = self._chooser.rules(connection).settings
         known = devices.find_all(connection, polls)
         said = {}
         for board, poll in polls.items():
@@ -171,7 +171,7 @@ class Desk:
             _check_token(row, poll.token)
             # One that has only reported so far said too little for the rules.
             first = row is None or (row.product is None and row.last_seen)
-            enrolment = self._settings.enrolment_of(poll.facts) if first else row.enrolment
+            enrolment = settings.enrolment_of(poll.facts) if first else row.enrolment
             said[board] = {**poll.facts, "enrolment": enrolment}
         rows = devices.touch(connection, said, known, now, self._limits.devices)
         if new := [{"device_id": board} for board in polls if board not in known]:
@@ -223,7 +223,8 @@ class Desk:
         # A board this server has never seen may report: its database may be a new one.
         row = before
         if row is None:
-            said = {device_id: {"enrolment": self._settings.enrolment_of({})}}
+            settings = self._chooser.rules(connection).settings
+            said = {device_id: {"enrolment": settings.enrolment_of({})}}
             row = devices.touch(connection, said, {}, now, self._limits.devices)[device_id]
         kept = report.model_dump(exclude={"device_id", "current_version", "current_build"})
         added = connection.execute(

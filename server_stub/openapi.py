@@ -62,6 +62,7 @@ _ANSWERS = {
     "create_schedule": answers.Schedule,
     "remove_schedule": answers.Removed,
     "read_settings": answers.Settings,
+    "change_settings": answers.Settings,
     "list_users": answers.Users,
     "set_user": answers.UserToken,
     "remove_user": answers.Removed,

@@ -16,6 +16,7 @@ from fastapi.responses import RedirectResponse, StreamingResponse
 from sqlalchemy import Connection, select
 
 from . import (
+    api_admin,
     api_fleet,
     api_rollouts,
     audit,
@@ -259,7 +260,7 @@ def _rules(parts: Parts) -> Callable[..., dict[str, Any]]:
             "windows": [dict(row._mapping) for row in found],
             "schedules": schedules.listing(connection),
             "actions": [name for name in schedules.ACTIONS if name != "backup"],
-            "settings": parts.settings.public(),
+            "settings": api_admin.shown_settings(connection, parts),
         }
 
     return read

@@ -19,6 +19,7 @@ from .http import Note, Parts, change, checked, refused_value
 from .messages import Name
 from .page_base import Guard, Renderer, fields, same_page, who
 from .problems import Problem
+from .settings import Changes
 
 IMPORT = "/-/devices-import"
 UPLOAD = "/-/releases-upload"
@@ -50,7 +51,12 @@ class _Form:
 
 
 def add_routes(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> None:
-    for form in (*_device_forms(parts), *_release_forms(parts), *_rollout_forms(), *_others()):
+    for form in (
+        *_device_forms(parts),
+        *_release_forms(parts),
+        *_rollout_forms(),
+        *_others(parts),
+    ):
         _add(app, parts, render, guard, form)
 
     @app.post(UPLOAD, include_in_schema=False)
@@ -261,8 +267,13 @@ def _words(text: str) -> list[str]:
 # ---- jobs, labels, windows, schedules, people
 
 
-def _others() -> list[_Form]:
+def _others(parts: Parts) -> list[_Form]:
+    def settings(c: Connection, note: Note, values: Fields, _: At) -> None:
+        wanted = checked(Changes, _settings(values))
+        api_admin.change_settings_one(c, note, parts, wanted)
+
     return [
+        _Form("/-/settings", "settings.change", "/-/rules", settings, "admin"),
         _Form("/-/updates", "update.create", "/-/updates", _create_update),
         _Form(
             "/-/updates/{number:int}/cancel",
@@ -286,6 +297,25 @@ def _others() -> list[_Form]:
             "admin",
         ),
     ]
+
+
+def _settings(values: Fields) -> dict[str, Any]:
+    """Labels as lines of ``key=value seconds``, rules as lines of ``product=... hardware=...``."""
+    if "default" not in values:
+        return {"poll": None, "enrolment": None}
+    lines = {n: values.get(n, "").strip().splitlines() for n in ("labels", "accept")}
+    labels = [line.strip().rpartition(" ") for line in lines["labels"] if line.strip()]
+    rules = [line.split() for line in lines["accept"] if line.strip()]
+    return {
+        "poll": {
+            "default": _number("default", values["default"], int),
+            "labels": {label.strip(): _number(label, text, int) for label, _, text in labels},
+        },
+        "enrolment": {
+            "default": values.get("enrolment", ""),
+            "accept": [dict(word.partition("=")[::2] for word in words) for words in rules],
+        },
+    }
 
 
 def _create_update(c: Connection, note: Note, values: Fields, _: At) -> None:

@@ -1,4 +1,5 @@
-"""What operators have decided, read once per generation: releases, rollouts, jobs, windows.
+"""What operators have decided, read once per generation: releases, rollouts, jobs, windows, and
+how often boards ask and who is accepted.
 
 Small next to the registry. Between two changes every poll is answered from one such snapshot; what
 must be exact (a rollout's state and free places) is looked up again when an offer is booked.
@@ -15,6 +16,9 @@ from twinslot import semver
 
 from . import stages
 from .schema import jobs, releases, rollouts, windows
+from .schema import settings as settings_table
+from .settings import Changes, Settings
+from .store import bump
 from .windows import Window
 
 
@@ -27,6 +31,7 @@ class Policy:
     rollouts: tuple[Any, ...]  # pilot, expand, paused; newest first
     jobs: Mapping[int, Any]  # not cancelled
     windows: tuple[Window, ...]
+    settings: Settings  # as they are in force
 
     def fallbacks(self, product: str, channel: str, below: str) -> list[Any]:
         """Releases that may stand in for a blocked one, newest first."""
@@ -42,7 +47,28 @@ class Policy:
         return found
 
 
-def read(connection: Connection) -> Policy:
+def in_force(connection: Connection, configured: Settings) -> Settings:
+    """The configuration, with what an administrator has set since in its place."""
+    changed = Changes.model_validate(changes(connection))
+    return configured.model_copy(update={n: getattr(changed, n) for n in changed.model_fields_set})
+
+
+def changes(connection: Connection) -> dict[str, Any]:
+    """What an administrator has set since, by name."""
+    return dict(connection.execute(select(settings_table)).all())
+
+
+def change(connection: Connection, wanted: Changes) -> None:
+    """Set members in place of the configuration's; None: the configuration's hold again."""
+    for name in sorted(wanted.model_fields_set):
+        connection.execute(settings_table.delete().where(settings_table.c.name == name))
+        if (value := getattr(wanted, name)) is not None:
+            row = {"name": name, "value": value.model_dump()}
+            connection.execute(settings_table.insert().values(row))
+    bump(connection)
+
+
+def read(connection: Connection, configured: Settings) -> Policy:
     """Read the snapshot."""
     all_releases = connection.execute(select(releases)).all()
     return Policy(
@@ -63,4 +89,5 @@ def read(connection: Connection) -> Policy:
             Window(row.label, row.kind, row.zone, tuple(row.days), row.start, row.end)
             for row in connection.execute(select(windows))
         ),
+        settings=in_force(connection, configured),
     )

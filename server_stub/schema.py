@@ -46,6 +46,14 @@ meta = Table(
     "meta", metadata, Column("key", String, primary_key=True), Column("value", BigInteger)
 )
 
+# Members of the configuration that an administrator has set since, each whole: poll, enrolment.
+settings = Table(
+    "settings",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("value", JSON, nullable=False),
+)
+
 devices = Table(
     "devices",
     metadata,

@@ -55,6 +55,13 @@ class Enrolment(_Part):
     accept: list[dict[Literal["product", "hardware", "channel", "mac"], str]] = []
 
 
+class Changes(_Part):
+    """Members an administrator may set while the server runs; null: as configured again."""
+
+    poll: Poll | None = None
+    enrolment: Enrolment | None = None
+
+
 class Signing(_Part):
     """Signs the URLs that payloads are redirected to, for an S3-compatible store."""
 

@@ -454,8 +454,22 @@ def fleet_status(context: typer.Context, as_json: Json = False) -> None:
 
 @fleet.command("settings")
 def fleet_settings(context: typer.Context) -> None:
-    """What the server's configuration says of boards, as JSON."""
+    """How the server treats boards, as JSON; `set` names what was set, not configured."""
     print_json(context.obj.call("GET", "settings"))
+
+
+@fleet.command("set")
+def fleet_set(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="poll or enrolment")],
+    value: Annotated[str, typer.Argument(help="JSON, whole; null: as configured again.")],
+) -> None:
+    """Set how often boards ask (poll), or who is accepted (enrolment), while the server runs."""
+    try:
+        body = {name: json.loads(value)}
+    except ValueError:
+        raise typer.BadParameter('expected JSON, as in {"default": 600}') from None
+    print_json(context.obj.call("PATCH", "settings", body)[name])
 
 
 @fleet.command()

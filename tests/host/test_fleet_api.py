@@ -863,6 +863,29 @@ def test_the_command_line_stands_above_the_environment_and_that_above_the_file(t
     assert found.data == tmp_path / "inside"
 
 
+def test_an_admin_sets_how_boards_are_treated_until_the_configuration_holds_again(tmp_path):
+    with fleets.running(tmp_path, poll={"default": 77}) as fleet:
+        board = Board(fleet, "b1", labels=["power=battery"])
+        assert board.poll()["poll"] == 77
+        wanted = {"poll": {"default": 60, "labels": {"power=battery": 900}}}
+        wanted["enrolment"] = {"default": "pending", "accept": [{"hardware": "KNOWN"}]}
+        found = fleet.api("PATCH", "settings", wanted)
+        assert {name: found[name] for name in wanted} == wanted
+        assert found["set"] == ["enrolment", "poll"]
+        assert (board.poll()["poll"], Board(fleet, "b2").poll()["poll"]) == (900, 60)
+        assert Board(fleet, "b3").poll()["reason"] == "pending"
+        assert Board(fleet, "b4", hardware="KNOWN").poll()["reason"] != "pending"
+        for bad in ({"poll": {"default": 0}}, {"port": 1}, {"enrolment": {"default": "maybe"}}):
+            assert fleet.status("PATCH", "settings", bad) == 422
+        assert fleet.api("PATCH", "settings", {"poll": None})["set"] == ["enrolment"]
+        assert board.poll()["poll"] == 77
+        line = fleet.api("GET", "audit")["audit"][0]
+        assert line["action"] == "settings.change"
+        assert (line["before"]["poll"]["default"], line["after"]["poll"]["default"]) == (60, 77)
+        otto = fleet.api("PUT", "users/otto", {"role": "operator"})["token"]
+        assert fleet.status("PATCH", "settings", {"poll": None}, otto) == 403
+
+
 def test_metrics_and_health(fleet):
     fleet.publish("1.1.0")
     Board(fleet, "b1").update()

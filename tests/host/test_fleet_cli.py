@@ -118,6 +118,9 @@ EVERYTHING = """
 fleet status
 fleet call get labels
 fleet settings
+fleet set poll '{{"default": 600}}'
+fleet set poll null
+device accept --all --label ring=pilot
 device import {boards}
 device list --enrolment accepted --label ring=pilot
 device show b1

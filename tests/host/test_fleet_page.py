@@ -99,6 +99,21 @@ def test_boards_that_wait_are_accepted_as_they_are_filtered(fleet):
     assert [row["device_id"] for row in waiting] == ["b1"]
 
 
+def test_an_admin_sets_how_often_boards_ask_and_who_is_accepted(fleet):
+    logged_in(fleet, "ada", "admin")
+    values = {"default": "60", "labels": "power=battery 900\r\n", "enrolment": "pending"}
+    values |= {"accept": "product=a hardware=b\r\nmac=c", "csrf": csrf(fleet)}
+    assert fleet.client.post("/-/settings", data=values).status_code == 303
+    found = fleet.api("GET", "settings")
+    assert found["poll"] == {"default": 60, "labels": {"power=battery": 900}}
+    rules = [{"product": "a", "hardware": "b"}, {"mac": "c"}]
+    assert found["enrolment"] == {"default": "pending", "accept": rules}
+    page = fleet.client.get("/-/rules").text
+    assert "power=battery 900" in page and "product=a hardware=b" in page
+    fleet.client.post("/-/settings", data={"csrf": csrf(fleet)})
+    assert fleet.api("GET", "settings")["set"] == []
+
+
 def test_a_viewer_sees_and_changes_nothing(fleet):
     Board(fleet, "b1").poll()
     logged_in(fleet, "victor", "viewer")
