@@ -16,7 +16,18 @@ from typing import Any
 from apscheduler.schedulers.background import BackgroundScheduler
 from sqlalchemy import Connection
 
-from . import attempts, audit, backup, events, releases, retention, rollouts, schedules, webhooks
+from . import (
+    attempts,
+    audit,
+    backup,
+    events,
+    metrics,
+    releases,
+    retention,
+    rollouts,
+    schedules,
+    webhooks,
+)
 from .audit import SELF
 from .http import Parts
 from .schema import attempts as attempt_table
@@ -108,6 +119,7 @@ class Background:
         self._parts = parts
         self._data = data
         self._leader = Leader(parts.store, data)
+        self._counters = metrics.Writer(parts.store, parts.desk)
         self._clock = BackgroundScheduler(
             timezone="UTC",
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": 3600},
@@ -121,6 +133,7 @@ class Background:
     def start(self) -> None:
         for seconds, work in (
             (FLUSH_S, self._parts.desk.flush),
+            (FLUSH_S, self._counters.flush),
             (TICK_S, self.tick),
             (1, self.deliver),
             (FORGET_S, self.forget),

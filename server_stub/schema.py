@@ -54,6 +54,19 @@ settings = Table(
     Column("value", JSON, nullable=False),
 )
 
+# What each worker (host:process) has done since it started, written every few seconds.
+counters = Table(
+    "counters",
+    metadata,
+    Column("worker", String, primary_key=True),
+    Column("started", BigInteger, nullable=False),
+    Column("written", BigInteger, nullable=False),
+    Column("polls", BigInteger, nullable=False),
+    Column("remembered", BigInteger, nullable=False),
+    Column("reports", BigInteger, nullable=False),
+    Column("bytes_sent", BigInteger, nullable=False),
+)
+
 devices = Table(
     "devices",
     metadata,

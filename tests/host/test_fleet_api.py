@@ -18,7 +18,7 @@ from servers import PRODUCT
 from trust import jwk, key
 
 from twinslot.release import TYPE
-from twinslot_server import devices, releases, retention, settings, webhooks
+from twinslot_server import devices, metrics, releases, retention, settings, webhooks
 from twinslot_server.settings import SettingsError
 from twinslot_tools import keyrings, signing
 
@@ -886,6 +886,24 @@ def test_an_admin_sets_how_boards_are_treated_until_the_configuration_holds_agai
         assert fleet.status("PATCH", "settings", {"poll": None}, otto) == 403
 
 
+def test_any_worker_tells_what_all_of_them_have_done(fleet, monkeypatch):
+    def polls_by_worker():
+        text = fleet.client.get("/metrics", headers=headers).text
+        return dict(
+            re.findall(r'^twinslot_polls_total\{worker="(.+)"\} (\d+)$', text, re.MULTILINE)
+        )
+
+    headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+    Board(fleet, "b1").poll()
+    writer = metrics.Writer(fleet.store, fleet.desk)
+    writer.flush()
+    (first,) = polls_by_worker()
+    monkeypatch.setattr(metrics.os, "getpid", lambda: -1)  # scraped from another worker
+    Board(fleet, "b1").poll()
+    found = polls_by_worker()
+    assert found.pop(first) == "1" and list(found.values()) == ["2"]
+
+
 def test_metrics_and_health(fleet):
     fleet.publish("1.1.0")
     Board(fleet, "b1").update()
@@ -895,5 +913,6 @@ def test_metrics_and_health(fleet):
     text = fleet.client.get("/metrics", headers=headers).text
     assert 'twinslot_devices{enrolment="accepted"} 1\n' in text
     assert 'twinslot_attempts{state="confirmed"} 1\n' in text
+    assert re.search(r'^twinslot_reports_total\{worker="[^"]+"\} 3$', text, re.MULTILINE)
     for line in text.splitlines():
         assert line.startswith("#") or re.fullmatch(r'\w+(\{\w+="[^"]*"\})? [0-9.]+', line), line
