@@ -207,6 +207,7 @@ def forms(fleet, tmp_path):
     return [
         ("/-/devices/{device_id}", "b1", {"key": "site", "value": "home"}),
         ("/-/devices/{device_id}/token", "b1", {}),
+        ("/-/devices-accept", None, {"q": "b"}),
         ("/-/devices-import", None, {"file": b"device_id,token\nb2,new\n"}),
         ("/-/releases-upload", None, files),
         ("/-/releases/{number:int}", newer, {"stable": "yes", "notes": "quieter"}),
@@ -224,6 +225,7 @@ def forms(fleet, tmp_path):
         ("/-/windows/{number:int}/remove", window, {}),
         ("/-/schedules", None, {"name": "m", "cron": "0 3 * * *", "zone": "UTC", "do": "gc"}),
         ("/-/schedules/{number:int}/remove", schedule, {}),
+        ("/-/settings", None, {"default": "60", "enrolment": "accepted"}),
         ("/-/users", None, {"name": "berta", "role": "viewer"}),
         ("/-/users/{name}/remove", "otto", {}),
         ("/-/webhooks", None, {"url": "https://example.org/", "events": "rollout.*"}),
