@@ -65,6 +65,7 @@ def requests_for_every_change(fleet, tmp_path):
     form = upload_files(site, servers.publish_version(site, "1.3.0"))
     return {
         ("POST", "/api/v1/devices/import"): {"content": b"device_id\nb2\n"},
+        ("POST", "/api/v1/devices/accept"): (None, {"devices": ["b1"]}),
         ("PATCH", "/api/v1/devices/{device_id}"): ("b1", {"labels": {"site": "here"}}),
         ("POST", "/api/v1/devices/{device_id}/token"): ("b1", None),
         ("DELETE", "/api/v1/devices/{device_id}"): ("b1", None),
@@ -88,6 +89,7 @@ def requests_for_every_change(fleet, tmp_path):
         ("DELETE", "/api/v1/windows/{window_id}"): (window, None),
         ("POST", "/api/v1/schedules"): (None, {**plan, "name": "m"}),
         ("DELETE", "/api/v1/schedules/{schedule_id}"): (schedule, None),
+        ("PATCH", "/api/v1/settings"): (None, {"poll": {"default": 600}}),
         ("PUT", "/api/v1/users/{name}"): ("anna", {"role": "viewer"}),
         ("DELETE", "/api/v1/users/{name}"): ("anna", None),
         ("POST", "/api/v1/webhooks"): (None, {"url": "https://example.org/"}),
