@@ -69,7 +69,7 @@ agent = None
 events = []
 
 
-def fresh(settings, **more):
+def fresh(settings, dns=(), **more):
     """Forget all that was ever downloaded; the host has put the slot in order."""
     nvs = NVS("twinslot")
     for key in ("journal", "checkpoint", "log", "starts"):
@@ -77,14 +77,14 @@ def fresh(settings, **more):
             nvs.erase_key(key)
         except OSError:
             pass
+    names.script = list(dns)  # a reboot does not mend a name service
     return begin(settings, **more)
 
 
-def begin(settings, dns=(), jump=None):
+def begin(settings, jump=None):
     """What a reboot does: a new agent, which knows what flash holds."""
     global agent  # noqa: PLW0603
     Journal._shared = None
-    names.script = list(dns)
     agent = twinslot.Agent(settings)
     agent._machine = Machine
     agent.on_event(lambda name, data: events.append(name))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,12 @@ SLACK = 24_000  # on the way when a connection breaks: sockets' buffers, TLS rec
 EXCHANGE = 74_400  # bytes of a whole update towards the device, about
 POINTER, RELEASE, BLOB = ".json", "/r/", "/blobs/"
 WHERE = {"pointer": POINTER, "release": RELEASE, "payload": BLOB}
-LENGTHS = {"pointer": 400, "release": 1900, "payload": SIZE + 300}
+LENGTHS = {"pointer": 280, "release": 1430, "payload": SIZE + 300}
 CUTS = ("reset", "fin", "stall")
 ENDED = ("http", "tls")
+MAY_PASS = re.compile(
+    r"(reset|fin|stall)-(release|payload|\d)|(flip|drop|dup|swap|insert|up)-|dns-dead-addresses"
+)
 DOORS = ("http", "tls", "through")
 
 
@@ -53,6 +57,13 @@ class Case:
     @property
     def id(self) -> str:
         return f"{self.name}-{self.door}"
+
+    @property
+    def may_pass(self) -> bool:
+        """The first poll may install under it: what is damaged may be a field that nobody reads,
+        the answer may be complete before the request's last bytes break, and a request on a kept
+        connection that breaks before its answer is sent once more, on a fresh one."""
+        return bool(MAY_PASS.match(self.name))
 
     @property
     def waits(self) -> bool:

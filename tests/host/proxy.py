@@ -9,7 +9,7 @@ else's server, where nothing of ours should ever arrive. FOLDER holds certificat
 NAME.key. Commands come as JSON lines on stdin, each is answered by one on stdout:
 
     {"plan": {...}}   forget what was counted, break things like this from now on
-    {"report": 1}     say what passed
+    {"report": 1}     say what passed, and what of the plan did not happen ("missed")
     {"go": 1}         break the connection that "hold" has stopped (no answer)
 
 The plan: {"connections": [program...], "rest": program} by order of arrival. A program:
@@ -76,6 +76,7 @@ class Proxy:
             self.requests: list[str] = []
             self.leaks: list[str] = []
             self.used: dict[int, int] = {}
+            self.met: set[int] = set()
             self.held.set()
 
     def report(self) -> dict[str, Any]:
@@ -86,7 +87,23 @@ class Proxy:
                 "payload": self.payload,
                 "requests": self.requests,
                 "elsewhere": self.leaks,
+                "missed": self._missed(),
             }
+
+    def happened(self, told: dict[str, Any]) -> None:
+        """Note that a rule, or the program of a door, has changed what the device got."""
+        with self.lock:
+            self.met.add(id(told))
+
+    def _missed(self) -> list[dict[str, Any]]:
+        """What the plan told, and did not happen."""
+        programs = [*self.plan.get("connections", ()), self.plan.get("rest")]
+        told = []
+        for program in filter(None, programs):
+            told += [program] if program.keys() & {"accept", "identity"} else []
+            for key in ("answers", "edits", "up", "replace"):
+                told += program.get(key, ())
+        return [one for one in told if id(one) not in self.met]
 
     def context(self, name: str) -> ssl.SSLContext:
         if name not in self.contexts:
@@ -150,6 +167,7 @@ class Connection:
         self.up = 0
         self.head: bytes | None = None  # of an answer that is being rewritten
         self.drip = 0
+        self.late = b""  # goes behind the byte that comes next
 
     def run(self) -> None:
         self._enter()
@@ -163,6 +181,8 @@ class Connection:
             server.close()
 
     def _enter(self) -> None:
+        if self.program.keys() & {"accept", "identity"}:
+            self.proxy.happened(self.program)
         accept = self.program.get("accept")
         if accept == "reset":
             self._break("reset")
@@ -203,6 +223,7 @@ class Connection:
                 self.head = b""
             for rule in self.program.get("answers", ()):
                 if rule["on"] in self.path and self.proxy.due(rule):
+                    self.proxy.happened(rule)
                     self._write(rule["raw"].encode("latin-1"))
                     if rule.get("end", "keep") != "keep":
                         self._break(rule["end"])
@@ -221,6 +242,7 @@ class Connection:
             if b"\r\n\r\n" not in self.head:
                 return
             data, self.head = self._rewritten(self.head), None
+        data, self.late = data[:1] + self.late + data[1:], b""
         while data:
             found = self._edits("edits", self.sent, len(data))
             if not found:
@@ -235,7 +257,10 @@ class Connection:
         text = (head + mark).decode("latin-1")
         for rule in self.program["replace"]:
             if rule["on"] in self.path and self.proxy.due(rule):
+                before = text
                 text = re.sub(rule["find"], rule["by"], text, flags=re.I | re.M)
+                if text != before:
+                    self.proxy.happened(rule)
         return text.encode("latin-1") + body
 
     def _edits(self, key: str, done: int, n: int) -> list[tuple[int, dict[str, Any]]]:
@@ -255,6 +280,12 @@ class Connection:
 
     def _apply(self, edit: dict[str, Any], data: bytes) -> bytes:
         """Carry out an edit at the beginning of ``data``; return what is sent on."""
+        changed = self._changed(edit, data)
+        if changed != data or edit["do"] == "drip":
+            self.proxy.happened(edit)
+        return changed
+
+    def _changed(self, edit: dict[str, Any], data: bytes) -> bytes:
         do, n = edit["do"], edit.get("n", 1)
         if do == "flip":
             return bytes(b ^ edit.get("mask", 1) for b in data[:n]) + data[n:]
@@ -263,6 +294,12 @@ class Connection:
         if do == "dup":
             return data[:n] + data
         if do == "swap":
+            n = min(n, len(data) // 2)
+            while n and data[:n] == data[n : 2 * n]:  # would change nothing
+                n -= 1
+            if not n:
+                self.late = data[:1]
+                return data[1:]
             return data[n : 2 * n] + data[:n] + data[2 * n :]
         if do == "insert":
             return b"\0" * n + data
@@ -274,6 +311,7 @@ class Connection:
             say({"held": self.path})
             self.proxy.held.wait(30)
             do = "reset"  # what lies in buffers of this host would never have been sent
+        self.proxy.happened(edit)
         self._break(do)
         return b""
 
