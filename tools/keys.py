@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from joserfc.errors import JoseError
 from joserfc.jwk import RSAKey
 
-from twinslot import jws, keyring
+from twinslot import keyring, keyset
 from twinslot.errors import ConfigError, OtaError
 
 from .files import write_whole
@@ -156,7 +156,7 @@ def load_private(path: Path, passphrase: Passphrase | None = None) -> RSAKey:
     if not key.is_private:
         raise ConfigError(f"{path} is a public key: signing needs the private one")
     try:
-        jws.load_keys({"keys": [public_jwk(key)]}, demo=True)
+        keyset.load({"keys": [public_jwk(key)]}, demo=True)
     except OtaError as exc:
         raise ConfigError(f"{path}: devices would refuse this key: {exc}") from exc
     return key

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 from joserfc.jwk import RSAKey
 
-from twinslot import jws
+from twinslot import jws, keyset
 from twinslot.errors import ConfigError, SignatureError
 
 from . import keys
@@ -52,7 +52,7 @@ def signer_of(key: RSAKey | Signer) -> Signer:
         pss = padding.PSS(padding.MGF1(hashes.SHA256()), hashes.SHA256.digest_size)
         return key.raw_value.sign(data, pss, hashes.SHA256())
 
-    trusted = jws.load_keys({"keys": [keys.public_jwk(key)]}, demo=True)
+    trusted = keyset.load({"keys": [keys.public_jwk(key)]}, demo=True)
     return Signer(key.kid or "", trusted, sign)
 
 

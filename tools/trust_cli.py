@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from twinslot import jws, keyring, release
+from twinslot import jws, keyring, keyset, release
 from twinslot.errors import ConfigError, OtaError
 
 from . import keyrings, keys, passphrase, signing
@@ -127,7 +127,7 @@ def _kids(item: str) -> list[str]:
     """A key id as it is, or those of a public key file."""
     path = Path(item)
     if path.exists():
-        return list(jws.load_keys({"keys": keys.load_jwks(path)}, demo=True))
+        return list(keyset.load({"keys": keys.load_jwks(path)}, demo=True))
     return [item]
 
 

@@ -17,7 +17,7 @@ _HOME = {
     "rollback": "console",
     "status": "console",
 }
-_RARE = ("config", "espimage", "health", "jws", "release", "semver", "strict")
+_RARE = ("config", "espimage", "health", "jws", "keyset", "release", "semver", "strict")
 
 
 def unload():

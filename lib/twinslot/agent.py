@@ -383,7 +383,7 @@ class Agent:
             exc = foreseen(slip)
             # What can't succeed later is no reason to poll at another pace.
             self._failures = self._failures + 1 if exc.retry else 0
-            self._retry_after = getattr(exc, "retry_after", None)
+            self._retry_after = exc.retry_after
             forget = getattr(self._source, "forget", None)
             if forget:
                 forget()

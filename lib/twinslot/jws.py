@@ -1,6 +1,6 @@
 """Verify a compact JWS (RFC 7515) with PS256 (RFC 7518 section 3.5). Pure: bytes in, verdict out.
 
-    keys = jws.load_keys(strict.loads(text))
+    keys = keyset.load(strict.loads(text))
     payload = jws.verify(token, keys)
 
 One algorithm, no choice: RSA-PSS with SHA-256, MGF1-SHA-256 and a salt of 32 bytes, e = 65537,
@@ -9,27 +9,19 @@ moduli of 2048 to 4096 bits. The header may name ``alg``, ``kid`` and ``typ``, n
 document has one spelling and one meaning. Nothing of the payload is read before the signature
 holds.
 
-A key made for samples and demonstrations carries ``"demo": true``, and is refused unless asked
-for; so are those whose private half stands in an RFC.
-
-Source: RFC 8017 sections 8.1.2, 9.1.2 and B.2.1; RFC 7638 for key names.
+Source: RFC 8017 sections 8.1.2, 9.1.2 and B.2.1.
 """
 
 import binascii
 import hashlib
 
-from .errors import ConfigError, SignatureError
+from .errors import SignatureError
 
 TOKEN_LIMIT = 12288  # characters of a whole JWS: a manifest of 8 KiB and a 4096-bit signature
 _HEADER_LIMIT = 512
 _HASH_LEN = 32
 _SALT_LEN = 32
 _PIECE = 256  # characters; a multiple of 4
-_PUBLISHED = (  # the RSA keys of RFC 7515 A.2, RFC 7517 A.1 and RFC 7520 3.4
-    "IsUn6_e04MaShXFIISMp4kG62LWzMIPy_MvSA5pJgX8",
-    "NzbLsXh8uDCcd-6MNwXF4W_7noWXFZAfHkxZsRGC9Xs",
-    "9jg46WB3rR_AHD-EBXdN7cBkH1WOu0tA3M9fm21mqTI",
-)
 
 
 def b64url_decode(text):
@@ -58,60 +50,6 @@ def b64url_encode(raw):
     return text
 
 
-def thumbprint(n, e):
-    """Name an RSA key: RFC 7638 thumbprint of its base64url members ``n`` and ``e`` (str)."""
-    canonical = '{"e":"%s","kty":"RSA","n":"%s"}' % (e, n)
-    return b64url_encode(hashlib.sha256(canonical.encode()).digest()).decode()
-
-
-def _load_key(jwk, demo):
-    if not isinstance(jwk, dict) or jwk.get("kty") != "RSA":
-        raise ConfigError("key type", jwk.get("kty") if isinstance(jwk, dict) else jwk, "RSA")
-    for member in ("d", "p", "q", "dp", "dq", "qi", "oth"):
-        if member in jwk:
-            raise ConfigError("a private key is where only its public half belongs")
-    n, e = jwk.get("n"), jwk.get("e")
-    if not isinstance(n, str) or e != "AQAB":
-        raise ConfigError("public exponent", e, "AQAB (65537)")
-    if jwk.get("alg", "PS256") != "PS256":
-        raise ConfigError("key algorithm", jwk["alg"], "PS256")
-    try:
-        raw = b64url_decode(n.encode())
-    except ValueError as exc:
-        raise ConfigError("key modulus: %s" % exc)
-    if not 256 <= len(raw) <= 512 or raw[0] < 0x80 or not raw[-1] & 1:
-        raise ConfigError("key modulus", "%d bytes" % len(raw), "an odd one of 2048 to 4096 bits")
-    kid = thumbprint(n, e)
-    if jwk.get("kid", kid) != kid:
-        raise ConfigError("kid", jwk["kid"], "the RFC 7638 thumbprint " + kid)
-    if kid in _PUBLISHED or (jwk.get("demo", False) is not False and not demo):
-        raise ConfigError("key %s is a sample, for demonstrations only" % kid)
-    return kid, raw
-
-
-def load_keys(jwk_set, demo=False):
-    """Turn a JWK set (dict, ``{"keys": [...]}``) into ``{kid: modulus bytes}``.
-
-    Args:
-        demo: take keys that are marked as samples.
-
-    Raises:
-        ConfigError: no key, a key that is not RSA of 2048 to 4096 bits with e = 65537, a private
-            key, a ``kid`` that is not the key's thumbprint, a key twice, or a sample.
-    """
-    keys = jwk_set.get("keys") if isinstance(jwk_set, dict) else None
-    if not isinstance(keys, list) or not keys:
-        raise ConfigError("key set", type(keys).__name__, 'a JWK set: {"keys": [...]}')
-    found = {}
-    for jwk in keys:
-        kid, modulus = _load_key(jwk, demo)
-        if kid in found:
-            # One key that counts as two has broken other systems (python-tuf, go-tuf).
-            raise ConfigError("key %s twice" % kid)
-        found[kid] = modulus
-    return found
-
-
 def _header(text):
     if len(text) > _HEADER_LIMIT:
         raise SignatureError("JWS header", "%d characters" % len(text), "at most 512")
@@ -136,7 +74,7 @@ def verify(token, keys, typ=None):
 
     Args:
         token: the compact serialization, bytes.
-        keys: ``{kid: modulus bytes}`` from :func:`load_keys`.
+        keys: ``{kid: modulus bytes}`` from ``keyset.load``.
         typ: what the header's ``typ`` must be, so that no document passes for one of another
             kind (RFC 8725 section 3.11); None: anything.
 
@@ -163,7 +101,7 @@ def verify(token, keys, typ=None):
         raise SignatureError("signing key", str(kid)[:48], "one of %d trusted" % len(keys))
     digest = hashlib.sha256(view[:last]).digest()
     try:
-        if not _pss_holds(modulus, b64url_decode(view[last + 1 :]), digest):
+        if not _pss_holds(modulus, view[last + 1 :], digest):
             raise SignatureError("the signature does not belong to this document and key %s" % kid)
         return b64url_decode(view[first + 1 : last])
     except ValueError as exc:
@@ -171,11 +109,17 @@ def verify(token, keys, typ=None):
 
 
 def _pss_holds(modulus, signature, digest):
-    """EMSA-PSS-VERIFY of RFC 8017 section 9.1.2 for whole-byte moduli, salt of 32 bytes."""
+    """EMSA-PSS-VERIFY of RFC 8017 section 9.1.2 for whole-byte moduli, salt of 32 bytes.
+
+    The signature comes as base64url, to be here in one form at a time: pow() is what needs most.
+    """
     size = len(modulus)
+    s = b64url_decode(signature)
+    if len(s) != size:
+        return False
+    s = int.from_bytes(s, "big")
     n = int.from_bytes(modulus, "big")
-    s = int.from_bytes(signature, "big")
-    if len(signature) != size or s >= n:
+    if s >= n:
         return False
     encoded = pow(s, 65537, n).to_bytes(size, "big")
     # emBits is one less than the bits of the modulus: the topmost bit is clear.

@@ -146,7 +146,7 @@ def load(text, demo=False):
     Raises:
         ConfigError: malformed, nobody trusted, or a root among the keys.
     """
-    from . import jws, strict
+    from . import keyset, strict
 
     if len(text) > _FILE_MAX:
         raise ConfigError("key file", "%d bytes" % len(text), "at most %d" % _FILE_MAX)
@@ -155,11 +155,11 @@ def load(text, demo=False):
     except ValueError as exc:
         raise ConfigError("key file: %s" % exc)
     if not isinstance(obj, dict) or "root" not in obj:
-        return {}, jws.load_keys(obj, demo)
-    roots = jws.load_keys({"keys": obj["root"]}, demo)
+        return {}, keyset.load(obj, demo)
+    roots = keyset.load({"keys": obj["root"]}, demo)
     if len(roots) > _ROOTS_MAX:
         raise ConfigError("roots", len(roots), "1 to %d" % _ROOTS_MAX)
-    keys = jws.load_keys(obj, demo) if "keys" in obj else {}
+    keys = keyset.load(obj, demo) if "keys" in obj else {}
     _keep_apart(roots, keys)
     return roots, keys
 
@@ -185,7 +185,7 @@ def parse(token, roots, product, demo=False):
         SignatureError: not by a root.
         KeyringError, ConfigError: malformed, or of another product.
     """
-    from . import jws, strict
+    from . import jws, keyset, strict
     from .release import parse_time
 
     payload = jws.verify(token, roots, TYPE)
@@ -209,7 +209,7 @@ def parse(token, roots, product, demo=False):
             expires = parse_time(expires)
         except OtaError as exc:
             raise KeyringError("keyring: expires: %s" % exc.message)
-    keys = jws.load_keys(obj, demo)
+    keys = keyset.load(obj, demo)
     if len(keys) > _KEYS_MAX:
         raise KeyringError("keys of the keyring", len(keys), "1 to %d" % _KEYS_MAX)
     _keep_apart(roots, keys)

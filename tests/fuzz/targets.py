@@ -69,9 +69,9 @@ def mutate(raw, seeds):
 
 
 def _jws(seeds):
-    from twinslot import jws, strict
+    from twinslot import jws, keyset, strict
 
-    keys = jws.load_keys(strict.loads(seeds.pop(0)))
+    keys = keyset.load(strict.loads(seeds.pop(0)))
 
     def case(raw):
         jws.verify(raw, keys, random.choice((None, "twinslot-release+jws")))
@@ -91,9 +91,6 @@ def _keys(seeds):
 class _Passed:
     """Takes the place of the signature check, so that what it guards gets its share too."""
 
-    def __init__(self, jws):
-        self.load_keys = jws.load_keys
-
     @staticmethod
     def verify(token, keys, typ=None):
         return bytes(token)
@@ -101,9 +98,9 @@ class _Passed:
 
 def _keyring(seeds):
     import twinslot
-    from twinslot import jws, keyring
+    from twinslot import keyring, keyset  # noqa: F401 (before the real one is gone)
 
-    twinslot.jws = _Passed(jws)  # which is what the keyring imports
+    twinslot.jws = _Passed  # which is what the keyring imports
 
     def case(raw):
         keyring.parse(raw, {}, "sensor-node")
@@ -492,7 +489,7 @@ TARGETS = {
 
 def tell(case, raw, found):
     """Run one case; True if it passed."""
-    start = time.ticks_us()
+    start = time.clock()  # of this process: others use the machine, too
     try:
         case(raw)
         code = "taken"
@@ -503,7 +500,7 @@ def tell(case, raw, found):
         found["crash"] = binascii.hexlify(raw).decode()
         found["error"] = f"{type(exc).__name__}: {exc}"
         return False
-    took = time.ticks_diff(time.ticks_us(), start)
+    took = int((time.clock() - start) * 1_000_000)
     found["outcomes"][code] = found["outcomes"].get(code, 0) + 1
     found["cases"] += 1
     found["slowest_us"] = max(found["slowest_us"], took)

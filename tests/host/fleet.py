@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import servers
 
-from twinslot import jws
+from twinslot import keyset
 from twinslot_server import releases, tokens
 from twinslot_server.app import create_app
 from twinslot_server.auth import People
@@ -61,7 +61,7 @@ class Fleet:
         self.settings = Settings.model_validate(settings)
         self.limits = Limits()
         self.store = Store(url or f"sqlite:///{folder / 'data' / 'server.sqlite3'}", 5)
-        trusted = jws.load_keys(json.loads(keys.public_set(servers.signing_key())))
+        trusted = keyset.load(json.loads(keys.public_set(servers.signing_key())))
         self.site = Site(self.site_folder, trusted)
         device, operator = tokens.checked(FLEET, "test"), tokens.checked(ADMIN, "test")
         self.desk = Desk(self.site, self.store, self.limits, self.settings)

@@ -17,7 +17,7 @@ from test_slot_rules import described, firmware
 from trust import PRODUCT, jwk, keyring, kid, sign
 
 import twinslot
-from twinslot import health, jws, release
+from twinslot import health, jws, keyset, release
 from twinslot import keyring as rings
 from twinslot.errors import OtaError
 from twinslot_tools.virtual_esp32.chip import otadata
@@ -44,8 +44,8 @@ MANIFEST = {
 }
 RELEASE = sign(MANIFEST, "release", typ=release.TYPE)
 KEYRING = keyring(7, "release")
-TRUSTED = jws.load_keys({"keys": [jwk("release"), jwk("other")]})
-ROOTS = jws.load_keys({"keys": [jwk("root")]})
+TRUSTED = keyset.load({"keys": [jwk("release"), jwk("other")]})
+ROOTS = keyset.load({"keys": [jwk("root")]})
 
 
 def take_release(token):
@@ -132,14 +132,14 @@ def test_F71_every_truncation_of_the_content_is_refused_though_it_is_signed():
 MICRO = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from twinslot import jws, release, keyring, strict
+from twinslot import jws, keyset, release, keyring, strict
 from twinslot.errors import OtaError
 with open(sys.argv[2], "rb") as f:
     spec = strict.loads(f.read())
 wrong = count = 0
 for kind in ("release", "keyring"):
     token = bytearray(spec[kind].encode())
-    keys = jws.load_keys({"keys": spec[kind + "_keys"]})
+    keys = keyset.load({"keys": spec[kind + "_keys"]})
     for step in range(0, len(token) * 8, 3):
         token[step >> 3] ^= 1 << (step & 7)
         try:

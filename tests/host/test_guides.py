@@ -1,6 +1,5 @@
 """The guides in docs/ are true: what they say is done, and their tables are compared."""
 
-import inspect
 import re
 import shutil
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 import pytest
 from guides import BIN, DOCS, HOST, Reader, blocks
 from stockfirmware import application, combined
+from test_errors import kinds
 
 import twinslot
-from twinslot import errors
 from twinslot_tools import cli, device_files
 from twinslot_tools.compat import STUBS
 from twinslot_tools.virtual_esp32 import layout
@@ -89,12 +88,7 @@ def test_releases(checkout):
 
 def test_each_error_has_its_row_in_troubleshooting():
     rows = re.findall(r"^\| `(\w+)` \| (OTA_\d{3}) \| (yes|no) \|", guide("troubleshooting"), re.M)
-    classes = [
-        item
-        for _, item in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(item, errors.OtaError)
-    ]
-    wanted = [(item.code, item.number, "yes" if item.retry else "no") for item in classes]
+    wanted = [(item.code, item.number, "yes" if item.retry else "no") for item in kinds()]
     assert sorted(rows) == sorted(wanted)
 
 

@@ -11,7 +11,7 @@ from joserfc import jws as jose
 from joserfc.jwk import ECKey, OctKey, RSAKey
 from trust import PRINTED
 
-from twinslot import jws
+from twinslot import jws, keyset
 from twinslot.errors import ConfigError, SignatureError
 
 KEY = RSAKey.generate_key(3072, private=True)
@@ -27,7 +27,7 @@ def sign(payload, key=KEY, alg="PS256", **header):
     return jose.serialize_compact(header, payload, key, algorithms=[alg]).encode()
 
 
-KEYS = jws.load_keys({"keys": [jwk(KEY)]})
+KEYS = keyset.load({"keys": [jwk(KEY)]})
 
 
 def b64(raw):
@@ -37,7 +37,7 @@ def b64(raw):
 @pytest.mark.parametrize("bits", [2048, 3072, 4096])
 def test_signatures_of_another_library_hold(bits):
     key = RSAKey.generate_key(bits, private=True)
-    keys = jws.load_keys({"keys": [jwk(KEY), jwk(key)]})
+    keys = keyset.load({"keys": [jwk(KEY), jwk(key)]})
     rng = random.Random(bits)
     for length in (0, 1, 2, 3, 55, 64, 1000, 6000):
         payload = rng.randbytes(length)
@@ -216,7 +216,7 @@ def test_keys_that_are_not_what_we_trust_are_refused(change, message):
     if key.get("kid", "") is None:
         del key["kid"]
     with pytest.raises(ConfigError, match=message):
-        jws.load_keys({"keys": [key]})
+        keyset.load({"keys": [key]})
 
 
 @pytest.mark.parametrize(
@@ -224,14 +224,14 @@ def test_keys_that_are_not_what_we_trust_are_refused(change, message):
 )
 def test_what_is_no_key_set_is_refused(jwk_set):
     with pytest.raises(ConfigError):
-        jws.load_keys(jwk_set)
+        keyset.load(jwk_set)
 
 
 @pytest.mark.parametrize("demo", [False, True])
 @pytest.mark.parametrize("where", PRINTED)
 def test_I9_keys_printed_in_standards_are_refused_everywhere(where, demo):
     with pytest.raises(ConfigError, match="sample"):
-        jws.load_keys({"keys": [{"kty": "RSA", "n": PRINTED[where], "e": "AQAB"}]}, demo)
+        keyset.load({"keys": [{"kty": "RSA", "n": PRINTED[where], "e": "AQAB"}]}, demo)
 
 
 # ---- limits, on both sides of each
@@ -253,10 +253,10 @@ def test_a_modulus_has_2048_to_4096_bits_and_its_highest_is_set(length, first, t
     n = b64(bytes([first]) + b"\x5a" * (length - 2) + b"\x01").decode()
     key = {"kty": "RSA", "n": n, "e": "AQAB"}
     if taken:
-        assert next(iter(jws.load_keys({"keys": [key]}).values()))[0] == first
+        assert next(iter(keyset.load({"keys": [key]}).values()))[0] == first
     else:
         with pytest.raises(ConfigError, match="modulus"):
-            jws.load_keys({"keys": [key]})
+            keyset.load({"keys": [key]})
 
 
 @pytest.mark.parametrize("last", range(0, 256, 15))
@@ -264,10 +264,10 @@ def test_a_modulus_is_odd(last):
     n = b64(b"\xc0" + b"\x5a" * 254 + bytes([last])).decode()
     key = {"kty": "RSA", "n": n, "e": "AQAB"}
     if last & 1:
-        assert jws.load_keys({"keys": [key]})
+        assert keyset.load({"keys": [key]})
     else:
         with pytest.raises(ConfigError, match="odd"):
-            jws.load_keys({"keys": [key]})
+            keyset.load({"keys": [key]})
 
 
 def test_a_header_of_512_characters_is_taken_and_no_longer_one():

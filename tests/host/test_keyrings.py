@@ -15,13 +15,13 @@ from joserfc.jwk import KeySet
 from servers import HARDWARE, PRODUCT, firmware
 from trust import PRINTED, jwk, key, kid, sign
 
-from twinslot import jws, release
+from twinslot import jws, keyset, release
 from twinslot import keyring as rings
 from twinslot.errors import ConfigError, KeyringError, SignatureError
 from twinslot_tools import keyrings, keys, publish, signing
 
 TWINSLOT = [sys.executable, "-m", "twinslot_tools.cli"]
-ROOT = {kid("root"): jws.load_keys({"keys": [jwk("root")]})[kid("root")]}
+ROOT = {kid("root"): keyset.load({"keys": [jwk("root")]})[kid("root")]}
 
 
 def run(*arguments, code=0, secret=None, cwd=None):
@@ -154,7 +154,7 @@ def test_I9_a_sample_key_is_marked_in_both_halves_and_not_hidden(tmp_path):
     public = json.loads(keys.public_path(path).read_text())
     assert public["keys"][0]["demo"] is True
     with pytest.raises(ConfigError, match="sample"):
-        jws.load_keys(public)
+        keyset.load(public)
     assert keys.public_jwk(keys.load_private(path))["demo"] is True
 
 

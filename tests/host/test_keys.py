@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from joserfc.jwk import RSAKey
 
-from twinslot import jws
+from twinslot import keyset
 from twinslot.errors import ConfigError
 from twinslot_tools import keys
 
@@ -25,7 +25,7 @@ def test_keygen_makes_a_private_file_and_the_set_a_device_takes(tmp_path):
     kid = keys.generate(path, 2048)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     public = json.loads((tmp_path / "release.pub.json").read_text())
-    assert list(jws.load_keys(public)) == [kid]
+    assert list(keyset.load(public)) == [kid]
     assert RSAKey.import_key(public["keys"][0]).thumbprint() == kid
     assert set(public["keys"][0]) == {"kty", "n", "e", "kid"}
 

@@ -16,7 +16,7 @@ from joserfc import jws as jose
 from joserfc.jwk import KeySet
 from servers import HARDWARE, PRODUCT, firmware, publish_version, signing_key
 
-from twinslot import jws, release
+from twinslot import keyset, release
 from twinslot.errors import (
     ConfigError,
     ImageError,
@@ -27,7 +27,7 @@ from twinslot.errors import (
 )
 from twinslot_tools import images, keys, publish
 
-TRUSTED = jws.load_keys(json.loads(keys.public_set(signing_key())))
+TRUSTED = keyset.load(json.loads(keys.public_set(signing_key())))
 
 
 @pytest.fixture

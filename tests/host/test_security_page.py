@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from twinslot import errors
-from twinslot.errors import OtaError
+from test_errors import kinds
+
 from twinslot_tools import coverage_of_faults as faults
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -46,8 +46,7 @@ def test_every_provision_of_EN_303_645_has_a_row_and_a_test_or_whose_it_is():
 
 
 def test_the_page_knows_only_codes_that_exist():
-    kinds = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, OtaError)]
-    codes = {kind.code for kind in kinds}
+    codes = {kind.code for kind in kinds()}
     for row in table("What is checked"):
         assert set(re.findall(r"`(\w+)`", row[3])) <= codes, row
 

@@ -14,7 +14,7 @@ from joserfc.jwk import RSAKey
 from trust import jwk, key, kid, sign
 
 import twinslot
-from twinslot import jws
+from twinslot import jws, keyset
 from twinslot.errors import SignatureError
 
 VECTORS = Path(__file__).parents[1] / "vectors" / "rsa_pss_sha256.json"
@@ -50,7 +50,7 @@ def test_there_are_vectors_of_each_kind():
     ("group", "test"), TESTS, ids=lambda v: str(v.get("bits") or v.get("comment"))
 )
 def test_F73_vector(group, test):
-    keys = jws.load_keys({"keys": [group["key"]]})
+    keys = keyset.load({"keys": [group["key"]]})
     token = f"{test['message']}.{test['signature']}".encode()
     assert holds(token, keys) is test["valid"]
     # And what an independent library says of the same signature.
@@ -77,7 +77,7 @@ def test_F90_micropython_judges_every_vector_alike():
 def test_thousands_of_random_messages_agree_with_another_library():
     rng = random.Random(2026)
     names = ("first", "second", "third")
-    keys = jws.load_keys({"keys": [jwk(name) for name in names]})
+    keys = keyset.load({"keys": [jwk(name) for name in names]})
     for number in range(3000):
         payload = rng.randbytes(rng.choice((0, 1, 2, 31, 32, 33, 55, 56, 64, 100, 700)))
         name = names[number % 3]
@@ -98,7 +98,7 @@ def test_signatures_of_a_pss_library_with_automatic_salt_are_refused():
     message = sign(b"{}").rpartition(b".")[0]
     salt = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.MAX_LENGTH)
     signature = key("release").raw_value.sign(message, salt, hashes.SHA256())
-    keys = jws.load_keys({"keys": [jwk("release")]})
+    keys = keyset.load({"keys": [jwk("release")]})
     assert not holds(message + b"." + jws.b64url_encode(signature), keys)
 
 
@@ -148,4 +148,4 @@ EXAMPLES = {"RS256": RFC7515_A2, "none": RFC7515_A5, "4.1": RFC7520_41, "PS384":
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_F74_the_examples_of_RFC_7515_and_7520_fall_on_their_algorithm(example):
     with pytest.raises(SignatureError, match="algorithm"):
-        jws.verify(EXAMPLES[example], jws.load_keys({"keys": [jwk("release")]}))
+        jws.verify(EXAMPLES[example], keyset.load({"keys": [jwk("release")]}))

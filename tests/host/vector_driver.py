@@ -8,14 +8,14 @@ import sys
 
 sys.path.insert(0, sys.argv[1])
 
-from twinslot import jws
+from twinslot import jws, keyset
 from twinslot.errors import SignatureError
 
 with open(sys.argv[2]) as f:
     groups = json.load(f)["groups"]
 verdicts = []
 for group in groups:
-    keys = jws.load_keys({"keys": [group["key"]]})
+    keys = keyset.load({"keys": [group["key"]]})
     for test in group["tests"]:
         try:
             jws.verify((test["message"] + "." + test["signature"]).encode(), keys)

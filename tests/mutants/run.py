@@ -55,6 +55,7 @@ class Tests:
 MODULES = {
     "strict": Tests(("test_strict.py",)),
     "jws": Tests(("test_jws.py", "test_vectors.py", "test_keyring.py")),
+    "keyset": Tests(("test_jws.py", "test_vectors.py", "test_keyring.py")),
     "keyring": Tests(("test_keyring.py",)),
     "release": Tests(("test_release.py", "test_incidents.py", "test_policy.py", "test_semver.py")),
     "semver": Tests(("test_semver.py", "test_release.py")),

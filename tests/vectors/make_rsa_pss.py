@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from twinslot import jws
+from twinslot import jws, keyset
 
 HERE = Path(__file__).parent
 EIGHT = bytes(8)
@@ -42,7 +42,7 @@ class Key:
         self.n, self.d = numbers.public_numbers.n, numbers.d
         modulus = self.n.to_bytes(self.size, "big")
         self.jwk = {"kty": "RSA", "n": jws.b64url_encode(modulus).decode(), "e": "AQAB"}
-        self.kid = jws.thumbprint(self.jwk["n"], "AQAB")
+        self.kid = keyset.thumbprint(self.jwk["n"], "AQAB")
 
     def message(self, payload: bytes) -> bytes:
         header = json.dumps({"alg": "PS256", "kid": self.kid}, separators=(",", ":")).encode()
