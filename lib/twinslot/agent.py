@@ -22,14 +22,12 @@ import random
 import sys
 import time
 
-from . import __version__, guard, unload
+from . import __version__, errors, guard, unload
 from .clock import BUILD_FLOOR, Clock
 from .errors import (
     BusyError,
     HealthError,
     HttpError,
-    InternalError,
-    KnownBadError,
     NetworkError,
     OtaError,
     RefusedError,
@@ -389,7 +387,7 @@ class Agent:
                 forget()
             if isinstance(exc, TlsError):
                 self._clock.doubt()  # perhaps the date is to blame: ask again
-            if isinstance(exc, InternalError):
+            if isinstance(exc, errors.InternalError):
                 last = self._journal.log()[-1:]
                 if not last or last[0][3] != exc.message[:80]:  # told once, not at every poll
                     self._journal.add_to_log("", "failed", exc.message)
@@ -481,7 +479,7 @@ class Agent:
             if report["build"] and not exc.retry:
                 # Said once: what the board can't take now it will not take at the next poll.
                 self._done = name
-            if not isinstance(exc, KnownBadError):  # that was told when it was rolled back
+            if not isinstance(exc, errors.KnownBadError):  # that was told when it was rolled back
                 self._journal.add_to_log(report["version"], "failed", exc.message)
                 await self._report(report, "failed", exc)
             raise exc
@@ -771,7 +769,7 @@ def foreseen(exc):
         gc.collect()
         return BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
     sys.print_exception(exc)
-    return InternalError("%s: %s" % (type(exc).__name__, exc))
+    return errors.InternalError("%s: %s" % (type(exc).__name__, exc))
 
 
 def _console(name, data):

@@ -5,41 +5,43 @@
 Messages carry what was seen and what was expected, never a key or a token.
 
 A class is made when its name is first used, ``from .errors import BusyError`` included: all of
-them together are 8 KB of heap on a 64-bit port, and what verifies a release needs two.
+them together are 8 KB of heap on a 64-bit port, and what verifies a release needs two. What is
+seldom raised is therefore not imported, but raised as ``errors.ExpiredError``.
 """
 
 _REPORT_LEN = 160  # characters of a message; four reports and four failures fit in the journal
 
-# Name, base, code; then number and retry, "-" or nothing where they are the base's.
+# Name, base, code; then number and retry, "-" or nothing where they are the base's. Not aligned:
+# blanks take heap, too.
 _TABLE = """
-BusyError             OtaError        busy              OTA_001  retry
-PolicyError           OtaError        policy            OTA_002
-ProductError          PolicyError     product
-HardwareError         PolicyError     hardware
-VersionError          PolicyError     version
-SecurityVersionError  PolicyError     security_version
-ExpiredError          PolicyError     expired
-NotYetError           PolicyError     not_yet           -        retry
-KnownBadError         PolicyError     known_bad
-RefusedError          PolicyError     refused
-SpaceError            OtaError        space             OTA_003
-NetworkError          OtaError        network           OTA_004  retry
-TimeoutError_         NetworkError    timeout
-TlsError              NetworkError    tls
-HttpError             NetworkError    http
-UnreachableError      NetworkError    unreachable       OTA_009
-FormatError           OtaError        format            OTA_005
-ImageError            FormatError     image
-ReleaseError          FormatError     release
-SignatureError        OtaError        signature         OTA_006
-KeyringError          SignatureError  keyring           -        retry
-ChecksumError         OtaError        checksum          OTA_007  retry
-PartitionError        OtaError        partition         OTA_008  retry
-RollbackError         OtaError        rollback          OTA_012
-HealthError           RollbackError   health
-ConfigError           OtaError        config
-ClockError            OtaError        clock             -        retry
-InternalError         OtaError        internal          -        retry
+BusyError OtaError busy OTA_001 retry
+PolicyError OtaError policy OTA_002
+ProductError PolicyError product
+HardwareError PolicyError hardware
+VersionError PolicyError version
+SecurityVersionError PolicyError security_version
+ExpiredError PolicyError expired
+NotYetError PolicyError not_yet - retry
+KnownBadError PolicyError known_bad
+RefusedError PolicyError refused
+SpaceError OtaError space OTA_003
+NetworkError OtaError network OTA_004 retry
+TimeoutError_ NetworkError timeout
+TlsError NetworkError tls
+HttpError NetworkError http
+UnreachableError NetworkError unreachable OTA_009
+FormatError OtaError format OTA_005
+ImageError FormatError image
+ReleaseError FormatError release
+SignatureError OtaError signature OTA_006
+KeyringError SignatureError keyring - retry
+ChecksumError OtaError checksum OTA_007 retry
+PartitionError OtaError partition OTA_008 retry
+RollbackError OtaError rollback OTA_012
+HealthError RollbackError health
+ConfigError OtaError config
+ClockError OtaError clock - retry
+InternalError OtaError internal - retry
 """
 
 

@@ -10,17 +10,8 @@ Unknown members are ignored: a later tool may say more, never something that mus
 
 from collections import namedtuple
 
-from .errors import (
-    ExpiredError,
-    HardwareError,
-    KnownBadError,
-    NotYetError,
-    ProductError,
-    ReleaseError,
-    SecurityVersionError,
-    SpaceError,
-    VersionError,
-)
+from . import errors
+from .errors import ReleaseError
 
 SCHEMA = 1
 TYPE = "twinslot-release+jws"  # of the JWS around it
@@ -231,31 +222,35 @@ def judge(release, board):
 
     image = release.firmware
     if release.product != board.product:
-        raise ProductError("product", release.product, board.product)
+        raise errors.ProductError("product", release.product, board.product)
     if board.hardware not in release.hardware:
-        raise HardwareError("hardware", ", ".join(release.hardware), board.hardware)
+        raise errors.HardwareError("hardware", ", ".join(release.hardware), board.hardware)
     if image.chip_id != board.chip_id:
-        raise HardwareError("chip id", image.chip_id, board.chip_id)
+        raise errors.HardwareError("chip id", image.chip_id, board.chip_id)
     if image.size > board.slot_size:
-        raise SpaceError("image size", image.size, "at most %d, the slot" % board.slot_size)
+        raise errors.SpaceError("image size", image.size, "at most %d, the slot" % board.slot_size)
     if release.security_version < board.floor:
-        raise SecurityVersionError(
+        raise errors.SecurityVersionError(
             "security version", release.security_version, "%d or higher" % board.floor
         )
     order = semver.compare(release.version, board.version)
     if order < 0 and not release.downgrade:
-        raise VersionError("version", release.version, "newer than " + board.version)
+        raise errors.VersionError("version", release.version, "newer than " + board.version)
     if order == 0 and image.build != board.build:
         # One version, two contents: one of them is not what its signer believes.
-        raise VersionError("version", release.version + " of another build", "a new version")
+        raise errors.VersionError(
+            "version", release.version + " of another build", "a new version"
+        )
     now = board.now
     if now is not None:
         if release.issued - now > _AHEAD_S:
-            raise NotYetError("release issued %d s ahead of the clock" % (release.issued - now))
+            raise errors.NotYetError(
+                "release issued %d s ahead of the clock" % (release.issued - now)
+            )
         if release.expires is not None and now >= release.expires:
-            raise ExpiredError("release expired %d s ago" % (now - release.expires))
+            raise errors.ExpiredError("release expired %d s ago" % (now - release.expires))
     if image.build in board.failed:
-        raise KnownBadError("release %s failed on this board before" % release.version)
+        raise errors.KnownBadError("release %s failed on this board before" % release.version)
 
 
 def in_rollout(percent, seed, device_id, sha256):

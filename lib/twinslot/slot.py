@@ -25,16 +25,13 @@ import binascii
 import hashlib
 import struct
 
-from . import unload
+from . import errors, unload
 from .errors import (
     BusyError,
-    ChecksumError,
-    HardwareError,
     ImageError,
     OtaError,
     PartitionError,
     RollbackError,
-    SecurityVersionError,
     SpaceError,
 )
 
@@ -276,7 +273,7 @@ class FirmwareSlot:
 
         head = espimage.parse(buf)
         if head["chip_id"] != self.chip_id:
-            raise HardwareError(
+            raise errors.HardwareError(
                 "image is for",
                 espimage.chip_name(head["chip_id"]),
                 espimage.chip_name(self.chip_id),
@@ -288,7 +285,7 @@ class FirmwareSlot:
         del espimage
         unload()  # until it is all here
         if head["secure_version"] < least:
-            raise SecurityVersionError(
+            raise errors.SecurityVersionError(
                 "secure_version of the image", head["secure_version"], "%d or higher" % least
             )
         self._header = bytes(buf[:_HEADER_LEN])
@@ -360,7 +357,7 @@ class FirmwareSlot:
             seen = await self._digest(walk)
             if seen != image.sha256:
                 # Half of each is enough to tell them apart in a log.
-                raise ChecksumError("SHA-256 of the slot", seen[:32], image.sha256[:32])
+                raise errors.ChecksumError("SHA-256 of the slot", seen[:32], image.sha256[:32])
             build = walk.finish()
             if build != image.build:
                 raise ImageError("build of the image", build[:32], image.build[:32])
@@ -410,7 +407,7 @@ class FirmwareSlot:
         try:
             self._target.set_boot()
         except OSError as exc:
-            raise ChecksumError("the platform refuses the image: %s" % exc)
+            raise errors.ChecksumError("the platform refuses the image: %s" % exc)
 
     def is_settled(self):
         """True unless otadata names another slot than the one that runs (after a fall-back)."""
