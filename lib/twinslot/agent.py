@@ -473,7 +473,7 @@ class Agent:
             self._note(waiting=None)  # the next one is an attempt of its own
             if self._fetching:
                 # Once known, by what is signed: a server can call a release by many names.
-                self._count(report["version"] + report["build"] or name)
+                self._count_once(report["version"] + report["build"] or name)
             # One that did not come at all was perhaps damaged on the way, or is a portal's page:
             # no word on the release itself.
             if report["build"] and not exc.retry:
@@ -493,7 +493,11 @@ class Agent:
             self._is_running(manifest, name)
             return
         self._judge(manifest, force)
-        if self._rests(manifest.version + build) and not force:
+        signed = manifest.version + build
+        if self._journal.fetching() == _mark(signed):
+            self._count(signed)  # that one was ended by a reset
+            self._journal.set_fetching(0)
+        if self._rests(signed) and not force:
             self._emit("idle", version=self.version())
             return
         waiting = self._waiting()
@@ -657,19 +661,23 @@ class Agent:
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
         at = url.rfind("/r/")
         download = Download(self._slot, self._journal, self._client, self._emit, self._spend)
+        self._journal.set_fetching(_mark(manifest.version + image.build))
         try:
             await download.run(image, url[: at + 1] if at > 0 else url, self._running["build"])
         finally:
+            self._journal.set_fetching(0)
             report["bytes"] = download.fetched
         ms = time.ticks_diff(time.ticks_ms(), start)
         self._emit("staged", version=manifest.version, bytes=report["bytes"], ms=ms)
         await self._report(report, "staged")
 
-    def _count(self, name):
+    def _count_once(self, name):
         """Count the polls in which a release was fetched and did not come; mirrors don't count."""
-        if self._counted:
-            return
-        self._counted = True
+        if not self._counted:
+            self._counted = True
+            self._count(name)
+
+    def _count(self, name):
         tries = self._tries(name) % _TRIES  # a rest is over
         self._tried = [binascii.crc32(name.encode()), tries + 1, int(time.time())]
         self._note(tried=self._tried)
@@ -719,6 +727,11 @@ class Agent:
             raise
         print("twinslot: reset into", self._running["inactive"])
         self._machine.reset()
+
+
+def _mark(name):
+    """Stands for a release in a number of NVS: 31 bits, never 0."""
+    return binascii.crc32(name.encode()) & 0x7FFFFFFF or 1
 
 
 def _flash_size():

@@ -97,7 +97,7 @@ class Download:
     async def _fetch(self, image, chosen, base, kept):
         """Fetch one payload; all of the image is in the slot then."""
         resume = kept if kept.get("url") == chosen.url else None
-        offset = await self._slot.begin(image, resume)
+        offset = self._begun = await self._slot.begin(image, resume)
         if offset == image.size:
             return
         state = (resume["at"], resume["position"]) if offset else None
@@ -152,6 +152,8 @@ class Download:
             kept["etag"] = response.etag
             try:
                 self._journal.save_checkpoint(kept)
+                if offset > self._begun:
+                    self._journal.set_fetching(0)  # a reset from here on was not in vain
             except OtaError as exc:
                 print("twinslot: no checkpoint:", exc)  # the download itself goes on
             self._book(response)

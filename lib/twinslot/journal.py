@@ -17,7 +17,8 @@ was, ``versions`` {build: version}, ``failed`` [[build, version, reason, tries]]
 highest security version confirmed, ``time`` the last time that may be believed at the next boot,
 ``issued`` the newest signed date, ``reports`` those not yet delivered, ``spent`` [day, bytes] and
 ``tried`` [release, times, time] what downloads have cost, ``waiting`` [build, attempt, release]
-what is in the other slot and may be installed later.
+what is in the other slot and may be installed later. Two numbers of their own: ``starts`` that
+failed in a row, ``fetch`` which release was being downloaded when the board was reset.
 
 Source: ESP-IDF nvs_flash, "Internals"; MicroPython ports/esp32/esp32_nvs.c.
 """
@@ -34,6 +35,7 @@ _FORMAT = 1
 _KEY = "journal"
 _CHECKPOINT = "checkpoint"
 _STARTS = "starts"
+_FETCH = "fetch"
 _LOG = "log"
 _LOG_KEEP = 16
 _KEEP = 4  # entries of each list: the newest
@@ -156,16 +158,31 @@ class Journal:
 
     def starts(self):
         """Return how many starts in a row have failed, as far as counted."""
-        try:
-            return self._nvs.get_i32(_STARTS)
-        except OSError:
-            return 0
+        return self._number(_STARTS)
 
     def set_starts(self, n):
         """Count starts. Costs a flash write only when the number changes; never raises."""
+        self._set_number(_STARTS, n)
+
+    def fetching(self):
+        """Return the mark of a download that is under way, or that a reset has ended before it
+        came to its next checkpoint; 0 if there is none."""
+        return self._number(_FETCH)
+
+    def set_fetching(self, mark):
+        """Keep such a mark, 31 bits; 0 removes it. Written and failing as ``set_starts``."""
+        self._set_number(_FETCH, mark)
+
+    def _number(self, key):
         try:
-            if n != self.starts():
-                self._nvs.set_i32(_STARTS, n)
+            return self._nvs.get_i32(key)
+        except OSError:
+            return 0
+
+    def _set_number(self, key, n):
+        try:
+            if n != self._number(key):
+                self._nvs.set_i32(key, n)
                 self._nvs.commit()
         except OSError:
             pass  # NVS is full: a board that can't count still starts

@@ -190,6 +190,42 @@ async def test_F31_I17_a_release_rests_by_whatever_name_a_server_calls_it():
     assert len(world.fetched) == 3
 
 
+async def test_a_download_that_a_reset_has_ended_counts_as_one_that_did_not_come():
+    world = World()
+    mark = twinslot.agent._mark("2.0.0" + OTHER)
+    agent, _ = start(world)
+    agent._journal.set_fetching(mark)  # as it was when the power failed
+    await installs(agent)
+    assert agent._tried[1] == 1
+    assert agent._journal.fetching() == 0
+    tried = [agent._tried[0], 2, agent._tried[2]]
+    agent, _ = start(world, tried=tried)
+    agent._journal.set_fetching(mark)
+    assert await agent.update_now() is False
+    assert agent._tried[1] == 3 and agent._journal.fetching() == 0
+    agent, _ = start(world)
+    agent._journal.set_fetching(mark ^ 1)  # of another release
+    await installs(agent)
+    assert agent._tried == []
+
+
+async def test_a_download_is_marked_while_it_is_under_way_and_no_longer():
+    world = World()
+    marks = []
+    agent, _ = start(world)
+    agent.on_event(lambda name, data: marks.append((name, agent._journal.fetching())))
+
+    async def look(url, **kw):
+        marks.append(("get", agent._journal.fetching()))
+        raise UnreachableError("nobody there")
+
+    world.get = look
+    await refuses(UnreachableError, agent)
+    mark = twinslot.agent._mark("2.0.0" + OTHER)
+    assert ("get", mark) in marks and marks[-1] == ("failed", 0)
+    assert agent._tried[1] == 1, "once for this poll, not twice"
+
+
 async def test_an_offer_makes_no_board_retry_faster_than_it_would_itself():
     agent, _ = start(World(), settings={"poll": 3600})
     agent._poll_s = 1

@@ -199,6 +199,20 @@ async def test_F57_a_server_that_knows_no_ranges_begins_anew():
     assert board.told[0][1]["done"] == BOUNDARY
 
 
+async def test_a_mark_of_the_download_goes_when_a_checkpoint_comes_further_than_before():
+    """And not where it began anew: a server whose files have another name each time, and a reset
+    each time, would never end."""
+    it = Downloading(Site(a=serves(IMAGE, cut=BOUNDARY + 9000)))
+    it.journal.set_fetching(5)
+    await it.fails(NetworkError, plain())
+    assert it.journal.fetching() == 0
+    it.journal.set_fetching(6)
+    site = Site(a=Body(IMAGE, status=200, cut=BOUNDARY + 9000))
+    it.download = download.Download(it.slot, it.journal, site, it.emit, it.spend)
+    await it.fails(NetworkError, plain())
+    assert site.wanted[0][0] == BOUNDARY and it.journal.fetching() == 6
+
+
 async def test_a_checkpoint_of_another_build_or_payload_is_not_gone_on_from():
     for change in ({"build": "cd" * 32}, {"url": "b"}):
         board = await cut_at(BOUNDARY + 1)

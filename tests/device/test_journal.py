@@ -429,3 +429,13 @@ def test_starts_are_counted_in_flash():
     assert read_back().starts() == 4
     journal.set_starts(0)
     assert read_back().starts() == 0
+
+
+def test_the_mark_of_a_download_is_kept_beside_the_starts():
+    journal = bench.new_journal()
+    journal.set_starts(4)
+    assert journal.fetching() == 0
+    journal.set_fetching(0x7FFFFFFF)
+    assert read_back().fetching() == 0x7FFFFFFF and read_back().starts() == 4
+    journal.set_fetching(0)
+    assert read_back().fetching() == 0

@@ -26,6 +26,7 @@ from powercut import (
     blob_of,
     check_end,
     make_board,
+    nvs_number,
     prove,
     run_to_rest,
     switch_on,
@@ -255,6 +256,56 @@ def test_power_cut_in_a_download_goes_on_at_the_last_checkpoint(sweep, name):
     assert 0 < found.tally.redone
 
 
+def _live_on(path, story, fault=None):
+    """From power-on until the power fails, or to the board's rest."""
+    return switch_on(path).run(
+        12,
+        60,
+        fault=fault,
+        until=lambda event: event.get("outcome") == "power-cut" or event["event"] == "idle",
+    )
+
+
+def test_a_download_that_ends_thrice_by_a_power_cut_rests_for_six_hours(sweep, tmp_path):
+    """Whatever ends it: else a board that resets in every download would fetch for ever."""
+    found = sweep("good")
+    half = _page_of(found, 0x2000)
+    path = tmp_path / "flash.bin"
+    path.write_bytes(found.base)
+    for _ in range(3):
+        result = _live_on(path, found.story, Fault(*Cut(half)))
+        assert result.outcome == "power-cut" and "fetch: " in result.console
+    result = _live_on(path, found.story)
+    rests, fetches = result.console.index("rests"), result.console.index("fetch: ")
+    assert rests < fetches, "it was fetched before the six hours were over"
+    check_end(path.read_bytes(), result, found.story, found.volume)
+
+
+def test_a_download_that_comes_on_with_each_power_cut_does_not_rest(sweep, tmp_path):
+    found = sweep("resumed")
+    path = tmp_path / "flash.bin"
+    path.write_bytes(found.base)
+    marks = sorted(found.checkpoints)[1:]
+    for mark in marks:
+        # Behind the next checkpoint; what was there before is not written again.
+        done = max(m for m in found.checkpoints if m < mark)
+        number = _page_of(found, mark + 0x2000) - (_page_of(found, done) if done else 0)
+        result = _live_on(path, found.story, Fault(*Cut(number)))
+        assert result.outcome == "power-cut"
+        assert blob_of(path.read_bytes(), "checkpoint")["offset"] == mark
+    result = _live_on(path, found.story)
+    assert "rests" not in result.console
+    assert "tried" not in blob_of(path.read_bytes(), "journal")
+    check_end(path.read_bytes(), result, found.story, found.volume)
+
+
+def _page_of(found, offset):
+    """Number of the operation that writes this offset of the image."""
+    at = PARTITIONS[found.story.other].offset + offset
+    operations = enumerate(found.uncut.operations, 1)
+    return next(n for n, op in operations if op.at == at and op.data is not None)
+
+
 def _in_nvs(found):
     """Operations of the uncut life there."""
     part = PARTITIONS["nvs"]
@@ -272,6 +323,9 @@ def _notes(found):
             holds = blob_of(bytes(now), key)
             written[key] += holds != known.get(key, {})
             known[key] = holds
+        mark = nvs_number(bytes(now), "fetch")
+        written["fetch"] += mark != known.get("fetch", 0)
+        known["fetch"] = mark
     return written
 
 
@@ -283,6 +337,8 @@ def test_flash_wears_by_a_note_for_each_checkpoint_and_a_few_for_each_update(swe
     assert written["checkpoint"] == (checkpoints + 1 if checkpoints else 0)  # the last forgets it
     # Before the reset, at the first start, at its proof or the way back, and when it is reported.
     assert written["journal"] <= 6 and written["log"] == 1
+    # That a download begins; that it has come to a checkpoint or ended.
+    assert written["fetch"] == 2
     erased = Counter(op.at for op in _in_nvs(found)[0] if op.data is None)
     assert erased.total() <= 1, erased
 
