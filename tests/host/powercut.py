@@ -4,14 +4,10 @@ A life is an update from the first look at the release to the confirmation (or t
 told by the real guard, agent, slot, health and journal on a virtual board; only the network is
 left out: release and payloads lie in a partition that nothing writes. Library and application lie
 in a ROM file system beside it, so that firmwares are small and every flash operation counts. The
-application writes a file at each start, as applications do.
-
-Replay a point that failed, held to the same oracle, with the board's console:
-
-    .venv/bin/python tests/host/powercut.py good --cut 137:torn:bits:5 --cut 12:before
+application writes a file at each start, as applications do. `sweep.py` cuts them, and replays one
+cut.
 """
 
-import argparse
 import binascii
 import io
 import json
@@ -828,17 +824,22 @@ def check_checkpoint(flash: bytes, fetched: tuple[str, int] | None) -> None:
         check(fetched[1] >= kept["at"], complaint, "lost")
 
 
-def prove(path: Path, story: Story, point: Point, on_console=None) -> None:
+def prove(
+    path: Path, story: Story, point: Point, on_console=None
+) -> tuple[bytes, tuple[Cut, ...], RunResult]:
     """Live a life, cut where the point says, and hold it to the oracle after each cut.
 
     Args:
         path: flash file of the board; changed.
 
+    Returns:
+        What flash held when the power failed last, the cuts by then, and what came after.
+
     Raises:
         Broken: it does not hold; or the power was not cut for the first time.
     """
     volume = Volume.read(path.read_bytes())
-    left = None  # flash when the power failed last
+    left, done = b"", ()
     for i, cut in enumerate(point.cuts):
         board = switch_on(path, point.cuts[:i])
         result = _run_to_cut(board, story, Fault(*cut), on_console)
@@ -847,7 +848,7 @@ def prove(path: Path, story: Story, point: Point, on_console=None) -> None:
         if result.outcome != "power-cut":
             check(left, f"no cut: {[b.outcome for b in result.boots]}")
             break  # it had come to rest before
-        left = path.read_bytes()
+        left, done = path.read_bytes(), point.cuts[: i + 1]
         if i == 0 or not point.wipe:
             check_after_cut(left, story)
         volume = volume._replace(starts=Volume.read(left).starts)
@@ -860,21 +861,4 @@ def prove(path: Path, story: Story, point: Point, on_console=None) -> None:
         if left and not point.wipe:
             check_checkpoint(left, first_fetch(result.console))
     check_end(path.read_bytes(), result, story, volume, anywhere=bool(point.wipe))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Replay a power cut; without --cut, none.")
-    parser.add_argument("story", choices=STORIES)
-    parser.add_argument("--cut", action="append", type=Cut.parse, metavar="OP[:MODE[:SHAPE:SEED]]")
-    parser.add_argument("--wipe", choices=WIPES, default="")
-    parser.add_argument("--seed", type=int, default=0, help="of --wipe")
-    args = parser.parse_args()
-    story = STORIES[args.story]
-    with tempfile.TemporaryDirectory() as folder:
-        path = make_board(Path(folder) / "board", story)
-        prove(path, story, Point(tuple(args.cut or ()), args.wipe, args.seed), print)
-    print("holds")
-
-
-if __name__ == "__main__":
-    main()
+    return left, done, result

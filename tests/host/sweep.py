@@ -2,15 +2,19 @@
 
     .venv/bin/python tests/host/sweep.py                    all of it: `make powercut`
     .venv/bin/python tests/host/sweep.py good delta --few   two stories, fewer shapes
+    .venv/bin/python tests/host/sweep.py good --cut 137:torn:bits:5 --cut 12:before
+                                                            one point, with the board's console
 
 What a board knows after a power cut is what its flash holds, and nothing else. So a life is run
 once, uncut, and every flash operation of it is written down; what flash holds when the power
 fails at operation N, in whatever shape, follows from that (`test_power_cut.py` holds it against
 boards whose power is really cut). From there on a board is run, to its rest, in a fresh
 interpreter, and held to the oracle in `powercut.py`. Points that leave the very same bytes in all
-of flash are one life, run once: "runs" counts the lives that were run, "points" what they prove.
+of flash are one life, run once: "runs" counts the lives that were run, "points" the different
+cuts, or rows of cuts, that they prove.
 
-A second cut falls on the operations of such a recovery, a third on those of the next.
+A second cut falls on the operations of such a recovery, a third on those of the next. A replay
+cuts the power of a board as it runs, and holds it to the same.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ from powercut import (
     PARTITIONS,
     READ_ONLY,
     STORIES,
+    WIPES,
     Broken,
     Cut,
     Point,
@@ -49,6 +54,7 @@ from powercut import (
     first_fetch,
     is_strict,
     make_board,
+    prove,
     run_to_rest,
     slot_bytes,
     switch_on,
@@ -65,7 +71,7 @@ REQUEST = 4096  # what is asked for at a time
 WHOLE = 1 << 30  # more than any payload
 _BATCH = 64
 # Seeds of a torn operation: with "prefix" and "suffix" they are how many bytes were finished.
-ALL_SHAPES = {"prefix": 3, "suffix": 3, "bits": 4}
+ALL_SHAPES = {"prefix": 2, "suffix": 2, "bits": 3}
 FEW_SHAPES = {"prefix": 1, "suffix": 1, "bits": 1}
 
 
@@ -175,6 +181,7 @@ class Sweep:
         self.pool = ThreadPoolExecutor(workers)
         self.tally = Tally(name)
         self._known: dict[bytes, Future[Life]] = {}
+        self._proven: set[tuple[Cut, ...]] = set()
         self._lock = threading.Lock()
         self.uncut = self._run(self.base, (), 0)
         if self.uncut.complaint:
@@ -258,24 +265,30 @@ class Sweep:
         life = self._live(flash, cuts)
         complaint = life.complaint
         redone = 0
-        if complaint is None and life.fetched:
-            redone = self._redone(flash, life, cuts)
-            if redone > BLOCK + REQUEST:
-                complaint = Broken(f"{redone} bytes were fetched twice", "lost")
+        if complaint is None:
+            redone = self.redone(flash, life.fetched, cuts)
+            complaint = _too_much(redone)
         with self._lock:
-            self.tally.points += 1
+            self.tally.points += cuts not in self._proven
+            self._proven.add(cuts)
             self.tally.redone = max(self.tally.redone, redone)
             if complaint:
                 self.tally.broken[complaint.kind] += 1
                 self.tally.replays.append(
-                    f"  .venv/bin/python tests/host/powercut.py {self.name}"
+                    f"  .venv/bin/python tests/host/sweep.py {self.name}"
                     f" {Point(cuts).options()}\n    {complaint}"
                 )
         return life
 
-    def _redone(self, flash: bytes, life: Life, cuts: tuple[Cut, ...]) -> int:
-        """Bytes that were fetched before the last cut and are fetched again, at most."""
-        assert life.fetched is not None
+    def redone(self, flash: bytes, fetched: tuple[str, int] | None, cuts: tuple[Cut, ...]) -> int:
+        """Bytes that were fetched before the last cut and are fetched again, at most.
+
+        Args:
+            flash: as it was when the power failed last.
+            fetched: URL and first byte of what was asked for then, if anything.
+        """
+        if fetched is None:
+            return 0
         if len(cuts) == 1:
             before = self._progress[cuts[0].op - 1]
         else:
@@ -283,7 +296,7 @@ class Sweep:
         if before == WHOLE:  # behind the last checkpoint: to the end of the payload
             begun = max(self.checkpoints.values())
             before = max(begun, self._size_of_last_part() + begun)
-        return max(0, before - life.fetched[1])
+        return max(0, before - fetched[1])
 
     def _asked(self, high: int) -> int:
         """Bytes of payload that were asked for, at most, to write so many of the image."""
@@ -365,6 +378,30 @@ class Sweep:
         self.tally.seconds += time.monotonic() - began
         return self.tally
 
+    def torn_twice(self, pairs: int) -> Tally:
+        """So many pairs, drawn at random, of which both cuts tear what they fall on."""
+        began = time.monotonic()
+        dice = random.Random(f"{SEED} {self.name} torn pairs")
+        for _ in range(pairs // SECONDS):
+            first = self._torn(self.base, self.uncut.operations, dice, ())
+            life = self._live(*first)
+            seconds = [
+                self._torn(first[0], life.operations, dice, first[1])
+                for _ in range(SECONDS if life.operations else 0)
+            ]
+            self._all_of(seconds)
+        self.tally.seconds += time.monotonic() - began
+        return self.tally
+
+    def _torn(self, flash, operations, dice, so_far) -> tuple[bytes, tuple[Cut, ...]]:
+        """Tear one operation of a life."""
+        number = dice.randrange(1, len(operations) + 1)
+        shape = {dice.choice(list(ALL_SHAPES)): 1}
+        found = list(self.points(flash, operations, shape, so_far, {number}))
+        cut = found[-1][1][-1]._replace(seed=dice.randrange(1 << 16))
+        now = found[0][0]  # as it was before
+        return interrupted(now, operations[number - 1], cut), (*so_far, cut)
+
     def _thirds(self, found, dice) -> Iterator[tuple[bytes, tuple[Cut, ...]]]:
         for (flash, cuts), operations in found:
             number = dice.randrange(1, len(operations) + 1)
@@ -374,6 +411,23 @@ class Sweep:
     def _all_of(self, points) -> None:
         for _ in self._all(points):
             pass
+
+
+def _too_much(redone: int) -> Broken | None:
+    if redone > BLOCK + REQUEST:
+        return Broken(f"{redone} bytes were fetched twice", "lost")
+    return None
+
+
+def replay(folder: Path, name: str, point: Point, on_console=None) -> None:
+    """Cut the power of a board there, and hold it to all that a sweep does. Raises Broken."""
+    found = Sweep(folder, name)
+    path = found.folder / "flash.bin"
+    left, cuts, result = prove(path, found.story, point, on_console)
+    if left and not point.wipe:
+        complaint = _too_much(found.redone(left, first_fetch(result.console), cuts))
+        if complaint:
+            raise complaint
 
 
 def few(sweep: Sweep, pages: int) -> set[int]:
@@ -394,10 +448,22 @@ def main() -> None:
     parser.add_argument("stories", nargs="*", metavar="STORY", help=", ".join(STORIES))
     parser.add_argument("--few", action="store_true", help="fewer shapes, no pairs")
     parser.add_argument("--workers", type=int, default=WORKERS)
+    parser.add_argument("--cut", action="append", type=Cut.parse, metavar="OP[:MODE[:SHAPE:SEED]]",
+                        help="replay this point of one story; twice for a second cut")  # fmt: skip
+    parser.add_argument("--wipe", choices=WIPES, default="", help="otadata, after the first cut")
+    parser.add_argument("--seed", type=int, default=0, help="of --wipe")
     args = parser.parse_args()
     unknown = set(args.stories) - set(STORIES)
     if unknown:
         parser.error(f"no story {', '.join(sorted(unknown))}; there are {', '.join(STORIES)}")
+    if args.cut:
+        if len(args.stories) != 1:
+            parser.error("a cut is replayed in one story")
+        with tempfile.TemporaryDirectory() as folder:
+            point = Point(tuple(args.cut), args.wipe, args.seed)
+            replay(Path(folder), args.stories[0], point, print)
+        print("holds")
+        return
     print(f"seed {SEED}")
     tallies = []
     for name in args.stories or STORIES:
@@ -407,13 +473,14 @@ def main() -> None:
             tally = sweep.once(ALL_SHAPES if small and not args.few else FEW_SHAPES)
             if name in PAIRS and not args.few:
                 sweep.twice(PAIRS[name], thrice=TRIPLES)
+                sweep.torn_twice(TORN_PAIRS)
             tallies.append(tally)
             print(f"{tally.line()}  operations {len(sweep.uncut.operations)}", flush=True)
             print("\n".join(tally.replays[:20]), end="\n" if tally.replays else "", flush=True)
     points, runs = sum(t.points for t in tallies), sum(t.runs for t in tallies)
     broken = sum(sum(t.broken.values()) for t in tallies)
     seconds = sum(t.seconds for t in tallies)
-    print(f"{points} points, {runs} lives run, {broken} broken, {seconds:.0f} s")
+    print(f"{points} distinct points, {runs} lives run, {broken} broken, {seconds:.0f} s")
     whole = not (args.few or args.stories)
     if whole and (points < POINTS or runs < RUNS):
         print(f"too few: at least {POINTS} points and {RUNS} lives", file=sys.stderr)
@@ -422,8 +489,10 @@ def main() -> None:
 
 
 # Stories of which pairs are cut: all of them, or those of so many operations of the first life.
-PAIRS = {"good": None, "crash-down": 90}
-TRIPLES = 500
+PAIRS = {"good": None, "crash-down": 20, "unhealthy": 6, "mended": 3, "resumed": 3}
+TRIPLES = 100  # of each of these
+TORN_PAIRS = 400  # of each of these
+SECONDS = 8  # cuts of a life that was cut once
 # What all stories must come to, so that none can fall silent.
 POINTS, RUNS = 10_000, 50_000
 

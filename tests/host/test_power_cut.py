@@ -14,6 +14,7 @@ from binascii import crc32
 from collections import Counter
 from pathlib import Path
 
+import powercut
 import pytest
 from powercut import (
     CHIP,
@@ -39,11 +40,12 @@ from sweep import (
     few,
     interrupted,
     read_trace,
+    replay,
     ways,
 )
 
 from twinslot_tools.virtual_esp32.chip import nvs
-from twinslot_tools.virtual_esp32.chip.flash import Fault, Flash
+from twinslot_tools.virtual_esp32.chip.flash import PAGE, Fault, Flash
 from twinslot_tools.virtual_esp32.firmware import make_firmware
 
 ONE_SHAPE = {"bits": 1}
@@ -200,6 +202,27 @@ def test_the_oracle_notices_a_board_that_rests_on_the_wrong_image(tmp_path):
     with pytest.raises(Broken) as complaint:
         prove(path, STORIES["crash"], Point((Cut(1),)))
     assert complaint.value.kind == "wrong"
+
+
+def test_a_board_that_keeps_no_checkpoints_is_noticed_by_the_sweep_and_by_its_replay(
+    tmp_path, monkeypatch
+):
+    lib = Path(shutil.copytree(powercut.LIB, tmp_path / "lib"))
+    download = lib / "twinslot" / "download.py"
+    keeps = "self._journal.save_checkpoint(kept)"
+    text = download.read_text()
+    assert text.count(keeps) == 1
+    download.write_text(text.replace(keeps, "pass"))
+    monkeypatch.setattr(powercut, "LIB", lib)
+    found = Sweep(tmp_path / "sweep", "resumed")
+    last = {_page_of(found, 140_000 // PAGE * PAGE)}
+    for flash, cuts in found.points(found.base, found.uncut.operations, {}, (), last):
+        assert found.prove(flash, cuts).complaint is None, "all else holds"
+    assert found.tally.broken["lost"] == len(found.tally.replays) == 2
+    options = found.tally.replays[0].split("--cut ")[1].split()[0]
+    with pytest.raises(Broken, match="fetched twice") as replayed:
+        replay(tmp_path / "replay", "resumed", Point((Cut.parse(options),)))
+    assert replayed.value.kind == "lost"
 
 
 def test_F1_power_cut_before_and_after_every_operation(sweep):
@@ -385,7 +408,7 @@ def test_F9_F18_otadata_lost_at_a_power_cut(sweep, tmp_path, name):
         try:
             prove(path, found.story, point)
         except Broken as broken:
-            pytest.fail(f"tests/host/powercut.py {name} {point.options()}\n{broken}")
+            pytest.fail(f"tests/host/sweep.py {name} {point.options()}\n{broken}")
 
 
 def _header_of(found):
@@ -403,6 +426,11 @@ def _header_of(found):
 @pytest.mark.parametrize("name", ["good-down", "crash"])
 def test_F32_power_cut_once_more_during_the_recovery(sweep, name):
     tally = sweep(name).twice(sample=2, thrice=4)
+    assert not tally.replays, "\n".join(tally.replays)
+
+
+def test_F32_both_power_cuts_tear_what_they_fall_on(sweep):
+    tally = sweep("crash").torn_twice(16)
     assert not tally.replays, "\n".join(tally.replays)
 
 
