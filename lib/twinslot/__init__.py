@@ -17,7 +17,21 @@ _HOME = {
     "rollback": "console",
     "status": "console",
 }
-_RARE = ("config", "espimage", "health", "jws", "keyset", "release", "semver", "strict")
+_RARE = (
+    "config",
+    "espimage",
+    "health",
+    "jws",
+    "keyring",
+    "keyset",
+    "ntp",
+    "release",
+    "semver",
+    "sources",
+    "sources.server",
+    "sources.static",
+    "strict",
+)
 
 
 def unload():

@@ -51,7 +51,7 @@ _WAIT_MAX_MS = 0x1FFFFFFF  # what the ticks of a 32-bit port can span: 6.2 days
 # Bytes of GC heap: what verifies a release, then the modules of the download, a block, the JWS,
 # headers, and room to run. What `make bench` measures on a 64-bit port; objects of a 32-bit one
 # are half as large.
-_HEAP_NEED = (30 if sys.maxsize > 1 << 32 else 24) * 1024
+_HEAP_NEED = (25 if sys.maxsize > 1 << 32 else 24) * 1024
 _TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
 
 
@@ -77,6 +77,7 @@ class Agent:
         from . import config
 
         self._settings = s = config.check(settings)
+        del config
         self._machine = machine
         self.device_id = _hex(machine.unique_id())
         self._verdict = guard.start(s["wdt"])  # no second time if boot.py has done it
@@ -89,14 +90,10 @@ class Agent:
             floor=max(BUILD_FLOOR, self._journal.get("issued", int)),
         )
         self._trust = Trust(s, self._journal, self._clock)
+        unload()  # what comes now stays: it finds the room, and leaves no hole behind
         self._client = self._trust.client
-        if source is None:
-            if s["source"] == "server":
-                from .sources.server import Server as Source
-            else:
-                from .sources.static import Static as Source
-            source = Source(s)
         self._source = source
+        self._ours = source is None  # made when it is asked, let go for a release
         self._listeners = [_console]
         self._checks = [("source", self._reachable)]
         self._ask = None
@@ -127,7 +124,9 @@ class Agent:
         from . import config
 
         try:
-            agent = cls(config.load(path))
+            settings = config.load(path)
+            del config
+            agent = cls(settings)
         except OtaError as exc:
             print("twinslot: NO UPDATES:", exc)
             if guard.start() == "trial":
@@ -211,12 +210,27 @@ class Agent:
             if error:
                 self._journal.update(reports=self._journal.get("reports", list) + [report])
 
+    def _ask_source(self):
+        if self._source is None:
+            if self._settings["source"] == "server":
+                from .sources.server import Server as Source
+            else:
+                from .sources.static import Static as Source
+            self._source = Source(self._settings)
+        return self._source
+
+    def _let_go(self):
+        """Give back what has nothing to do until the release has come."""
+        if self._ours:
+            self._source = None
+        unload()
+
     async def _send(self, report):
         if self._client is not self._trust.client:
             raise TlsError("reports go over a verified connection only")
         if self._base != self._settings["url"]:
             raise UnreachableError("reports go to the server itself, and that was not reached")
-        await self._source.report(self._client, self.facts(), report)
+        await self._ask_source().report(self._client, self.facts(), report)
 
     async def _deliver(self):
         """Hand over the reports that had to wait for a connection or a reboot."""
@@ -334,7 +348,7 @@ class Agent:
         """The default health check: the source answers, with whatever HTTP status."""
         try:
             await self._clock.ensure()
-            await self._source.poll(self._client, self.facts())
+            await self._ask_source().poll(self._client, self.facts())
         except HttpError as exc:
             if not exc.status:
                 raise
@@ -465,6 +479,7 @@ class Agent:
         """Fetch a release, judge it and install it: then this never returns. It does if the
         release runs already, or may be installed only in ``wait_s`` seconds."""
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
+        self._let_go()
         self._fetching = True
         try:
             await self._bring(report, url, name, force, wait_s)
@@ -573,7 +588,7 @@ class Agent:
         self._client = self._trust.client
         at_home = self._base == self._settings["url"]
         try:
-            source = self._source if at_home else self._tree()
+            source = self._ask_source() if at_home else self._tree()
             offer = await source.poll(self._client, self.facts())
             self._trust.verified()
         except TlsError as exc:
@@ -655,7 +670,9 @@ class Agent:
         await self._report(report, "staging")
         start = time.ticks_ms()
         self._fetching = True
-        unload()  # the release is judged
+        self._let_go()
+        gc.collect()
+        self._slot.block()  # before modules lie in the middle of the last hole for it
         from .download import Download
 
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.

@@ -33,21 +33,16 @@ A clock that is wrong, by accident or by attack, must not stay wrong for ever:
   newest signed date: a server that shows the year 2099 once does not make it stick.
 - A signed date later than a trusted clock is not taken: the signer's clock was wrong.
 
-Blocking: nothing waits for a socket; the name lookup as in `twinslot.link`.
+How NTP is asked: `twinslot.ntp`.
 
-Source: RFC 5905 sections 6, 7.3 and 7.4 (header, kiss codes), RFC 4330 section 5 (what a client
-checks), RFC 2030 (eras: times after 2036); MicroPython ports/esp32/machine_rtc.c.
+Source: MicroPython ports/esp32/machine_rtc.c.
 """
 
-import os
-import socket
 import time
-from asyncio import sleep_ms
 
 from micropython import const
 
 from .errors import ClockError, ConfigError, OtaError
-from .link import lookup
 from .url import decimal
 
 BUILD_FLOOR = 1767225600  # 2026-01-01; raised with each release of this package
@@ -57,14 +52,8 @@ _WINDOW = const(632448000)  # 20 years
 _TOLERANCE = const(300)
 _ASK_AGAIN = const(86400)
 _KISS_PAUSE = const(3600)
-_TRIES = const(2)
 _NTP_PORT = const(123)
-_NTP_UNIX = const(2208988800)  # seconds from 1900 to 1970
 _RANK = {None: 0, "rtc": 0, "ntp": 1, "date": 2, "user": 3}
-
-
-class KissError(ClockError):
-    """The NTP server has sent a kiss of death (RFC 5905 section 7.4)."""
 
 
 def _epoch():
@@ -82,34 +71,6 @@ def _set_rtc(unix):
         return  # the unix port: the host keeps its own clock
     t = time.gmtime(unix - _epoch())
     RTC().datetime((t[0], t[1], t[2], t[6], t[3], t[4], t[5], 0))
-
-
-def parse_ntp(reply, nonce):
-    """Return the Unix seconds in an NTP server's reply.
-
-    Args:
-        reply: 48 bytes.
-        nonce: the 8 bytes sent as transmit timestamp, which the reply must give back.
-
-    Raises:
-        ClockError: not a synchronised server's answer to this question; KissError where the
-            server asks to be left alone.
-    """
-    leap, version, mode = reply[0] >> 6, reply[0] >> 3 & 7, reply[0] & 7
-    if mode != 4 or version not in (3, 4):
-        raise ClockError("ntp: mode and version", (mode, version), "(4, 4)")
-    if bytes(reply[24:32]) != nonce:
-        raise ClockError("ntp: the reply is not to this question")
-    if not reply[1]:
-        raise KissError("ntp: the server declines", bytes(reply[12:16]))
-    if reply[1] > 15 or leap == 3:
-        raise ClockError("ntp: the server is not synchronised")
-    seconds = int.from_bytes(reply[40:44], "big")
-    if not seconds:
-        raise ClockError("ntp: no time in the reply")
-    if seconds < 0x80000000:  # era 1: 2036-02-07 and later
-        seconds += 1 << 32
-    return seconds - _NTP_UNIX
 
 
 class Clock:
@@ -230,8 +191,6 @@ class Clock:
                     self.problem = None
                 except OtaError as e:
                     self.problem = str(e)
-                    if isinstance(e, KissError):
-                        self._kissed = now
         self._raise_rtc()
         return self.state
 
@@ -254,47 +213,19 @@ class Clock:
 
     async def _ask(self, timeout_ms):
         """Set the clock by NTP. Raises OtaError."""
-        host = self._ntp
-        found = await lookup(host, self._ntp_port, socket.SOCK_DGRAM, timeout_ms)
-        for i in range(_TRIES):
-            unix = await self._exchange(found[i % len(found)], timeout_ms)
-            if unix is not None:
-                break
-        else:
-            raise ClockError("ntp: no answer from %s" % host)
+        from . import ntp
+
+        try:
+            unix = await ntp.ask(self._ntp, self._ntp_port, timeout_ms)
+        except ntp.KissError:
+            self._kissed = self._time()
+            raise
         if not self._is_plausible(unix):
             raise ClockError(
-                "ntp: time from %s" % host, unix, "%d to %d" % (self._bound, self._bound + _WINDOW)
+                "ntp: time from %s" % self._ntp,
+                unix,
+                "%d to %d" % (self._bound, self._bound + _WINDOW),
             )
         self._set(unix)
         self._source = "ntp"
         self._asked = self._time()
-
-    async def _exchange(self, address, timeout_ms):
-        """Ask one address once; return Unix seconds, or None where no good answer came in time."""
-        nonce = os.urandom(8)
-        request = bytearray(48)
-        request[0] = 4 << 3 | 3  # version 4, client
-        request[40:48] = nonce
-        reply = bytearray(48)
-        sock = socket.socket(address[0], socket.SOCK_DGRAM)
-        try:
-            sock.setblocking(False)
-            sock.connect(address[-1])  # from here on only this peer is heard
-            sock.write(request)
-            began = time.ticks_ms()
-            while time.ticks_diff(time.ticks_ms(), began) < timeout_ms:
-                await sleep_ms(10)
-                # Anything that is not the answer is passed over: it may come from a stranger.
-                if sock.readinto(reply) == 48:
-                    try:
-                        return parse_ntp(reply, nonce)
-                    except KissError:
-                        raise
-                    except ClockError as e:
-                        self.problem = str(e)
-        except OSError:
-            pass  # refused, unreachable, no network: no answer
-        finally:
-            sock.close()
-        return None

@@ -174,6 +174,8 @@ def keep(path):
     """
     import os
 
+    from .keyring import read
+
     try:
         text = read(path)
         check(json.loads(text))  # a good copy may be what works
@@ -187,16 +189,3 @@ def keep(path):
         os.rename(path + ".new", path + _GOOD)
     except (OSError, ValueError, ConfigError) as exc:
         print("twinslot: no copy of the configuration:", exc)
-
-
-def read(path):
-    """Return the bytes of a file that the configuration names.
-
-    Raises:
-        ConfigError: it can't be read.
-    """
-    try:
-        with open(path, "rb") as f:
-            return f.read()
-    except OSError as exc:
-        raise ConfigError("file %s can't be read: %s" % (path, exc))

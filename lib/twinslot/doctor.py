@@ -164,11 +164,13 @@ def _files(say):
 
 
 def _configuration(say, path):
+    from .keyring import read
+
     try:
         settings = config.load(path)
         for name in ("ca", "client_cert", "client_key"):
             if settings[name]:
-                config.read(settings[name])
+                read(settings[name])
     except OtaError as exc:
         say("fail", "config", str(exc), "correct " + path)
         return

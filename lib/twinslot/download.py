@@ -123,7 +123,7 @@ class Download:
             left = chosen.size - (state[0] if state else 0)
             if response.length not in (None, left):
                 raise HttpError("payload length", response.length, left, status=response.status)
-            writer = payload.Writer(self._slot, image.size, offset)
+            writer = payload.Writer(self._slot, image.size, offset, self._slot.block())
             stage = payload.open_stage(chosen, response, self._slot.base(), image.size, state)
             await payload.pump(stage, writer, self._boundary(image, chosen, response))
         finally:

@@ -69,7 +69,7 @@ def start(wdt=0, config="/ota.json", patience=120):
 
 def _boot(cause, config, patience):
     global _verdict
-    from . import health
+    from . import health, unload
     from .journal import Journal
     from .slot import FirmwareSlot
 
@@ -87,6 +87,9 @@ def _boot(cause, config, patience):
         journal.set_starts(starts)
         if starts > _STARTS and _verdict == "idle":
             _run_alone(journal, config)
+    del health
+    unload()  # before the application loads what stays: no holes between
+    gc.collect()
 
 
 def _run_alone(journal, config):

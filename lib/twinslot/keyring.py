@@ -43,29 +43,34 @@ class Keyring:
         journal: keeps the version of the keyring.
         product: that of the board; a keyring of another one is refused.
         demo: take keys that are marked as samples.
+        known: ``[version, refused]``, where what is learnt of them outlives this object: the
+            version on the board, 0 for none, or one that has to come again, and that of one that
+            was fetched in vain. By default that of the journal, and 0.
 
     Raises:
         ConfigError: the key file is missing, malformed, or trusts nobody.
     """
 
-    def __init__(self, path, journal, product, demo=False):
+    def __init__(self, path, journal, product, demo=False, known=None):
         self._journal = journal
         self._product = product
         self._demo = demo
-        from . import config
-
         self._path = path[: path.rfind("/") + 1] + "keyring.jws"
-        self._roots, self._fixed = load(config.read(path), demo)
-        self.version = journal.get("keyring", int)  # 0: none, or one that has to come again
-        self._refused = 0  # version of one that was fetched in vain
+        self._roots, self._fixed = load(read(path), demo)
+        self._known = known or [journal.get("keyring", int), 0]
+
+    @property
+    def version(self):
+        return self._known[0]
 
     def wants(self, version):
         """True if a keyring that is said to have this version is worth fetching."""
-        return bool(self._roots) and version > self.version and version != self._refused
+        have, refused = self._known
+        return bool(self._roots) and version > have and version != refused
 
     def refuse(self, version):
         """Don't want this one again, until another is said to be there."""
-        self._refused = version
+        self._known[1] = version
 
     def keys(self, now=None):
         """Return ``{kid: modulus}`` of the keys that may sign a release now.
@@ -81,11 +86,11 @@ class Keyring:
         floor = self._journal.get("keyring", int)
         version, expires, keys = self._stored()
         if version < floor or not keys:
-            self.version = self._refused = 0  # wanted again
+            self._known[:] = 0, 0  # wanted again
             raise KeyringError("keyring", "none on the board", "version %d" % max(floor, 1))
         if version > floor:  # the power failed between file and journal
             self._journal.update(keyring=version)
-            self.version = version
+            self._known[0] = version
         if expires is not None and now is not None and now >= expires:
             raise KeyringError(
                 "keyring %d expired %d s ago: publish its successor" % (version, now - expires)
@@ -114,17 +119,15 @@ class Keyring:
         except OSError as exc:
             raise SpaceError("the keyring can't be written: %s" % exc)
         self._journal.update(keyring=version)
-        self.version = version
+        self._known[0] = version
 
     def _stored(self):
         """The newest keyring on the board; the keys of the key file where there is none."""
-        from . import config
-
         best = (0, None, self._fixed)
         # The second one is there after a cut, on FAT in the place of the first.
         for path in (self._path, self._path + ".new"):
             try:
-                found = self._parse(config.read(path))
+                found = self._parse(read(path))
             except OtaError:
                 continue
             if found[0] > best[0]:
@@ -138,6 +141,19 @@ class Keyring:
             raise
         except (ConfigError, SignatureError) as exc:
             raise KeyringError("keyring: %s" % exc.message)
+
+
+def read(path):
+    """Return the bytes of a file on the board.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError as exc:
+        raise ConfigError("file %s can't be read: %s" % (path, exc))
 
 
 def load(text, demo=False):

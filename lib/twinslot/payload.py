@@ -81,12 +81,13 @@ class Writer:
         slot: where ``write(buf)`` takes blocks of 4096 bytes, the last one shorter.
         size: bytes of the image.
         offset: where in the image writing goes on; a multiple of 4096.
+        block: memoryview of 4096 bytes to collect them in.
     """
 
-    def __init__(self, slot, size, offset=0):
+    def __init__(self, slot, size, offset=0, block=None):
         self._slot = slot
         self._size = size
-        self._block = block = memoryview(bytearray(BLOCK))
+        self._block = block = block or memoryview(bytearray(BLOCK))
         # What is left of the block after each slice: made once.
         self._rests = [block[at:] if at else block for at in range(0, BLOCK, SLICE)]
         self._fill = 0

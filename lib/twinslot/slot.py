@@ -14,8 +14,7 @@ when read back; the only fallback of an image on trial is never overwritten.
 
 ``write`` blocks for one erase and write of a block (typically 50 ms, at most 1 s); ``activate``
 for a hash of the whole image (the bootloader's own check). The rest yields every few blocks.
-Memory: ``begin`` and ``finish`` take a block of 4 KiB while they read flash, ``write`` an eighth
-of that.
+Memory: ``block``, 4 KiB, in which ``begin`` and ``finish`` read flash; ``write`` takes 512 bytes.
 
 Source: ESP-IDF esp_ota_ops.c, bootloader_common_loader.c; MicroPython esp32_partition.c.
 """
@@ -178,6 +177,13 @@ class FirmwareSlot:
         running = self._running
         return (lambda offset, buf: running.readblocks(0, buf, offset)), running.info()[3]
 
+    def block(self):
+        """Return the one buffer of 4096 bytes (a memoryview) that an update needs: for what is
+        written, and for what is read back before and after. It is kept until ``abandon``."""
+        if self._block is None:
+            self._block = memoryview(bytearray(BLOCK))
+        return self._block
+
     # -- writing ----------------------------------------------------------------------------
 
     async def begin(self, image, checkpoint=None):
@@ -213,6 +219,7 @@ class FirmwareSlot:
                 await self._resume(checkpoint)
         except OSError as exc:
             raise PartitionError("flash can't be read: %s" % exc)
+        unload()  # what has looked at the image that was there
         self._piece = memoryview(bytearray(_PIECE))
         return self._pos
 
@@ -229,7 +236,7 @@ class FirmwareSlot:
             return
         self._header = header
         crc = 0
-        block = memoryview(bytearray(BLOCK))
+        block = self.block()
         for at in range(0, offset, BLOCK):
             self._read_block(at, block)
             crc = binascii.crc32(block, crc)
@@ -327,7 +334,7 @@ class FirmwareSlot:
         """SHA-256 of the image in hex, as flash holds it; ``walk`` sees the same bytes."""
         digest = hashlib.sha256()
         size = self._image.size
-        block = memoryview(bytearray(BLOCK))
+        block = self.block()
         for offset in range(0, size, BLOCK):
             n = min(BLOCK, size - offset)
             self._read_block(offset, block)
@@ -349,7 +356,7 @@ class FirmwareSlot:
         image = self._image
         if image is None or self._pos != image.size:
             raise ImageError("image", "%d bytes" % self._pos, image.size if image else "begin()")
-        self._free()  # what compared blocks, and the block of the caller, who has done with it
+        self._free()  # what compared blocks
         from . import espimage
 
         try:
@@ -383,6 +390,7 @@ class FirmwareSlot:
         self._image = None
         self._pos = 0
         self._ready = False
+        self._block = None
         self._free()
 
     def _free(self):

@@ -19,8 +19,6 @@ import gc
 from . import http, unload
 from .certs import Tls, tls_error
 from .errors import HttpError
-from .keyring import Keyring
-from .sources import DEADLINE_MS
 from .url import parse, shown
 
 _PATIENCE = 3  # polls that fail on dates alone before they are looked over
@@ -56,20 +54,21 @@ class Trust:
     """
 
     def __init__(self, settings, journal, clock):
-        from . import config
+        from .keyring import read
 
         self._settings = s = settings
         self._journal = journal
         self._clock = clock
-        self._keyring = Keyring(s["keys"], journal, s["product"], s["demo"])
+        self._known = [journal.get("keyring", int), 0]  # see Keyring
+        self._keyring()
         self._regardless = None
         tls = None
         if s["url"].startswith("https:"):
             tls = Tls(
-                ca=config.read(s["ca"]) if s["ca"] else None,
+                ca=read(s["ca"]) if s["ca"] else None,
                 fingerprint=s["fingerprint"],
-                client_cert=config.read(s["client_cert"]) if s["client_cert"] else None,
-                client_key=config.read(s["client_key"]) if s["client_key"] else None,
+                client_cert=read(s["client_cert"]) if s["client_cert"] else None,
+                client_key=read(s["client_key"]) if s["client_key"] else None,
             )
         self.client = self._open(tls, s["token"], clock.observe)
 
@@ -85,6 +84,12 @@ class Trust:
             allow_hosts=s["allow_hosts"],
             on_date=on_date,
         )
+
+    def _keyring(self):
+        from .keyring import Keyring
+
+        s = self._settings
+        return Keyring(s["keys"], self._journal, s["product"], s["demo"], self._known)
 
     def regardless(self, error, counts=True):
         """Return the client for the signed files after a TlsError, or raise that error again.
@@ -124,12 +129,17 @@ class Trust:
             NetworkError: it can't be fetched; asked for again at the next poll.
             KeyringError, SpaceError: it can't be taken; not asked for again unless it changes.
         """
-        if not self._keyring.wants(version):
+        have, refused = self._known  # without its module first: mostly there is nothing to do
+        if version <= have or version == refused or not self._keyring().wants(version):
             return None
-        token = await self._fetch(client, base + self._settings["product"] + "/keyring.jws")
-        self._keyring.refuse(version)  # once is enough, unless it holds
-        self._keyring.take(token)
-        return self._keyring.version
+        from .jws import TOKEN_LIMIT
+
+        url = base + self._settings["product"] + "/keyring.jws"
+        token = await self._fetch(client, url, TOKEN_LIMIT)
+        keyring = self._keyring()
+        keyring.refuse(version)  # once is enough, unless it holds
+        keyring.take(token)
+        return keyring.version
 
     async def release(self, client, url):
         """Fetch a release and return its manifest, a verified ``release.Release``.
@@ -139,13 +149,16 @@ class Trust:
             SignatureError: not by a key that signs releases; KeyringError: there is none now.
             ReleaseError: it is no release.
         """
+        from .jws import TOKEN_LIMIT
         from .release import TYPE
 
         # One after the other, the connection beside them: this is where the heap is fullest.
         unload()
-        token = await self._fetch(client, url)
+        token = await self._fetch(client, url, TOKEN_LIMIT)
         now = self._clock.now() if self._clock.trusted else None
-        keys = self._keyring.keys(now)
+        keys = self._keyring().keys(now)
+        unload()
+        gc.collect()
         from . import jws
 
         payload = jws.verify(token, keys, TYPE)
@@ -160,8 +173,8 @@ class Trust:
         self._clock.at_least(manifest.issued)
         return manifest
 
-    async def _fetch(self, client, url):
-        from .jws import TOKEN_LIMIT
+    async def _fetch(self, client, url, limit):
+        from .sources import DEADLINE_MS
 
         response = await client.get(url, deadline_ms=DEADLINE_MS)
         try:
@@ -173,6 +186,6 @@ class Trust:
                     status=response.status,
                     retry_after=response.retry_after,
                 )
-            return await response.read(TOKEN_LIMIT)
+            return await response.read(limit)
         finally:
             await response.close()

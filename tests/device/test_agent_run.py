@@ -446,7 +446,7 @@ async def test_a_configuration_that_has_worked_is_kept_once():
 def test_the_configuration_says_where_offers_come_from():
     start(World())
     for source in ("static", "server"):
-        made = Agent(dict(SETTINGS, source=source))._source
+        made = Agent(dict(SETTINGS, source=source))._ask_source()
         assert type(made).__name__.lower() == source
     guard.stop()
 

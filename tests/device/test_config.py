@@ -5,7 +5,7 @@ import os
 
 from harness import raises
 
-from twinslot import config
+from twinslot import config, keyring
 from twinslot.errors import ConfigError
 
 HEAP = "256K"
@@ -152,4 +152,4 @@ def test_a_damaged_one_never_becomes_the_copy():
 
 
 def test_a_key_file_that_is_not_there_is_named():
-    assert "/nosuch.pem" in str(raises(ConfigError, config.read, "/nosuch.pem"))
+    assert "/nosuch.pem" in str(raises(ConfigError, keyring.read, "/nosuch.pem"))
