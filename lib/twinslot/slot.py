@@ -179,7 +179,8 @@ class FirmwareSlot:
 
     def block(self):
         """Return the one buffer of 4096 bytes (a memoryview) that an update needs: for what is
-        written, and for what is read back before and after. It is kept until ``abandon``."""
+        written, and for what is read back before and after. It is kept until ``finish`` or
+        ``abandon``."""
         if self._block is None:
             self._block = memoryview(bytearray(BLOCK))
         return self._block
@@ -374,6 +375,7 @@ class FirmwareSlot:
         except OSError as exc:
             raise PartitionError("flash failed while verifying: %s" % exc)
         self._ready = True
+        self._block = None
 
     def _read(self, offset, buf):
         self._target.readblocks(0, buf, offset)
