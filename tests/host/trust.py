@@ -56,6 +56,7 @@ class Nvs:
 
     def __init__(self) -> None:
         self.blobs: dict[str, bytes] = {}
+        self.numbers: dict[str, int] = {}
         self.fail = False
 
     def get_blob(self, name: str, buffer: bytearray) -> int:
@@ -69,6 +70,14 @@ class Nvs:
         if self.fail:
             raise OSError(-0x1105)
         self.blobs[name] = bytes(value)
+
+    def get_i32(self, name: str) -> int:
+        if name not in self.numbers:
+            raise OSError(-0x1102)
+        return self.numbers[name]
+
+    def set_i32(self, name: str, value: int) -> None:
+        self.numbers[name] = value
 
     def erase_key(self, name: str) -> None:
         if name not in self.blobs:
