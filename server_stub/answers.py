@@ -79,6 +79,26 @@ class Devices(_Answer):
     next: str | None
 
 
+class Query(_Answer):
+    label: str = ""
+    product: str = ""
+    hardware: str = ""
+    version: str = ""
+    q: str = ""
+    status: str = ""
+    enrolment: str = ""
+
+
+class Filter(_Answer):
+    name: str
+    query: Query
+    devices: int  # that it finds now
+
+
+class Filters(_Answer):
+    filters: list[Filter]
+
+
 class Report(_Answer):
     attempt: str
     version: str | None
@@ -87,6 +107,7 @@ class Report(_Answer):
     error: dict[str, Any] | None
     bytes: int | None
     received: Date
+    log: str | None
 
 
 class Attempt(_Answer):

@@ -1,19 +1,17 @@
 """Routes about boards: registry, labels, explain, import, export, audit."""
 
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection, func, select
 
-from . import api_rollouts, attempts, audit, devices, imports
+from . import api_rollouts, attempts, audit, devices, exports, filters, imports
 from .audit import Who
-from .http import Note, Parts, change, csv_text, date, json_body, with_dates
-from .messages import DeviceId, Id, Name, Text
-from .schema import attempts as attempt_table
+from .http import Note, Parts, change, date, json_body, with_dates
+from .messages import DeviceId, Id, Name, Status, Text
 from .schema import devices as device_table
-from .schema import downloads as download_table
 from .schema import reports
 from .schema import rollouts as rollout_table
 from .store import bump
@@ -34,15 +32,25 @@ class ChangeDevice(_Body):
     labels: dict[str, str | None] = {}
 
 
-class AcceptDevices(_Body):
-    """``POST /api/v1/devices/accept``: boards by name, or else all that wait and are like this."""
-
-    devices: Annotated[list[DeviceId], Field(max_length=10_000)] = []
+class _Like(_Body):
     label: Annotated[str, Field(max_length=130)] = ""
     product: Text = ""
     hardware: Text = ""
     version: Text = ""
     q: Text = ""
+
+
+class AcceptDevices(_Like):
+    """``POST /api/v1/devices/accept``: boards by name, or else all that wait and are like this."""
+
+    devices: Annotated[list[DeviceId], Field(max_length=10_000)] = []
+
+
+class Search(_Like):
+    """``PUT /api/v1/filters/{name}``: what devices have in common; an empty member is any."""
+
+    status: Literal["", *get_args(Status)] = ""
+    enrolment: Literal["", "pending", "accepted", "decommissioned"] = ""
 
 
 class DescribeLabel(_Body):
@@ -114,18 +122,27 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         label: Annotated[str, Query(max_length=130)] = "",
         product: Annotated[str, Query(max_length=64)] = "",
         status: Annotated[str, Query(max_length=16)] = "",
+        hardware: Annotated[str, Query(max_length=64)] = "",
         version: Annotated[str, Query(max_length=64)] = "",
         enrolment: Annotated[str, Query(max_length=16)] = "",
+        filter: Annotated[str, Query(max_length=64)] = "",
     ) -> dict:
-        filters = {
+        given = {
             "q": q,
             "label": label,
             "product": product,
+            "hardware": hardware,
             "status": status,
-            "current_version": version,
+            "version": version,
             "enrolment": enrolment,
         }
-        rows = await parts.store.aread(lambda c: devices.listing(c, after, limit, filters))
+
+        def read(connection: Connection) -> list[dict[str, Any]]:
+            saved = filters.get(connection, filter) if filter else {}
+            wanted = saved | {name: value for name, value in given.items() if value}
+            return devices.listing(connection, after, limit, wanted)
+
+        rows = await parts.store.aread(read)
         following = rows[-1]["device_id"] if len(rows) == limit else None
         return {"devices": [with_dates(row) for row in rows], "next": following}
 
@@ -198,6 +215,26 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
             lambda c, note: describe_label_one(c, note, key, wanted.description[:500]),
         )
 
+    @app.get("/api/v1/filters", dependencies=[viewer])
+    async def list_filters() -> dict:
+        return {"filters": await parts.store.aread(filters.listing)}
+
+    @app.put("/api/v1/filters/{name}")
+    async def save_filter(
+        name: Name,
+        who: Annotated[Who, operator],
+        wanted: Annotated[Search, Depends(json_body(Search))],
+    ) -> dict:
+        return await change(
+            parts, who, "filter.save", lambda c, note: save_filter_one(c, note, name, wanted)
+        )
+
+    @app.delete("/api/v1/filters/{name}")
+    async def remove_filter(name: Name, who: Annotated[Who, operator]) -> dict:
+        return await change(
+            parts, who, "filter.remove", lambda c, note: remove_filter_one(c, note, name)
+        )
+
     @app.get("/api/v1/audit", dependencies=[viewer])
     async def read_audit(
         before: Id | None = None,
@@ -211,14 +248,7 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
         what: Literal["devices", "attempts", "downloads", "audit"],
         format: Literal["csv", "json"] = "json",
     ) -> Response:
-        rows = await parts.store.aread(lambda c: _export(c, what))
-        if format == "json":
-            import json
-
-            return Response(json.dumps(rows), media_type="application/json")
-        columns = list(rows[0]) if rows else ["nothing"]
-        headers = {"Content-Disposition": f'attachment; filename="{what}.csv"'}
-        return Response(csv_text(rows, columns), 200, headers, "text/csv; charset=utf-8")
+        return await exports.respond(parts.store, what, format)
 
 
 def import_all(connection: Connection, note: Note, parts: Parts, text: str) -> dict[str, Any]:
@@ -230,9 +260,7 @@ def import_all(connection: Connection, note: Note, parts: Parts, text: str) -> d
 
 def accept_all(connection: Connection, note: Note, wanted: AcceptDevices) -> dict[str, Any]:
     """Accept many boards at once; which they were is in the audit log."""
-    filters = wanted.model_dump(exclude={"devices", "version"})
-    filters["current_version"] = wanted.version
-    found = devices.accept(connection, wanted.devices, filters)
+    found = devices.accept(connection, wanted.devices, wanted.model_dump(exclude={"devices"}))
     note("devices", None, {"enrolment": "accepted", "devices": found})
     return {"accepted": len(found)}
 
@@ -261,6 +289,24 @@ def describe_label_one(
     return {"key": key, "description": description}
 
 
+def save_filter_one(
+    connection: Connection, note: Note, name: str, wanted: Search
+) -> dict[str, Any]:
+    """Give a search a name, or that name another search."""
+    query = wanted.model_dump(exclude_defaults=True)
+    before = filters.save(connection, name, query)
+    note(name, before, query)
+    return filters.shown(connection, name, query)
+
+
+def remove_filter_one(connection: Connection, note: Note, name: str) -> dict[str, Any]:
+    """Raises Problem 404."""
+    before = filters.get(connection, name)
+    filters.remove(connection, name)
+    note(name, before, {})
+    return {"removed": name}
+
+
 def change_one(connection: Connection, note: Note, device_id: str, wanted: dict[str, Any]) -> None:
     """Change a board by an operator's word; each member is optional."""
     row = devices.get(connection, device_id)
@@ -281,17 +327,3 @@ def change_one(connection: Connection, note: Note, device_id: str, wanted: dict[
         {**before, **{f"label {key}": old_tags.get(key) for key in tags}},
         {**wanted, **{f"label {key}": value for key, value in tags.items()}},
     )
-
-
-def _export(connection: Connection, what: str) -> list[dict[str, Any]]:
-    if what == "devices":
-        tags = devices.labels_of_all(connection)
-        found = devices.listing(connection, "", None, {})
-        return [{**with_dates(row), "tags": tags.get(row["device_id"], {})} for row in found]
-    if what == "audit":
-        return [with_dates(row) for row in audit.listing(connection)]
-    table = attempt_table if what == "attempts" else download_table
-    return [
-        with_dates(dict(row._mapping))
-        for row in connection.execute(select(table).order_by(table.c.id))
-    ]

@@ -44,7 +44,7 @@ _TRIES = (
 )
 _ADD = attempts.insert().returning(*attempts.c)
 _CHANGE = update(attempts).where(attempts.c.id == bindparam("row")).returning(*attempts.c)
-_KEEP = reports.delete().where(
+_OLDER = (
     reports.c.device_id == bindparam("board"),
     reports.c.id
     < select(reports.c.id)
@@ -54,6 +54,8 @@ _KEEP = reports.delete().where(
     .limit(1)
     .scalar_subquery(),
 )
+_KEEP = reports.delete().where(*_OLDER)
+_KEEP_LOGS = update(reports).where(*_OLDER, reports.c.log.is_not(None)).values(log=None)
 _SET_NODE = update(job_nodes).where(
     job_nodes.c.job_id == bindparam("job"), job_nodes.c.device_id == bindparam("board")
 )
@@ -186,9 +188,10 @@ def history(connection: Connection, device_id: str, limit: int = 50) -> list[dic
     return [dict(row._mapping) for row in rows]
 
 
-def keep_last(connection: Connection, device_id: str, count: int) -> None:
-    """Drop the oldest reports of a board beyond ``count``."""
+def keep_last(connection: Connection, device_id: str, count: int, logs: int) -> None:
+    """Drop the oldest reports of a board beyond ``count``, and logs of those beyond ``logs``."""
     connection.execute(_KEEP, {"board": device_id, "kept": count - 1})
+    connection.execute(_KEEP_LOGS, {"board": device_id, "kept": logs - 1})
 
 
 _NODE_STATUS = {"confirmed": "completed", "failed": "failed", "rolledback": "failed"}

@@ -247,8 +247,10 @@ class Desk:
                 **{name: value for name, value in running.items() if value is not None},
             },
         )
-        if added % 16 == 0 or self._limits.reports_per_device < 16:
-            attempts.keep_last(connection, device_id, self._limits.reports_per_device)
+        limits = self._limits
+        if added % 16 == 0 or min(limits.reports_per_device, limits.logs_per_device) < 16:
+            kept_last = limits.reports_per_device, limits.logs_per_device
+            attempts.keep_last(connection, device_id, *kept_last)
         was, after = attempts.on_report(connection, row, kept, now)
         self._ended(connection, was, after, now, said=True)
         return True

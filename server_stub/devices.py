@@ -172,9 +172,11 @@ def accept(
 
 
 def _filtered(query: Select, filters: Mapping[str, Any]) -> Select:
-    for name in ("product", "status", "current_version", "enrolment", "channel", "hardware"):
+    """Of the API's members of a search; an empty one is none."""
+    for name in ("product", "status", "version", "enrolment", "hardware"):
         if filters.get(name):
-            query = query.where(devices.c[name] == filters[name])
+            column = devices.c["current_version" if name == "version" else name]
+            query = query.where(column == filters[name])
     if filters.get("label"):
         key, _, value = filters["label"].partition("=")
         query = query.where(

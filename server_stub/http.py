@@ -4,8 +4,7 @@ import datetime as dt
 import errno
 import json
 import logging
-import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -140,28 +139,6 @@ def seconds(text: str) -> int:
     """Read an RFC 3339 date, or raise ValueError."""
     when = dt.datetime.fromisoformat(text)
     return int(when.replace(tzinfo=when.tzinfo or dt.UTC).timestamp())
-
-
-_FORMULA = re.compile(r"^[=+\-@\t\r]")
-
-
-def csv_text(rows: Iterable[Mapping[str, Any]], columns: list[str]) -> str:
-    """CSV whose cells no spreadsheet takes for formulas."""
-    import csv
-    import io
-
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(columns)
-    for row in rows:
-        cells = []
-        for name in columns:
-            value = row.get(name)
-            text = json.dumps(value) if isinstance(value, dict | list) else value
-            text = "" if text is None else str(text)
-            cells.append("'" + text if _FORMULA.match(text) else text)
-        writer.writerow(cells)
-    return out.getvalue()
 
 
 # ---- refusals

@@ -8,7 +8,7 @@ class Limits:
     """Bounds on what one client, or all of them together, may take."""
 
     body_bytes: int = 8192
-    """A request's body: the longest honest one, a report with its error, is about 1 KiB."""
+    """A request's body: the longest honest one is a report with 4 KiB of log."""
 
     body_timeout_s: float = 10.0
     """From the end of the headers until the whole body is here."""
@@ -53,6 +53,9 @@ class Limits:
 
     reports_per_device: int = 500
     """Older reports of a device are dropped first."""
+
+    logs_per_device: int = 32
+    """Of these, so many newest ones keep their log: of some eight attempts, 16 KiB each."""
 
     downloads_kept: int = 100_000
     """Lines of the download log; older ones are dropped first."""

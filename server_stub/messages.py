@@ -16,6 +16,7 @@ from pydantic import (
 
 DEVICE_ID = r"^[A-Za-z0-9][A-Za-z0-9._:-]{0,63}$"
 _MESSAGE_CHARS = 500
+LOG_CHARS = 4096
 
 DeviceId = Annotated[str, StringConstraints(pattern=DEVICE_ID), Field(examples=["attic"])]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -53,6 +54,11 @@ def _shorten(message: Any) -> Any:
     return message[:_MESSAGE_CHARS] if isinstance(message, str) else message
 
 
+def _end(text: Any) -> Any:
+    """The end of a log: what came last tells most. Anything but text is not known."""
+    return text[-LOG_CHARS:] if isinstance(text, str) else None
+
+
 class _Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
@@ -77,6 +83,13 @@ class CheckUpdate(_Message):
     reset_cause: ResetCause = None
 
 
+Log = Annotated[
+    str | None,
+    BeforeValidator(_end),
+    WithJsonSchema({"type": "string", "description": "what it noted meanwhile; its end is kept"}),
+]
+
+
 class ErrorReport(_Message):
     """What an error of the device package says of itself."""
 
@@ -95,5 +108,6 @@ class ReportStatus(_Message):
     build: Text | None = None
     error: ErrorReport | None = None
     bytes: Annotated[int, Field(ge=0, le=1 << 40)] | None = None
+    log: Log = None
     current_version: Text | None = None
     current_build: Text | None = None

@@ -5,6 +5,7 @@ the same functions; its forms are in ``page_forms``.
 """
 
 import asyncio
+import hmac
 import json
 import time
 from collections.abc import AsyncIterator, Callable
@@ -22,6 +23,7 @@ from . import (
     audit,
     auth,
     devices,
+    filters,
     jobs,
     page_forms,
     releases,
@@ -37,6 +39,7 @@ from .page_base import HERE, Away, Guard, Renderer, headers, same_page
 from .problems import Problem
 from .schema import attempts, downloads, users, windows
 
+PROXY_HEADER = "X-Twinslot-Proxy"
 _EVENT_S = 1.0
 _PAGE = 100  # devices
 _ROLLOUTS = 20  # each counts its boards
@@ -72,9 +75,30 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
         kept = {**headers(), "Cache-Control": "max-age=3600"}
         return Response(path.read_bytes(), 200, kept, _TYPES[path.suffix])
 
+    async def enter(request: Request, who: Who, response: Response) -> Response:
+        def work(connection: Connection, note: Note) -> str:
+            note(who.name)
+            return auth.open_session(connection, who, int(time.time()))
+
+        value = await change(parts, who, "login", work)
+        response.set_cookie(
+            auth.COOKIE,
+            value,
+            max_age=auth.SESSION_S,
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
+        )
+        return response
+
     @app.get("/-/login", include_in_schema=False)
-    async def login_form() -> Response:
-        return render("login.html", None, error=None)
+    async def login_form(request: Request) -> Response:
+        who = None if "out" in request.query_params else await _vouched_for(parts, request)
+        if who is None:
+            return render("login.html", None, error=None)
+        # No redirect: coming from the provider's site, it would not carry the strict cookie.
+        onward = {**headers(), "Refresh": "0; url=/-/"}
+        return await enter(request, who, Response("Logged in.", 200, onward, "text/plain"))
 
     @app.post("/-/login", include_in_schema=False)
     async def login(request: Request) -> Response:
@@ -90,21 +114,7 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
             throttle.failed(f"name {name}", f"address {address}")
             return render("login.html", None, 401, error="Wrong name or password.")
 
-        def work(connection: Connection, note: Note) -> str:
-            note(who.name)
-            return auth.open_session(connection, who, int(time.time()))
-
-        value = await change(parts, who, "login", work)
-        response = RedirectResponse("/-/", 303)
-        response.set_cookie(
-            auth.COOKIE,
-            value,
-            max_age=auth.SESSION_S,
-            httponly=True,
-            samesite="strict",
-            secure=request.url.scheme == "https",
-        )
-        return response
+        return await enter(request, who, RedirectResponse("/-/", 303))
 
     @app.post("/-/logout", include_in_schema=False)
     async def logout(request: Request) -> Response:
@@ -112,7 +122,7 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
         same_page(session, await request.form())
         value = request.cookies.get(auth.COOKIE, "")
         await parts.store.awrite(lambda c: auth.close_session(c, value))
-        response = RedirectResponse("/-/login", 303)
+        response = RedirectResponse("/-/login?out", 303)
         response.delete_cookie(auth.COOKIE)
         return response
 
@@ -127,6 +137,26 @@ async def _known(parts: Parts, name: str, password: str) -> Who | None:
     stored = row.password if row else None
     ok = await asyncio.to_thread(auth.password_matches, password, stored)
     return Who(row.name, row.role) if ok and row else None
+
+
+async def _vouched_for(parts: Parts, request: Request) -> Who | None:
+    """The user whom the configured proxy has logged in; it proves itself by a shared secret.
+
+    Only for a session of the page, whose forms have its token: a header that a browser's every
+    request carries must not be what a change is allowed by.
+    """
+    proxy = parts.settings.proxy_login
+    if proxy is None:
+        return None
+    names, secrets = request.headers.getlist(proxy.header), request.headers.getlist(PROXY_HEADER)
+    if len(names) != 1 or len(secrets) != 1:
+        return None
+    if not hmac.compare_digest(secrets[0].encode(), proxy.secret.encode()):
+        return None
+    row = await parts.store.aread(
+        lambda c: c.execute(select(users).where(users.c.name == names[0])).first()
+    )
+    return Who(row.name, row.role) if row else None
 
 
 def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> None:
@@ -170,30 +200,34 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
         q: Annotated[str, Query(max_length=64)] = "",
         label: Annotated[str, Query(max_length=130)] = "",
         status: Annotated[str, Query(max_length=16)] = "",
+        product: Annotated[str, Query(max_length=64)] = "",
+        hardware: Annotated[str, Query(max_length=64)] = "",
         version: Annotated[str, Query(max_length=64)] = "",
         enrolment: Annotated[str, Query(max_length=16)] = "",
         after: Annotated[str, Query(max_length=64)] = "",
     ) -> Response:
-        shown = {
+        wanted = {
             "q": q,
             "label": label,
             "status": status,
+            "product": product,
+            "hardware": hardware,
             "version": version,
             "enrolment": enrolment,
         }
-        filters = {**shown, "current_version": version}
-        del filters["version"]
 
         def read(connection: Connection) -> dict[str, Any]:
-            rows = devices.listing(connection, after, _PAGE, filters)
+            rows = devices.listing(connection, after, _PAGE, wanted)
             return {
                 "rows": rows,
-                "total": devices.count(connection, filters),
+                "total": devices.count(connection, wanted),
+                "saved": filters.listing(connection),
                 "next": rows[-1]["device_id"] if len(rows) == _PAGE else None,
             }
 
         values = await parts.store.aread(read)
-        return render("devices.html", me, filters=shown, **values)
+        asked = {name: value for name, value in wanted.items() if value}
+        return render("devices.html", me, filters=wanted, asked=asked, **values)
 
 
 def _device(parts: Parts) -> Callable[..., dict[str, Any]]:

@@ -107,9 +107,17 @@ def _device_forms(parts: Parts) -> list[_Form]:
         api_fleet.change_one(c, note, at["device_id"], _device_change(values))
 
     def accept(c: Connection, note: Note, values: Fields, _: At) -> None:
-        names = ("label", "version", "q")
+        names = ("label", "product", "hardware", "version", "q")
         wanted = checked(api_fleet.AcceptDevices, {n: values.get(n, "") for n in names})
         api_fleet.accept_all(c, note, wanted)
+
+    def save_filter(c: Connection, note: Note, values: Fields, _: At) -> None:
+        found = {n: values[n] for n in api_fleet.Search.model_fields if n in values}
+        wanted = checked(api_fleet.Search, found)
+        api_fleet.save_filter_one(c, note, _name(values.get("name", "")), wanted)
+
+    def remove_filter(c: Connection, note: Note, _: Fields, at: At) -> None:
+        api_fleet.remove_filter_one(c, note, at["name"])
 
     def retire(c: Connection, note: Note, _: Fields, at: At) -> None:
         api_fleet.decommission_one(c, note, at["device_id"])
@@ -130,6 +138,8 @@ def _device_forms(parts: Parts) -> list[_Form]:
         _Form(one + "/token", "device.token", one, token),
         _Form("/-/devices-accept", "device.accept", "/-/devices", accept),
         _Form(IMPORT, "device.import", "/-/devices", import_csv),
+        _Form("/-/filters", "filter.save", "/-/devices", save_filter),
+        _Form("/-/filters/{name}/remove", "filter.remove", "/-/devices", remove_filter),
     ]
 
 

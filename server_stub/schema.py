@@ -107,6 +107,14 @@ labels = Table(
     Index("labels_key_value", "key", "value"),
 )
 
+# Searches for devices that people have given a name.
+filters = Table(
+    "filters",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("query", JSON, nullable=False),
+)
+
 label_keys = Table(
     "label_keys",
     metadata,
@@ -127,6 +135,7 @@ reports = Table(
     Column("error", _JSON),
     Column("bytes", BigInteger),
     Column("received", BigInteger, nullable=False),
+    Column("log", String),  # what the board noted meanwhile
     UniqueConstraint("device_id", "attempt", "status"),
 )
 

@@ -71,6 +71,13 @@ class Signing(_Part):
     valid_s: Annotated[int, Field(ge=60, le=VALID_MAX_S)] = 900
 
 
+class ProxyLogin(_Part):
+    """A proxy in front that logs people in, by OpenID Connect or whatever it can."""
+
+    header: Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9-]{0,63}$")]
+    secret: Annotated[str, Field(min_length=16, max_length=256)]
+
+
 class Settings(_Part):
     """See the module. Paths are relative to the configuration file's folder."""
 
@@ -89,6 +96,7 @@ class Settings(_Part):
     poll: Poll = Poll()
     enrolment: Enrolment = Enrolment()
     downloads: Literal["public", "token"] = "public"
+    proxy_login: ProxyLogin | None = None
     payload_url: str | None = None
     payload_signing: Signing | None = None
     firmware_bytes: Annotated[int, Field(ge=1024, le=16 << 20)] = 3_900_000

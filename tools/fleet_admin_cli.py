@@ -1,6 +1,7 @@
-"""``twinslot fleet window | schedule | label | job | user | webhook``: rules, jobs and people.
+"""``twinslot fleet window | schedule | label | filter | job | user | webhook``.
 
-Each is a list with what makes, and what removes, one of it; the server judges what is asked for.
+Rules, jobs and people: each is a list with what makes, and what removes, one of it; the server
+judges what is asked for.
 """
 
 import getpass
@@ -14,6 +15,7 @@ from .fleet_base import Json, cell, print_json, query, table
 window = typer.Typer(help="When boards may download and install.", no_args_is_help=True)
 schedule = typer.Typer(help="What the server does by itself, and when.", no_args_is_help=True)
 label = typer.Typer(help="What labels there are, and what they are for.", no_args_is_help=True)
+searches = typer.Typer(help="Searches for boards that have a name.", no_args_is_help=True)
 job = typer.Typer(help="One release onto a list of boards at once.", no_args_is_help=True)
 user = typer.Typer(help="People, and what they may do.", no_args_is_help=True)
 webhook = typer.Typer(help="Who is told of what happens.", no_args_is_help=True)
@@ -27,6 +29,7 @@ def add_to(fleet: typer.Typer) -> None:
         (window, "window"),
         (schedule, "schedule"),
         (label, "label"),
+        (searches, "filter"),
         (job, "job"),
         (user, "user"),
         (webhook, "webhook"),
@@ -141,6 +144,42 @@ def label_list(context: typer.Context, as_json: Json = False) -> None:
 def describe(context: typer.Context, key: str, text: str) -> None:
     """Say what a label is for."""
     print(cell(context.obj.call("PUT", f"labels/{key}", {"description": text})))
+
+
+# ---- filters
+
+
+@searches.command("list")
+def filter_list(context: typer.Context, as_json: Json = False) -> None:
+    """List filters, and how many boards each finds."""
+    _list(context, "filters", "filters", ["name", "query", "devices"], as_json)
+
+
+@searches.command("save")
+def filter_save(
+    context: typer.Context,
+    name: str,
+    label: Annotated[str, typer.Option(help="key=value")] = "",
+    status: str = "",
+    product: str = "",
+    hardware: str = "",
+    version: str = "",
+    enrolment: Annotated[str, typer.Option(help="pending, accepted, decommissioned")] = "",
+    search: Annotated[str, typer.Option(help="Part of an id or MAC.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Give a search for boards a name, for `device list --filter NAME` and the page."""
+    body = {"label": label, "status": status, "product": product, "hardware": hardware}
+    body |= {"version": version, "enrolment": enrolment, "q": search}
+    made = context.obj.call("PUT", f"filters/{name}", body)
+    _made(made, f"filter {name} finds {made['devices']}", as_json)
+
+
+@searches.command("remove")
+def filter_remove(context: typer.Context, name: str) -> None:
+    """Forget a filter."""
+    context.obj.call("DELETE", f"filters/{name}")
+    print(f"filter {name} removed")
 
 
 # ---- jobs

@@ -53,6 +53,8 @@ def device_list(
     version: str = "",
     enrolment: Annotated[str, typer.Option(help="pending, accepted, decommissioned")] = "",
     search: Annotated[str, typer.Option(help="Part of an id or MAC.")] = "",
+    hardware: str = "",
+    saved: Annotated[str, typer.Option("--filter", help="As fleet filter save named it.")] = "",
     limit: int = 100,
     after: Annotated[str, typer.Option(help="Go on behind this board.")] = "",
     as_json: Json = False,
@@ -65,6 +67,8 @@ def device_list(
         version=version,
         enrolment=enrolment,
         q=search,
+        hardware=hardware,
+        filter=saved,
         limit=limit,
         after=after,
     )
@@ -88,6 +92,23 @@ def show(context: typer.Context, device_id: str, as_json: Json = False) -> None:
             out.print(Text(f"{name:16} {cell(value)}"))
     columns = ["version", "state", "reason", "origin", "offered", "ended"]
     table(found["attempts"], columns)
+
+
+@device.command("log")
+def device_log(
+    context: typer.Context,
+    device_id: str,
+    attempt: Annotated[str, typer.Option(help="Only this one of its attempts.")] = "",
+) -> None:
+    """Print what a board has said of its attempts, with its own logs."""
+    for row in context.obj.call("GET", f"devices/{device_id}")["history"]:
+        if attempt not in ("", row["attempt"]):
+            continue
+        error = row["error"] or {}
+        said = (row[n] for n in ("received", "attempt", "status", "version"))
+        print(" ".join(cell(value) for value in (*said, error.get("message"))))
+        for line in (row["log"] or "").splitlines():
+            print(f"  {cell(line)}")
 
 
 @device.command()

@@ -70,6 +70,8 @@ def requests_for_every_change(fleet, tmp_path):
         ("POST", "/api/v1/devices/{device_id}/token"): ("b1", None),
         ("DELETE", "/api/v1/devices/{device_id}"): ("b1", None),
         ("PUT", "/api/v1/labels/{key}"): ("site", {"description": "where it is"}),
+        ("PUT", "/api/v1/filters/{name}"): ("here", {"label": "site=here"}),
+        ("DELETE", "/api/v1/filters/{name}"): ("here", None),
         ("POST", "/api/v1/firmware/upload"): {"files": form},
         ("PATCH", "/api/v1/firmware/{firmware_id}"): (number, {"notes": "n"}),
         ("POST", "/api/v1/firmware/{firmware_id}/promote"): (number, {"channel": "beta"}),
@@ -327,6 +329,49 @@ def test_exports_are_whole_and_no_formulas(fleet):
         text = fleet.client.get(f"/api/v1/export/{what}?format=csv", headers=headers).text
         assert len(text.splitlines()) == len(rows) + 1
         assert ",=" not in text
+
+
+def test_an_export_of_many_pages_has_every_line_once(fleet):
+    names = [f"b{number:04}" for number in range(1234)]
+    text = "\n".join(["device_id,labels", *(f"{name},site={name}" for name in names)])
+    headers = {"Authorization": f"Bearer {fleets.ADMIN}"}
+    fleet.client.post("/api/v1/devices/import", headers=headers, content=text)
+    rows = fleet.api("GET", "export/devices")
+    assert [row["device_id"] for row in rows] == names
+    assert all(row["tags"] == {"site": row["device_id"]} for row in rows)
+    sheet = fleet.client.get("/api/v1/export/devices?format=csv", headers=headers).text
+    assert [line.partition(",")[0] for line in sheet.splitlines()] == ["device_id", *names]
+
+
+def test_a_filter_finds_what_it_was_saved_for_and_more_can_be_asked(fleet):
+    for board, site in (("a1", "home"), ("a2", "home"), ("b1", "away")):
+        Board(fleet, board, labels=[f"site={site}"]).poll()
+    saved = fleet.api("PUT", "filters/at-home", {"label": "site=home"})
+    assert saved == {"name": "at-home", "query": {"label": "site=home"}, "devices": 2}
+
+    def found(query):
+        return [row["device_id"] for row in fleet.api("GET", f"devices?{query}")["devices"]]
+
+    assert found("filter=at-home") == ["a1", "a2"]
+    assert found("filter=at-home&q=2") == ["a2"]
+    assert fleet.api("GET", "devices?filter=nowhere")["code"] == "no_filter"
+    assert fleet.api("PUT", "filters/at-home", {"status": "lost"})["code"] == "malformed"
+    fleet.api("PUT", "filters/at-home", {"label": "site=away"})
+    assert found("filter=at-home") == ["b1"]
+
+
+def test_a_report_brings_the_boards_log_of_which_the_end_and_the_newest_are_kept(fleet):
+    said = {"device_id": "b1", "status": "staging", "log": "x" * 5000 + " the end"}
+    for number in range(80):
+        body = {**said, "attempt": str(number)}
+        assert fleet.status("POST", "report-status", body, token=fleets.FLEET) == 200
+    logs = [row["log"] for row in fleet.api("GET", "devices/b1")["history"]]
+    assert logs[-1].endswith("the end") and len(logs[-1]) < len(said["log"])
+    kept = fleet.limits.logs_per_device
+    assert [log is not None for log in logs] == [False] * (80 - kept) + [True] * kept
+    body = {**said, "attempt": "last", "log": 5}
+    assert fleet.status("POST", "report-status", body, token=fleets.FLEET) == 200
+    assert fleet.api("GET", "devices/b1")["history"][-1]["log"] is None
 
 
 # ---- firmware

@@ -99,6 +99,7 @@ def test_a_fleet_is_run_from_the_command_line(server, tmp_path, typed):
     assert board.update() == "1.1.0"
     assert "complete" in typed("rollout", "wait", number, "--timeout", "30")
     assert "confirmed" in typed("device", "show", "b1")
+    assert " confirmed 1.1.0" in typed("device", "log", "b1")
     assert "b1" in typed("device", "list", "--label", "ring=pilot")
     assert typed("device", "label", "b1", "ring-", "site=attic").strip() == "site=attic"
     typed("release", "block", 1, "no good")
@@ -125,6 +126,10 @@ device import {boards}
 device list --enrolment accepted --label ring=pilot
 device show b1
 device explain b1
+fleet filter save pilots --label ring=pilot --enrolment accepted
+fleet filter list
+device list --filter pilots
+fleet filter remove pilots
 device label b1 site=attic
 device hold b1
 device accept b1

@@ -99,6 +99,54 @@ def test_boards_that_wait_are_accepted_as_they_are_filtered(fleet):
     assert [row["device_id"] for row in waiting] == ["b1"]
 
 
+def test_a_filter_that_was_saved_is_found_used_and_forgotten(fleet):
+    for board, site in (("a1", "home"), ("b1", "away")):
+        Board(fleet, board, labels=[f"site={site}"]).poll()
+    logged_in(fleet)
+    query = {"label": "site=home", "enrolment": "accepted"}
+    page = fleet.client.get("/-/devices", params=query).text
+    form = page.partition('action="/-/filters"')[2].partition("</form>")[0]
+    hidden = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]*)"', form))
+    answer = fleet.client.post("/-/filters", data={**hidden, "name": "at-home"})
+    assert answer.status_code == 303
+    page = fleet.client.get("/-/devices").text
+    link = re.search(r'href="(\?[^"]+)">at-home <b>1</b>', page)[1].replace("&amp;", "&")
+    page = fleet.client.get(f"/-/devices{link}").text
+    assert ">a1<" in page and ">b1<" not in page and "Forget the filter at-home" in page
+    fleet.client.post("/-/filters/at-home/remove", data={"csrf": csrf(fleet)})
+    assert fleet.api("GET", "filters") == {"filters": []}
+
+
+def test_who_is_logged_in_by_the_configured_proxy_needs_no_password(tmp_path):
+    proxy = {"header": "X-Forwarded-User", "secret": "known-to-the-proxy-alone"}
+    good = {"X-Forwarded-User": "anna", "X-Twinslot-Proxy": proxy["secret"]}
+    with running(tmp_path, proxy_login=proxy) as fleet:
+        fleet.api("PUT", "users/anna", {"role": "operator"})
+        for bad in (
+            {"X-Forwarded-User": "anna"},
+            {**good, "X-Twinslot-Proxy": "guessed"},
+            {**good, "X-Forwarded-User": "nobody"},
+            [*good.items(), ("X-Forwarded-User", "ada")],
+        ):
+            answer = fleet.client.get("/-/login", headers=bad)
+            assert "Password" in answer.text and "set-cookie" not in answer.headers, bad
+        assert fleet.client.get("/-/", headers=good).headers["location"] == "/-/login"
+        assert fleet.client.get("/api/v1/devices", headers=good).status_code == 401
+        answer = fleet.client.get("/-/login", headers=good)
+        assert "SameSite=strict" in answer.headers["set-cookie"]
+        assert answer.headers["refresh"] == "0; url=/-/"
+        assert "anna · operator" in fleet.client.get("/-/").text
+        assert fleet.api("GET", "audit")["audit"][0]["who"] == "anna"
+        out = fleet.client.post("/-/logout", headers=good, data={"csrf": csrf(fleet)})
+        assert "Password" in fleet.client.get(out.headers["location"], headers=good).text
+
+
+def test_no_header_logs_anybody_in_unless_it_is_configured(fleet):
+    fleet.api("PUT", "users/anna", {"role": "admin"})
+    headers = {"X-Forwarded-User": "anna", "X-Twinslot-Proxy": ""}
+    assert "set-cookie" not in fleet.client.get("/-/login", headers=headers).headers
+
+
 def test_an_admin_sets_how_often_boards_ask_and_who_is_accepted(fleet):
     logged_in(fleet, "ada", "admin")
     values = {"default": "60", "labels": "power=battery 900\r\n", "enrolment": "pending"}
@@ -208,6 +256,8 @@ def forms(fleet, tmp_path):
         ("/-/devices/{device_id}", "b1", {"key": "site", "value": "home"}),
         ("/-/devices/{device_id}/token", "b1", {}),
         ("/-/devices-accept", None, {"q": "b"}),
+        ("/-/filters", None, {"name": "here", "label": "site=home"}),
+        ("/-/filters/{name}/remove", "here", {}),
         ("/-/devices-import", None, {"file": b"device_id,token\nb2,new\n"}),
         ("/-/releases-upload", None, files),
         ("/-/releases/{number:int}", newer, {"stable": "yes", "notes": "quieter"}),
