@@ -8,9 +8,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Select, bindparam, delete, func, select, update
 
+from . import many
 from .problems import Problem
 from .schema import devices, job_nodes, label_keys, labels
-from .store import INSERTS, StoreError, bump
+from .store import StoreError, bump
 
 ENROLMENTS = ("pending", "accepted", "decommissioned")
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -24,9 +25,6 @@ _FORGET_SAID = delete(labels).where(
 _LABELS_OF = select(labels.c.device_id, labels.c.key, labels.c.value).where(
     labels.c.device_id.in_(bindparam("boards", expanding=True))
 )
-_SAY = {dialect: make(labels).on_conflict_do_nothing() for dialect, make in INSERTS.items()}
-_ADD = {dialect: make(devices).on_conflict_do_nothing() for dialect, make in INSERTS.items()}
-_RENEW = update(devices).where(devices.c.device_id == bindparam("board"))
 _CHANGE = update(devices).where(devices.c.device_id == bindparam("board")).returning(*devices.c)
 
 
@@ -82,7 +80,6 @@ def touch(
     Raises:
         StoreError: some are new and the registry is full.
     """
-    # In order: two workers that renew the same boards must not wait for each other.
     new = sorted(said.keys() - known.keys())
     changed = sorted(board for board, row in known.items() if _differs(row, said[board]))
     if not (new or changed):
@@ -92,14 +89,11 @@ def touch(
         if count + len(new) > limit:
             raise StoreError(f"the registry is full: {count} devices")
         blank = {"labels": [], "first_seen": now, "last_seen": now}
-        connection.execute(
-            _ADD[connection.dialect.name],
-            [{**blank, **said[board], "device_id": board} for board in new],
-        )
+        rows = [{**blank, **said[board], "device_id": board} for board in new]
+        many.add(connection, devices, rows)
     if changed:
-        connection.execute(
-            _RENEW, [{**said[board], "board": board, "last_seen": now} for board in changed]
-        )
+        rows = [{**said[board], "device_id": board, "last_seen": now} for board in changed]
+        many.renew(connection, devices, rows)
     before = {board: known[board].labels if board in known else [] for board in (*new, *changed)}
     _keep_reported(connection, before, said)
     return {**known, **find_all(connection, before)}
@@ -227,8 +221,7 @@ def _keep_reported(
         for key, sign, value in (text.partition("=") for text in after[board])
         if sign and LABEL.fullmatch(key) and _VALUE.fullmatch(value)
     ]
-    if new:
-        connection.execute(_SAY[connection.dialect.name], new)
+    many.add(connection, labels, new)
 
 
 def set_labels(connection: Connection, device_id: str, wanted: Mapping[str, str | None]) -> None:

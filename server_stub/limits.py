@@ -30,8 +30,8 @@ class Limits:
     """A reader that takes nothing for so long is dropped. Erasing flash stalls a board for
     seconds, never for a minute."""
 
-    requests: int = 512
-    """Requests worked on at once, half a second of polls; the next one is told to come back."""
+    requests: int = 1024
+    """Requests worked on at once, a second of polls; the next one is told to come back."""
 
     downloads: int = 64
     """Of these, blobs being sent: polls and reports are answered while downloads wait."""
