@@ -86,7 +86,7 @@ class CheckUpdate(_Message):
 Log = Annotated[
     str | None,
     BeforeValidator(_end),
-    WithJsonSchema({"type": "string", "description": "what it noted meanwhile; its end is kept"}),
+    WithJsonSchema({"description": "text, of which the end is kept; anything else is not known"}),
 ]
 
 
