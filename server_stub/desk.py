@@ -43,7 +43,7 @@ _PASSING = ("bad_pointer", "bad_release", "bad_keyring", "busy", "window")
 _UNPUBLISHED = ("no_channel", "bad_pointer", "bad_release", "bad_keyring")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a board is told; ``etag`` lets it be told in fewer bytes next time."""
 
@@ -58,7 +58,7 @@ class _Poll:
     token: str | None  # hash of the board's own
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Kept:
     stamp: tuple
     until: float

@@ -20,7 +20,7 @@ from .http import with_dates
 from .schema import attempts, downloads
 from .store import Store
 
-_PAGE = 500
+_PAGE = 200
 _FORMULA = re.compile(r"^[=+\-@\t\r]")
 
 Row = dict[str, Any]
