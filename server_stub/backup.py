@@ -6,7 +6,6 @@ PostgreSQL database is backed up by ``pg_dump``; this then holds the rest.
 """
 
 import contextlib
-import io
 import os
 import sqlite3
 import sys
@@ -17,8 +16,12 @@ from pathlib import Path
 from . import tokens
 
 DATABASE = "server.sqlite3"
-_FILES = ("server.crt", "server.key")
-_TOKENS = (tokens.DEVICE_FILE, tokens.OPERATOR_FILE)
+_FILES = (
+    "server.crt",
+    "server.key",
+    tokens.DEVICE_FILE + tokens.HASH,
+    tokens.OPERATOR_FILE + tokens.HASH,
+)
 
 
 def make(data: Path, target: Path) -> Path:
@@ -40,9 +43,6 @@ def make(data: Path, target: Path) -> Path:
             for name in _FILES:
                 if (data / name).exists():
                     tar.add(data / name, name)
-            for name in _TOKENS:
-                if (data / name).exists():
-                    _add_hashed(tar, data / name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("rb") as source:
             beside = target.with_name(f".{target.name}.part")
@@ -54,18 +54,6 @@ def make(data: Path, target: Path) -> Path:
                 os.fsync(file.fileno())
             os.replace(beside, target)
     return target
-
-
-def _add_hashed(tar: tarfile.TarFile, path: Path) -> None:
-    """Whoever finds a backup can't act by it; the restored server still knows the token."""
-    try:
-        token = tokens.checked(path.read_text("utf-8", "replace"), str(path))
-    except tokens.TokenError:
-        return  # the server would not start with it, or has its token from elsewhere
-    content = token.hashed.encode() + b"\n"
-    entry = tarfile.TarInfo(path.name)
-    entry.size, entry.mode = len(content), 0o600
-    tar.addfile(entry, io.BytesIO(content))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -6,6 +6,13 @@ import secrets
 from pathlib import Path
 
 
+def write_over(path: Path, content: bytes, mode: int) -> None:
+    """As ``write_new``, in the place of what is there."""
+    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.whole")
+    write_new(made, content, mode)
+    os.replace(made, path)
+
+
 def write_new(path: Path, content: bytes, mode: int) -> None:
     """Write ``path`` with ``mode`` from its first byte on; it appears complete or not at all.
 

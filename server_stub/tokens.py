@@ -1,8 +1,11 @@
-"""Pre-shared tokens: made on first start, kept in 0600 files, compared in constant time.
+"""Pre-shared tokens: made on first start, kept as hashes, compared in constant time.
 
 Two roles: ``device`` may ask for updates and report, ``operator`` may read the registry. Neither
-may do what the other may. Only a hash stays in memory, so that no log or traceback can show one.
-A file, or the configuration, may hold that hash in the token's place: ``sha256:`` and 64 digits.
+may do what the other may. The server keeps ``sha256:`` and 64 digits in a file of its own beside
+the one that hands the token over, ``device-token.sha256``; only that hash is in memory, so that no
+log or traceback can show a token. What is handed over may be taken away: it is read again only
+where it is newer than the hash, which is how a token is changed. The configuration may hold a hash
+in the token's place, too.
 """
 
 import hashlib
@@ -13,10 +16,11 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from .files import write_new
+from .files import write_new, write_over
 
 DEVICE_FILE = "device-token"
 OPERATOR_FILE = "operator-token"
+HASH = ".sha256"  # behind the name of either
 DEVICE_ENV = "TWINSLOT_DEVICE_TOKEN"
 OPERATOR_ENV = "TWINSLOT_OPERATOR_TOKEN"
 _SHAPE = re.compile(r"[A-Za-z0-9._~+/-]{16,256}=*")  # RFC 6750 b64token, and long enough
@@ -46,18 +50,27 @@ class Token:
 
 
 def load(path: Path, variable: str) -> Token:
-    """Take a token from the environment, else from ``path``, else make one there.
+    """Take a token from the environment, else as kept beside ``path``, else make one there.
 
     Raises:
         TokenError: it is empty, short, or holds characters no header can carry.
     """
     if variable in os.environ:
         return checked(os.environ[variable], f"${variable}")
-    if not path.exists():
+    kept = path.with_name(path.name + HASH)
+    if not path.exists() and not kept.exists():
         write_new(path, secrets.token_urlsafe(32).encode() + b"\n", mode=0o600)
-    if os.name == "posix" and path.stat().st_mode & 0o077:
-        path.chmod(0o600)
-    return checked(path.read_text("utf-8", "replace"), str(path))
+    if path.exists() and (not kept.exists() or _written(path) > _written(kept)):
+        token = checked(path.read_text("utf-8", "replace"), str(path))
+        write_over(kept, token.hashed.encode() + b"\n", mode=0o600)
+    for file in (path, kept):
+        if os.name == "posix" and file.exists() and file.stat().st_mode & 0o077:
+            file.chmod(0o600)
+    return checked(kept.read_text("utf-8", "replace"), str(kept))
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns
 
 
 def checked(text: str, source: str) -> Token:

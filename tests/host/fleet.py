@@ -124,10 +124,10 @@ class Fleet:
 class Remote(Fleet):
     """The calls of a fleet, to a server process."""
 
-    def __init__(self, server):
+    def __init__(self, server, admin=None):
         self.server = server
         self.client = server.client(timeout=20)
-        self.admin = server.token("operator")
+        self.admin = admin or server.token("operator")
 
     def api(self, method, path, body=None, **options):
         options = options if body is None else {**options, "json": body}

@@ -91,10 +91,12 @@ def installed() -> Iterator[None]:
         patch.setattr(time, "ticks_ms", lambda: int(time.monotonic() * 1000), raising=False)
         patch.setattr(time, "ticks_diff", lambda a, b: a - b, raising=False)
         patch.setattr(time, "ticks_add", lambda a, b: a + b, raising=False)
-        from twinslot import agent, push, slot, trust
+        from twinslot import push
 
-        for module in (agent, slot, trust):
-            patch.setattr(module, "unload", lambda: None)
+        # What is loaded stays, and so does what a test has planted in it.
+        for name, module in list(sys.modules.items()):
+            if name.split(".")[0] == "twinslot" and hasattr(module, "unload"):
+                patch.setattr(module, "unload", lambda: None)
         patch.setattr(push, "asyncio", _OneLoop)
         yield
 

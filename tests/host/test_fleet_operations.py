@@ -538,10 +538,9 @@ def test_F126_a_backup_of_a_running_server_is_a_server(tmp_path):
         tar.extractall(restored, filter="data")
     told = b"".join(p.read_bytes() for p in restored.iterdir())
     assert not any(secret.encode() in told for secret in secrets), "a backup is no pass"
-    assert (restored / "operator-token").stat().st_mode & 0o777 == 0o600
+    assert (restored / "operator-token.sha256").stat().st_mode & 0o777 == 0o600
     with servers.serving(site, data=restored) as server:
-        remote = Remote(server)
-        remote.admin = admin
+        remote = Remote(server, admin)
         assert remote.api("GET", "devices/b1")["status"] == "confirmed"
         board.fleet = remote  # its token and what it runs are all a board has
         assert not board.poll()["update_available"]

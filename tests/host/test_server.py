@@ -403,6 +403,32 @@ def test_a_hash_stands_in_for_a_token_and_is_none_itself(tmp_path):
             assert client.post("/api/v1/check-update", json=ASK).status_code == 401
 
 
+def test_a_token_that_was_handed_over_is_read_no_more_and_can_be_taken_away(tmp_path):
+    (tmp_path / "site").mkdir()
+    with serving(tmp_path / "site") as s:
+        handed = {role: s.token(role) for role in ("device", "operator")}
+        for role, token in handed.items():
+            kept = s.data / f"{role}-token.sha256"
+            assert (
+                kept.read_text().strip() == f"sha256:{hashlib.sha256(token.encode()).hexdigest()}"
+            )
+            (s.data / f"{role}-token").unlink()
+    with serving(tmp_path / "site") as s:
+        assert not list(s.data.glob("*-token"))
+        for role, token in handed.items():
+            with s.client(token) as client:
+                path = "/api/v1/check-update" if role == "device" else "/api/v1/settings"
+                answer = client.request("POST" if role == "device" else "GET", path, json=ASK)
+                assert answer.status_code == 200
+    # Another one written there takes its place.
+    (s.data / "device-token").write_text("another-one-0123456789\n")
+    with serving(tmp_path / "site") as s:
+        with s.client("another-one-0123456789") as client:
+            assert client.post("/api/v1/check-update", json=ASK).status_code == 200
+        with s.client(handed["device"]) as client:
+            assert client.post("/api/v1/check-update", json=ASK).status_code == 401
+
+
 def test_an_empty_token_in_the_environment_stops_the_start(tmp_path):
     (tmp_path / "site").mkdir()
     assert "TWINSLOT_DEVICE_TOKEN" in refused_start(tmp_path, TWINSLOT_DEVICE_TOKEN="")
@@ -412,7 +438,7 @@ def test_a_token_of_the_environment_wins_and_is_not_written_down(tmp_path):
     (tmp_path / "site").mkdir()
     token = "from-the-environment-0123456789"
     with serving(tmp_path / "site", TWINSLOT_DEVICE_TOKEN=token) as s:
-        assert not (s.data / "device-token").exists()
+        assert not list(s.data.glob("device-token*"))
         with s.client(token) as client:
             assert client.post("/api/v1/check-update", json=ASK).status_code == 200
         assert token not in s.errors.read_text()
@@ -866,5 +892,6 @@ def test_an_answer_does_not_wait_for_nagle(server):
 def test_private_files_are_private(server):
     modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in server.data.iterdir()}
     assert stat.S_IMODE(server.data.stat().st_mode) == 0o700
-    for name in ("server.key", "device-token", "operator-token"):
+    tokens = ("device-token", "operator-token")
+    for name in ("server.key", *tokens, *(token + ".sha256" for token in tokens)):
         assert modes[name] == 0o600
