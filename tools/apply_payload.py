@@ -13,7 +13,7 @@ Each line of standard input is a job, a JSON object; each line of output is what
     measure             "garbage" or "live": see below (left out: neither)
 
     {"sha256": of what was written, "from": its offset, "boundaries": [resume, ...], "ms": time}
-    "garbage": bytes allocated per 4 KiB block
+    "garbage": bytes allocated per 4 KiB block between two boundaries of 64 KiB
     "live": bytes of live objects at most, those before the payload was opened taken off
     {"error": text, "code": of the OtaError}
 
@@ -32,6 +32,8 @@ sys.path.insert(0, sys.argv[1])
 
 from twinslot import inflate, native, patch, payload, release  # noqa: F401
 from twinslot.errors import OtaError
+
+_PER_MEMBER = payload.BOUNDARY // payload.BLOCK
 
 
 class Body:
@@ -58,9 +60,9 @@ class Sink:
         self._out = out
         self._measure = measure
         self.hash = hashlib.sha256()
-        self.blocks = 0
+        self.blocks = self.counted = 0
         self.live = 0
-        self.first = self.last = 0
+        self.garbage = self.last = 0
 
     def write(self, buf):
         self.hash.update(buf)
@@ -70,10 +72,13 @@ class Sink:
             gc.collect()
             self.live = max(self.live, gc.mem_alloc())
         elif self._measure:
-            self.last = gc.mem_alloc()
+            now = gc.mem_alloc()
+            # Not the first of a member: at its beginning a checkpoint is kept, and gc runs.
+            if self.blocks % _PER_MEMBER:
+                self.garbage += now - self.last
+                self.counted += 1
+            self.last = now
             self.blocks += 1
-            if self.blocks == 1:
-                self.first = self.last
 
 
 def reader(path):
@@ -121,7 +126,7 @@ async def apply(job):
     result = {"ms": time.ticks_diff(time.ticks_ms(), since)}
     if measure == "garbage":
         gc.enable()
-        result["garbage"] = (sink.last - sink.first) / max(1, sink.blocks - 1)
+        result["garbage"] = sink.garbage / max(1, sink.counted)
     elif measure == "live":
         result["live"] = sink.live - before
     digest = binascii.hexlify(sink.hash.digest()).decode()

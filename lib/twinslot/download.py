@@ -17,7 +17,6 @@ from . import payload
 from .errors import BusyError, HttpError, NetworkError, OtaError, RefusedError
 from .url import resolve
 
-_SLOT_HEAP = 4096  # bytes that the slot takes in begin() and finish()
 # For all else that happens meanwhile: reads, events, checkpoints, and holes between objects. What
 # `make bench` measures on a 64-bit port.
 _SPARE_HEAP = 9 * 1024
@@ -59,7 +58,7 @@ class Download:
             NetworkError, BusyError: what came so far is kept; a later run goes on from there.
             OtaError: of the last payload, when none would do.
         """
-        kept = self._journal.checkpoint()
+        kept = self._journal.checkpoint(self._slot.block())
         if kept.get("build") != image.build:
             kept = {}
         error = RefusedError("release has no payload this device can apply")
@@ -85,7 +84,8 @@ class Download:
     def _choose(self, image, build, kept):
         """Payloads to try, in order."""
         gc.collect()
-        room = gc.mem_free() - _SLOT_HEAP - _SPARE_HEAP
+        self._slot.block()  # is there, or is now
+        room = gc.mem_free() - _SPARE_HEAP
         chosen = []
         for candidate in payload.usable(image, build, payload.encodings()):
             if candidate.url == kept.get("url"):

@@ -51,7 +51,7 @@ class Inflate:
             elif not n:
                 return False
             else:
-                ring.write(self._buf if n == SLICE else self._buf[:n])
+                ring.write(self._buf, n)  # pyright: ignore (not in the stubs)
         return True
 
     def take(self, view, n):

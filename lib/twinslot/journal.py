@@ -71,8 +71,8 @@ class Journal:
             _shared = cls(NVS("twinslot"))
         return _shared
 
-    def _load(self, key):
-        buf = bytearray(LIMIT)
+    def _load(self, key, buf=None):
+        buf = buf or bytearray(LIMIT)
         try:
             n = self._nvs.get_blob(key, buf)
         except OSError:  # absent, of another type, or larger than we ever write
@@ -140,9 +140,13 @@ class Journal:
             full.retry = True  # others share NVS, and may make room
             raise full
 
-    def checkpoint(self):
-        """Return the checkpoint of a download that was cut (a dict), {} if there is none."""
-        return self._load(_CHECKPOINT)
+    def checkpoint(self, buf=None):
+        """Return the checkpoint of a download that was cut (a dict), {} if there is none.
+
+        Args:
+            buf: memoryview of ``LIMIT`` bytes or more to read it in; by default it is made.
+        """
+        return self._load(_CHECKPOINT, buf)
 
     def save_checkpoint(self, checkpoint=None):
         """Keep a checkpoint, in a blob of its own: it is written every 64 KiB and is worth

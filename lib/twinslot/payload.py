@@ -65,8 +65,8 @@ def usable(image, running_build, encodings=("identity",)):
 
 
 def heap(payload):
-    """Bytes of heap that ``pump`` needs for a payload, its block included."""
-    need = BLOCK
+    """Bytes of heap that ``pump`` needs for a payload, beside the block."""
+    need = 0
     if payload.encoding == "gzip":
         need += AHEAD + 2 * SLICE + (1 << payload.window) + 2048  # ring, buffer, window, objects
     if payload.patch:
@@ -103,8 +103,8 @@ class Writer:
         end = self._size - self.offset
         if end < BLOCK:
             return self._block[fill:end]
-        if fill % SLICE:
-            return self._block[fill:]
+        if fill % SLICE:  # up to where those begin that are made already
+            return self._block[fill : fill - fill % SLICE + SLICE]
         return self._rests[fill // SLICE]  # the usual case: no new object
 
     def advance(self, n):

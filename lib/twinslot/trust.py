@@ -154,6 +154,7 @@ class Trust:
 
         # One after the other, the connection beside them: this is where the heap is fullest.
         unload()
+        gc.collect()
         token = await self._fetch(client, url, TOKEN_LIMIT)
         now = self._clock.now() if self._clock.trusted else None
         keys = self._keyring().keys(now)
