@@ -141,12 +141,17 @@ class Journal:
             raise full
 
     def checkpoint(self, buf=None):
-        """Return the checkpoint of a download that was cut (a dict), {} if there is none.
+        """Return the checkpoint of a download that was cut (a dict), {} if there is none such.
 
         Args:
             buf: memoryview of ``LIMIT`` bytes or more to read it in; by default it is made.
         """
-        return self._load(_CHECKPOINT, buf)
+        kept = self._load(_CHECKPOINT, buf)
+        for name in ("offset", "crc", "at", "position"):
+            number = kept.get(name)
+            if type(number) is not int or number < 0:
+                return {}
+        return kept if type(kept.get("etag", "")) is str or kept["etag"] is None else {}
 
     def save_checkpoint(self, checkpoint=None):
         """Keep a checkpoint, in a blob of its own: it is written every 64 KiB and is worth

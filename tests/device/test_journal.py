@@ -320,11 +320,37 @@ def test_the_board_has_one_journal():
 # -- the checkpoint, the log, the starts: blobs of their own
 
 
+CHECKPOINT = {
+    "offset": 65536,
+    "crc": 0xFFFFFFFF,
+    "header": "e9" * 32,
+    "build": "ab" * 32,
+    "url": "blobs/x.gz",
+    "at": 0,
+    "position": 0,
+    "etag": None,
+}
+
+
+def test_a_checkpoint_of_another_shape_is_none():
+    journal = bench.new_journal()
+    for name in ("offset", "crc", "at", "position"):
+        for value in (None, "7", -1, True, 1.5, [7], {}):
+            store(framed(json.dumps(dict(CHECKPOINT, **{name: value})).encode()), "checkpoint")
+            assert journal.checkpoint() == {}
+    for etag in (7, [], {}, False):
+        store(framed(json.dumps(dict(CHECKPOINT, etag=etag)).encode()), "checkpoint")
+        assert journal.checkpoint() == {}
+    for etag in (None, "", "x"):
+        store(framed(json.dumps(dict(CHECKPOINT, etag=etag)).encode()), "checkpoint")
+        assert journal.checkpoint() == dict(CHECKPOINT, etag=etag)
+
+
 def test_a_checkpoint_comes_and_goes_without_the_journal():
     journal = bench.new_journal(floor=7)
     assert journal.checkpoint() == {}
-    journal.save_checkpoint({"offset": 65536, "header": "e9" * 32})
-    assert read_back().checkpoint() == {"offset": 65536, "header": "e9" * 32}
+    journal.save_checkpoint(CHECKPOINT)
+    assert read_back().checkpoint() == CHECKPOINT
     assert read_back().get("floor", int) == 7
     journal.save_checkpoint()
     journal.save_checkpoint()
@@ -350,7 +376,9 @@ def test_what_is_kept_apart_from_the_journal_is_committed_too():
 
 def test_a_damaged_checkpoint_is_none():
     journal = bench.new_journal()
-    whole = framed(b'{"offset": 4096}')
+    whole = framed(json.dumps(CHECKPOINT).encode())
+    store(whole, "checkpoint")
+    assert journal.checkpoint() == CHECKPOINT
     for n in range(1, len(whole)):
         store(whole[:n], "checkpoint")
         assert journal.checkpoint() == {}

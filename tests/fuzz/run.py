@@ -105,6 +105,7 @@ def seeds() -> dict[str, list[str]]:
         "otadata": [entries, entries[:32] + b"\xff" * 32],
         "table": [table.build(partitions)],
         "journal": _journals(),
+        "checkpoint": _checkpoints(),
         "nvs": [_nvs(), b""],
         **_payloads(),
     }
@@ -128,6 +129,20 @@ def _payloads() -> dict[str, list[bytes]]:
     }
 
 
+def _framed(text: bytes) -> bytes:
+    return struct.pack("<BI", 1, zlib.crc32(text)) + text
+
+
+def _checkpoints() -> list[bytes]:
+    """Those of a download amid a patch, and of a plain one that named no etag."""
+    head = {"offset": 65536, "crc": 7, "header": "e9" * 32, "build": "b", "url": "x"}
+    rest = [
+        {"at": 9000, "position": 60000, "etag": "e"},
+        {"at": 65536, "position": 0, "etag": None},
+    ]
+    return [_framed(json.dumps({**head, **more}).encode()) for more in rest]
+
+
 def _journals() -> list[bytes]:
     """A journal while an image is on trial, one with all else in it, and a log."""
     report = {"attempt": "a", "version": "1.0.0", "build": "c", "status": "failed", "error": None}
@@ -145,7 +160,7 @@ def _journals() -> list[bytes]:
         {"log": [[0, "1.0.0", "failed", "crash"]]},
     ]
     texts = [json.dumps(body).encode() for body in bodies]
-    return [struct.pack("<BI", 1, zlib.crc32(text)) + text for text in texts]
+    return [_framed(text) for text in texts]
 
 
 def _nvs() -> bytes:

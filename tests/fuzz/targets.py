@@ -301,6 +301,21 @@ def _journal(seeds):
     return case
 
 
+def _checkpoint(seeds):
+    from twinslot.journal import Journal
+
+    def case(raw):
+        if random.getrandbits(1):
+            raw = raw[:1] + struct.pack("<I", binascii.crc32(raw[5:]) & 0xFFFFFFFF) + raw[5:]
+        _Blobs.raw = raw
+        kept = Journal(_Blobs()).checkpoint()
+        if kept:  # what a download makes of it
+            range(kept["at"]), range(kept["position"]), range(kept["offset"])
+            (kept.get("etag") or "").encode()
+
+    return case
+
+
 def _nvs(seeds):
     import io
 
@@ -483,6 +498,7 @@ TARGETS = {
     "otadata": _otadata,
     "table": _table,
     "journal": _journal,
+    "checkpoint": _checkpoint,
     "nvs": _nvs,
 }
 

@@ -16,7 +16,7 @@ sys.modules["fuzz_run"] = fuzz
 _spec.loader.exec_module(fuzz)
 
 TARGETS = ["http", "jws", "keys", "keyring", "release", "offer", "image", "otadata", "table"]
-TARGETS += ["journal", "nvs", "gzip", "patch", "gzpatch"]
+TARGETS += ["journal", "checkpoint", "nvs", "gzip", "patch", "gzpatch"]
 
 REGRESSIONS = sorted((FUZZ / "regressions").glob("*.bin"))
 AGAIN = 50  # times that one input is replayed: some targets draw by lot how they take it
@@ -71,6 +71,11 @@ SLIPS = {
         "journal.py",
         " if fits(key, found[key])}",
         "}",
+    ),
+    "checkpoint": (
+        "journal.py",
+        "            if type(number) is not int or number < 0:\n",
+        "            if number is None:\n",
     ),
     "patch": (
         "patch.py",

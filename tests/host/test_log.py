@@ -22,7 +22,8 @@ for i in range(20):
     journal.add_to_log("1.%d.0" % i, "failed", "reason \\x1b[31m %d " % i + "x" * 90)
 journal.add_to_log("2.0.0", "confirmed")
 journal.update(trial={"build": "ab", "version": "2.1.0"}, failed=[["c0ffee", "1.9.0", "crash", 3]])
-journal.save_checkpoint({"offset": 65536, "url": "blobs/x.bin"})
+checkpoint = {"offset": 65536, "crc": 7, "url": "blobs/x.bin", "at": 65536, "position": 0}
+journal.save_checkpoint(checkpoint)
 journal.set_starts(2)
 """
 
