@@ -180,6 +180,17 @@ def test_signature_values_outside_the_modulus_are_refused():
         jws.verify(head + b"." + b64(real.to_bytes(385, "big")), KEYS)
 
 
+def test_a_signature_has_one_number_and_not_that_plus_the_modulus():
+    n = int.from_bytes(KEYS[KEY.thumbprint()], "big")
+    for token in iter(lambda: sign(b"{}"), b""):
+        head, _, signature = token.rpartition(b".")
+        again = int.from_bytes(base64.urlsafe_b64decode(signature), "big") + n
+        if again < 2**3072:  # no byte longer: nothing but the modulus tells them apart
+            break
+    with pytest.raises(SignatureError):
+        jws.verify(head + b"." + b64(again.to_bytes(384, "big")), KEYS)
+
+
 def test_padded_and_loose_base64_are_refused():
     token = sign(b"{}")  # "e30": two characters carry 8 bits, the last one four loose bits
     head, payload, signature = token.split(b".")
