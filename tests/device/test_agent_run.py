@@ -662,6 +662,16 @@ async def test_a_slip_of_our_own_is_noted_once():
     assert len(agent._journal.log()) == 3
 
 
+async def test_want_of_memory_is_noted_once_however_many_bytes_there_are():
+    agent, _ = start(World())
+    for free in (9000, 8123):
+        with Instead(twinslot.agent, gc=Heap(free)):
+            await refuses(BusyError, agent)
+    entry = agent._journal.log()[-1]
+    assert len(agent._journal.log()) == 1 and entry[2] == "failed"
+    assert "heap" in entry[3] and "9000" in entry[3]
+
+
 async def test_a_long_slip_is_told_once_too():
     world = World()
     world.offer = ValueError("x" * 200)

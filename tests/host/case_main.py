@@ -30,6 +30,8 @@ class Machine:
 
     unique_id = machine.unique_id
     reset_cause = machine.reset_cause
+    Timer = machine.Timer
+    WDT = machine.WDT
 
     @staticmethod
     def reset():
@@ -92,6 +94,23 @@ def begin(settings, jump=None):
         agent.on_event(lambda name, data: jumped(jump.pop(0)) if jump else None)
     guard.stop()
     return {"version": agent.version()}
+
+
+def boot(settings, well=True):
+    """What a reset does, guard and all; the agent's one check says ``well``. Returns False where
+    there is no agent: it could not be made, or the guard has reset the board."""
+    Journal._shared = None
+    guard._verdict = None
+    guard.machine = Machine
+    try:
+        begin(settings)
+        agent.check("well", lambda: well)
+        return True
+    except (Exception, Reset) as exc:
+        print("boot:", repr(exc))
+        return False
+    finally:
+        guard.machine = machine
 
 
 def jumped(seconds):
@@ -166,7 +185,7 @@ def evaluate(code):
     return space["result"]
 
 
-DO = {f.__name__: f for f in (fresh, begin, update, log, evaluate)}
+DO = {f.__name__: f for f in (fresh, begin, boot, update, log, evaluate)}
 
 
 def serve():

@@ -18,6 +18,7 @@ import powercut
 import pytest
 from powercut import (
     CHIP,
+    KINDS,
     PARTITIONS,
     STORIES,
     Broken,
@@ -64,6 +65,24 @@ def sweep(tmp_path_factory):
 
     make.made = made
     return make
+
+
+@pytest.fixture(autouse=True)
+def told(sweep, record_property):
+    """What a test has swept, for docs/faults.md."""
+    was = {id(found): _figures(found) for found in sweep.made.values()}
+    yield
+    figures = Counter()
+    for found in sweep.made.values():
+        figures.update(_figures(found))
+        figures.subtract(was.get(id(found), {}))
+    if figures["lives"]:
+        record_property("ended", dict(figures))
+
+
+def _figures(found):
+    kinds = {kind: found.tally.broken[kind] for kind in KINDS}
+    return {"points": found.tally.points, "lives": found.tally.runs, **kinds}
 
 
 def hold(found, shapes=ONE_SHAPE, pages=8):

@@ -4,7 +4,9 @@ A copy of the package is run in which each statement can be made to raise (`stat
 statements that an update passes are taken in turn: OSError, MemoryError, or an error of no kind
 that anybody foresaw. What leaves the agent is an OtaError, whatever it was, and the log says so.
 Afterwards the board would boot the old image or the whole new one, and the next poll brings the
-update to its end, with no reboot in between. Told to the agent's own loop, it never ends it.
+update to its end, with no reboot in between. Told to the agent's own loop, it never ends it. So
+it is where a download goes on, at a mirror, and from the guard's first statement to the end of a
+trial: confirmed, or on the way back.
 
 `make test` takes a sample, rolled by a seed; `make faults-long` all, at the first time the
 statement runs and at a later one.
@@ -20,15 +22,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from network_cases import SEED
+from network_cases import BLOB, CHECKPOINT, SEED
 from servers import signing_key
 from statements import instrument
-from station import LEISURE, LIB, Station
+from station import LEISURE, LIB, PARTITIONS, Station
+
+from twinslot_tools import log_cli
+from twinslot_tools.virtual_esp32 import bootloader, show
+from twinslot_tools.virtual_esp32.chip import otadata
 
 LONG = os.environ.get("FAULTS") == "long"
 ROLLED = int(os.environ.get("SEED") or SEED)
 SAMPLE = 110
 SAMPLE_OF_LOOP = 6
+SAMPLE_OF_TRIAL = 24
 SIZE = 70_000  # one checkpoint
 KINDS = ("OSError(5)", "MemoryError('stumbled')", "RuntimeError('stumbled')", "ValueError()")
 # The first statement of this is a `try`, around all others: what stands before it is the caller's.
@@ -39,8 +46,8 @@ NOTING = (OUTERMOST, "agent.py _once", "journal.py log", "journal.py add_to_log"
 LOOP = ("_begin", "_turn", "_first_delay_ms", "_delay_ms", "_supervise")
 ALWAYS = (OUTERMOST, "http.py _request")
 CLEAR = (
-    "import twinslot.stumble as s; s.counts.clear(); s.target = None; s.met = False; "
-    "s.counting = True"
+    "import twinslot.stumble as s; s.counts[:] = [0] * len(s.counts); s.target = None; "
+    "s.met = False; s.counting = True"
 )
 
 Point = tuple[int, int, str]  # statement, which time, exception
@@ -54,8 +61,7 @@ class Stumbler:
         self.station = Station(folder / "s", size=SIZE, tree=folder / "package", heap="3M")
         self.station.__enter__()
         self.station.ask("evaluate", code=LEISURE)
-        self.settings = self.station.settings("http")
-        self.station.proxy.plan({})
+        self.scene: Callable[[Stumbler], None] = plain
 
     def place(self, number: int) -> str:
         """The statement's module and function."""
@@ -68,17 +74,17 @@ class Stumbler:
         return number == min(mine, key=lambda n: int(self.places[n].split(":")[1].split()[0]))
 
     def counts(self, **how: bool) -> dict[int, int]:
-        """How often each statement runs in an update."""
-        self.station.fresh(self.settings)
+        """How often each statement runs in an update of this scene."""
+        self.scene(self)
         self.station.ask("evaluate", code=CLEAR)
         assert self.station.update(**how)["code"] == "installed"
-        code = "import twinslot.stumble as s; result = list(s.counts.items())"
+        code = "import twinslot.stumble as s; result = s.ran()"
         return dict(self.station.ask("evaluate", code=code))
 
     def _update(self, point: Point, **how: bool) -> tuple[dict, bool]:
         """What became of an update that fails there once, and whether it came there."""
         number, time, kind = point
-        self.station.fresh(self.settings)
+        self.scene(self)
         self.station.ask("evaluate", code=f"{CLEAR}; s.target = ({number}, {time}, {kind})")
         said = self.station.update(**how)
         self.station.check(complete=said["code"] == "installed")
@@ -115,6 +121,32 @@ class Stumbler:
         said, met = self._update(point, run=True)
         assert said["code"] == "installed", said
         return "installed" if met else "not met"
+
+
+# ---- scenes: what has happened before the update that stumbles
+
+
+def plain(one: Stumbler) -> None:
+    """Nothing."""
+    one.station.proxy.plan({})
+    one.station.fresh(one.station.settings("http"))
+
+
+def resumed(one: Stumbler) -> None:
+    """A download was cut behind its checkpoint, and the board started anew."""
+    cut = {"on": BLOB, "at": CHECKPOINT + 2000, "do": "reset"}
+    one.station.proxy.plan({"connections": [{"edits": [cut]}]})
+    settings = one.station.settings("http")
+    one.station.fresh(settings)
+    assert one.station.update()["code"] in ("network", "timeout")
+    one.station.reboot(settings)
+
+
+def mirrored(one: Stumbler) -> None:
+    """The server takes no connection; a mirror has the tree."""
+    one.station.proxy.plan({"connections": [{"accept": "reset"}]})
+    copy = f"http://127.0.0.1:{one.station.proxy.ports['http']}/"
+    one.station.fresh(one.station.settings("http", mirrors=[copy]))
 
 
 @pytest.fixture(scope="module")
@@ -165,20 +197,130 @@ def prove(stumblers: list[Stumbler], chosen: list[Point], attempt: Callable) -> 
     return met
 
 
-def test_F34_F35_exception_at_any_statement_of_an_update(stumblers):
+def test_F34_F35_exception_at_any_statement_of_an_update(stumblers, record_property):
     counts = stumblers[0].counts()
     assert len(counts) > 500, "the copy does not count"
     every = points(counts)
     always = [p for p in every if p[1] == 1 and stumblers[0].place(p[0]) in ALWAYS]
     chosen = every if LONG else always + random.Random(ROLLED).sample(every, SAMPLE)
     met = prove(stumblers, chosen, Stumbler.stumble)
+    record_property("ended", met)
     assert met["internal"] > len(chosen) / 3 and met["not met"] < len(chosen) / 10
 
 
-def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers):
+# ---- a trial
+
+RECORD = """
+from twinslot.journal import Journal
+own = agent._running["build"]
+trial = {"build": own, "version": "1.2.3", "attempt": "a", "security": 4, "back": %r, "hang": 60}
+Journal.shared().update(confirmed=%r, versions={%r: "2.0.1"}, trial=trial)
+result = own
+"""
+
+
+class OnTrial:
+    """A board whose running image is on trial, with the new one as its way back."""
+
+    def __init__(self, one: Stumbler, well: bool):
+        self.one = one
+        self.well = well
+        # A channel without a release: what is proven stays.
+        self.settings = one.station.settings("http", channel="none", stable=0, deadline=0)
+
+    def begin(self) -> None:
+        station = self.one.station
+        station.proxy.plan({})
+        station.fresh(self.settings)
+        entries = [otadata.entry(2, otadata.VALID), otadata.entry(3, otadata.PENDING_VERIFY)]
+        with station.flash.open("r+b", buffering=0) as f:
+            for i, entry in enumerate(entries):
+                f.seek(PARTITIONS["otadata"].offset + i * otadata.SECTOR)
+                f.write(otadata.pack(entry))
+            f.seek(PARTITIONS["ota_1"].offset)
+            f.write(station.image)
+        back = station.image[-32:].hex()
+        self.build = station.ask("evaluate", code=RECORD % (back, back, back))
+
+    def boot(self) -> str:
+        station = self.one.station
+        if not station.ask("boot", settings=self.settings, well=self.well):
+            return "no agent"
+        return station.update()["code"]
+
+    def end(self) -> str:
+        """ "confirmed", "back", or "" while neither is so."""
+        flash = self.one.station.flash.read_bytes()
+        journal = log_cli.read(flash).journal
+        boots = bootloader.predict(flash, "esp32").partition
+        assert boots, "nothing boots"
+        if "trial" in journal:
+            return ""
+        if boots.label == "ota_1":
+            return "back" if self.build != journal.get("confirmed") else ""
+        states = {slot["label"]: slot["state"] for slot in show.describe(flash)["slots"]}
+        confirmed = journal.get("confirmed") == self.build and states["ota_0"] == "VALID"
+        return "confirmed" if confirmed else ""
+
+    def stumble(self, point: Point | None) -> str:
+        """Fail there once; then start anew until the trial is over. How it ended."""
+        station = self.one.station
+        self.begin()
+        target = "None" if point is None else f"({point[0]}, {point[1]}, {point[2]})"
+        station.ask("evaluate", code=f"{CLEAR}; s.target = {target}")
+        codes = []
+        while not (codes and self.end()) and len(codes) < 5:
+            codes.append(self.boot())
+            assert codes[-1] != "LEAKED", codes
+            station.check()
+        assert self.end(), codes
+        assert self.well or self.end() == "back", "confirmed, and not well"
+        floor = log_cli.read(station.flash.read_bytes()).journal.get("floor", 0)
+        assert floor == (4 if self.end() == "confirmed" else 0)
+        met = station.ask("evaluate", code="import twinslot.stumble as s; result = s.met")
+        return self.end() if met or point is None else "not met"
+
+
+@pytest.mark.parametrize("well", [True, False], ids=["confirmed", "rolled-back"])
+def test_F34_exception_at_any_statement_of_a_trial(stumblers, well, record_property):
+    """The guard's and the agent's, from the start to the confirmation or the way back."""
+    first = OnTrial(stumblers[0], well)
+    assert first.stumble(None) == ("confirmed" if well else "back")
+    code = "import twinslot.stumble as s; result = s.ran()"
+    counts = dict(stumblers[0].station.ask("evaluate", code=code))
+    mine = ("health.py", "guard.py", "slot.py", "otadata.py", "journal.py")
+    every = [p for p in points(counts) if stumblers[0].place(p[0]).split()[0] in mine]
+    every += [p for p in points(counts) if stumblers[0].place(p[0]) == "agent.py _prove"]
+    assert len(every) > 60, "the copy does not count"
+    chosen = every if LONG else random.Random(ROLLED).sample(every, SAMPLE_OF_TRIAL)
+    boards = {id(one): OnTrial(one, well) for one in stumblers}
+    met = prove(stumblers, chosen, lambda one, point: boards[id(one)].stumble(point))
+    record_property("ended", met)
+    assert met["not met"] < len(chosen) / 10
+
+
+@pytest.mark.parametrize("scene", [resumed, mirrored])
+def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_property):
+    """All statements that run then and not in a plain update; `make faults-long`: all that run."""
+    usual = stumblers[0].counts()
+    try:
+        for one in stumblers:
+            one.scene = scene
+        counts = stumblers[0].counts()
+        chosen = [p for p in points(counts) if LONG or p[0] not in usual]
+        met = prove(stumblers, chosen, Stumbler.stumble)
+    finally:
+        for one in stumblers:
+            one.scene = plain
+    record_property("ended", met)
+    assert len(chosen) > 5 and met["not met"] < len(chosen) / 3
+
+
+def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers, record_property):
     one = stumblers[0]
     every = [p for p in points(one.counts(run=True)) if one.place(p[0]).split()[1] in LOOP]
     assert len(every) > 15, "the copy does not count"
     chosen = every if LONG else random.Random(ROLLED).sample(every, SAMPLE_OF_LOOP)
     met = prove(stumblers, chosen, Stumbler.stumble_in_the_loop)
+    record_property("ended", met)
     assert met["installed"] > len(chosen) / 2

@@ -279,7 +279,7 @@ def test_F24_full_filesystem_does_not_keep_a_firmware_update_away(station):
 LEAST = 8_000  # bytes that are left at the end of the sweep
 
 
-def test_F35_heaps_swept_downward_update_or_refuse_for_want_of_memory(tmp_path):
+def test_F35_heaps_swept_downward_update_or_refuse_for_want_of_memory(tmp_path, record_property):
     """From plenty to hardly any: first all works, then the poll is refused by name; never half."""
     signing_key()
     with Station(tmp_path / "s", size=SIZE, heap="320K") as made:
@@ -295,6 +295,7 @@ def test_F35_heaps_swept_downward_update_or_refuse_for_want_of_memory(tmp_path):
             ends.append(said["code"])
             made.check(complete=said["code"] == "installed")
         console = made.console()
+    record_property("ended", Counter(ends))
     assert ends[0] == "installed"
     assert set(ends) == {"installed", "busy"}, ends
     # Once it refuses, it goes on refusing: no heap in between does something else.
@@ -306,7 +307,9 @@ STEP = 128 if LONG else 1_024
 BARE = "import sys; sys.modules['twinslot.agent']._HEAP_NEED = 0"  # the check that stands in front
 
 
-def test_F35_an_allocation_that_fails_anywhere_in_an_update_ends_it_cleanly(tmp_path):
+def test_F35_an_allocation_that_fails_anywhere_in_an_update_ends_it_cleanly(
+    tmp_path, record_property
+):
     """With the check in front taken out, each step of the sweep runs out of memory elsewhere; with
     the memory back, the same agent installs."""
     signing_key()
@@ -326,7 +329,7 @@ def test_F35_an_allocation_that_fails_anywhere_in_an_update_ends_it_cleanly(tmp_
                 again = [made.update()["code"] for _ in range(2)]
                 assert "installed" in again, (take, said, again)
                 made.check(complete=True)
-    print(dict(ends))
+    record_property("ended", ends)
     assert set(ends) == {"installed", "busy"}, ends
 
 
