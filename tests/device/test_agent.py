@@ -181,13 +181,16 @@ async def test_a_release_that_does_not_come_three_times_rests():
 async def test_F31_I17_a_release_rests_by_whatever_name_a_server_calls_it():
     world = World()
     world.content = UnreachableError("nobody there")
-    agent, _ = start(world)
+    agent, events = start(world)
     for n in range(3):
         world.offer = {"release": HOME + "lamp/r/2.0.0.jws?%d" % n}
         await refuses(UnreachableError, agent)
     world.offer = {"release": HOME + "lamp/r/2.0.0.jws?again"}
     assert await agent.update_now() is False
     assert len(world.fetched) == 3
+    assert events[-1] == ("idle", {"version": "1.0.0"})
+    world.content = IMAGE
+    await installs(agent, force=True)
 
 
 async def test_a_download_that_a_reset_has_ended_counts_as_one_that_did_not_come():
@@ -688,6 +691,10 @@ def test_F103_text_of_a_server_can_not_pose_as_another_line():
     assert lines[0].startswith("twinslot: failed ")
     for c in lines[0]:
         assert " " <= c <= "~", repr(c)
+
+
+def test_a_value_is_printed_up_to_160_characters():
+    assert printed("failed", {"a": "x" * 161}) == ["twinslot: failed a=" + "x" * 160]
 
 
 def test_an_agent_without_its_files_says_which():

@@ -212,6 +212,13 @@ async def test_a_keyring_is_fetched_where_a_newer_one_is_said_to_be_there():
     assert (await board.release(site, RELEASE_URL)).version == "2.0.0"
 
 
+async def test_a_board_without_a_root_asks_for_no_keyring():
+    board = make(roots=(), keys=("release",))
+    site = Site(keyring=keyring(3, "release"))
+    assert await board.renew(site, 3, BASE) is None
+    assert site.asked == []
+
+
 async def test_a_key_that_the_newer_keyring_leaves_out_is_revoked():
     board = make()
     await board.renew(Site(keyring=keyring(1, "release")), 1, BASE)

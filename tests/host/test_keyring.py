@@ -372,6 +372,7 @@ def test_a_cut_between_file_and_journal_leaves_the_new_keyring(device):
     assert again.wants(2)
     assert set(again.keys(BEFORE)) == {kid("second")}
     assert not again.wants(2), "it is there, and the journal knows by now"
+    assert again.version == 2
     assert device.boot().version == 2
     with pytest.raises(KeyringError, match="higher than 2"):
         device.boot().take(keyring(2, "first"))
@@ -412,6 +413,18 @@ def test_a_keyring_fetched_in_vain_is_asked_for_once(device):
     ring.refuse(2)
     assert not ring.wants(2)
     assert ring.wants(3)
+    assert ring.version == 0, "it was not taken"
+
+
+def test_what_is_known_of_keyrings_may_outlive_the_object(device):
+    path = (device.folder / "keys.json").as_posix()
+    device.boot().take(keyring(1, "first"))
+    known = [1, 0]
+    rings.Keyring(path, device.journal, PRODUCT, known=known).refuse(3)
+    again = rings.Keyring(path, device.journal, PRODUCT, known=known)
+    assert again.wants(2) and not again.wants(3)
+    again.take(keyring(2, "second"))
+    assert rings.Keyring(path, device.journal, PRODUCT, known=known).version == 2
 
 
 TAKE = """
