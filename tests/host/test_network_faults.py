@@ -165,7 +165,7 @@ def test_F44_F51_F57_F65_network_fault(crew, row, record_property):
     harmless = [c for c, codes in zip(mine, results, strict=True) if codes == ["installed"]]
     assert all(c.may_pass for c in harmless), [c.id for c in harmless if not c.may_pass]
     met = Counter(code for codes in results for code in codes)
-    record_property("ended", met)
+    record_property("ended", dict(met))
     print(f"{row}: {len(mine)} cases, seed {ROLLED}, polls ended {dict(met)}")
     # A row in which nothing went wrong would prove nothing.
     assert len(harmless) <= len(mine) // 2, met
@@ -232,7 +232,7 @@ def test_F51_connection_ends_at_any_byte_of_an_update_of_20_kB(small, do, record
     assert whole > 18_000
     points = chosen(range(whole), 60)
     met = sweep(small, "http", do, points)
-    record_property("ended", met)
+    record_property("ended", dict(met))
     assert met["network"] > len(points) * 0.9  # the cuts did happen
 
 
@@ -240,7 +240,7 @@ def test_F43_connection_is_reset_at_any_byte_of_a_tls_handshake(small, record_pr
     # Hello, certificate, key and Finished of the server's, and the first answer's record.
     points = chosen(range(1300), 25)
     met = sweep(small, "through", "reset", points)
-    record_property("ended", met)
+    record_property("ended", dict(met))
     assert met["tls"] + met["network"] > len(points) * 0.8  # some hellos are shorter
 
 

@@ -19,7 +19,7 @@ N = 20
 def test_twenty_updates_with_faults_and_power_cuts_all_end_as_they_may(tmp_path, record_property):
     tally = soak.run(N, SEED, tmp_path / "soak")
     print(soak.report(tally))
-    record_property("ended", tally.outcomes + tally.faults)
+    record_property("ended", dict(tally.outcomes + tally.faults))
     assert tally.updates == N == sum(tally.outcomes.values())
     assert tally.cuts >= 5 and len(+tally.faults) >= 4
     assert tally.outcomes["confirmed"] >= N // 2

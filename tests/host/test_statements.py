@@ -204,7 +204,7 @@ def test_F34_F35_exception_at_any_statement_of_an_update(stumblers, record_prope
     always = [p for p in every if p[1] == 1 and stumblers[0].place(p[0]) in ALWAYS]
     chosen = every if LONG else always + random.Random(ROLLED).sample(every, SAMPLE)
     met = prove(stumblers, chosen, Stumbler.stumble)
-    record_property("ended", met)
+    record_property("ended", dict(met))
     assert met["internal"] > len(chosen) / 3 and met["not met"] < len(chosen) / 10
 
 
@@ -295,7 +295,7 @@ def test_F34_exception_at_any_statement_of_a_trial(stumblers, well, record_prope
     chosen = every if LONG else random.Random(ROLLED).sample(every, SAMPLE_OF_TRIAL)
     boards = {id(one): OnTrial(one, well) for one in stumblers}
     met = prove(stumblers, chosen, lambda one, point: boards[id(one)].stumble(point))
-    record_property("ended", met)
+    record_property("ended", dict(met))
     assert met["not met"] < len(chosen) / 10
 
 
@@ -312,7 +312,7 @@ def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_p
     finally:
         for one in stumblers:
             one.scene = plain
-    record_property("ended", met)
+    record_property("ended", dict(met))
     # Which of them run hangs a little on how the bytes come.
     assert len(chosen) - met["not met"] > 15
 
@@ -323,5 +323,5 @@ def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers, record_
     assert len(every) > 15, "the copy does not count"
     chosen = every if LONG else random.Random(ROLLED).sample(every, SAMPLE_OF_LOOP)
     met = prove(stumblers, chosen, Stumbler.stumble_in_the_loop)
-    record_property("ended", met)
+    record_property("ended", dict(met))
     assert met["installed"] > len(chosen) / 2

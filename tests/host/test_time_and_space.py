@@ -295,7 +295,7 @@ def test_F35_heaps_swept_downward_update_or_refuse_for_want_of_memory(tmp_path, 
             ends.append(said["code"])
             made.check(complete=said["code"] == "installed")
         console = made.console()
-    record_property("ended", Counter(ends))
+    record_property("ended", dict(Counter(ends)))
     assert ends[0] == "installed"
     assert set(ends) == {"installed", "busy"}, ends
     # Once it refuses, it goes on refusing: no heap in between does something else.
@@ -329,7 +329,7 @@ def test_F35_an_allocation_that_fails_anywhere_in_an_update_ends_it_cleanly(
                 again = [made.update()["code"] for _ in range(2)]
                 assert "installed" in again, (take, said, again)
                 made.check(complete=True)
-    record_property("ended", ends)
+    record_property("ended", dict(ends))
     assert set(ends) == {"installed", "busy"}, ends
 
 
