@@ -169,10 +169,12 @@ class Desk:
         for board, poll in polls.items():
             row = known.get(board)
             _check_token(row, poll.token)
-            # One that has only reported so far said too little for the rules.
-            first = row is None or (row.product is None and row.last_seen)
-            enrolment = settings.enrolment_of(poll.facts) if first else row.enrolment
-            said[board] = {**poll.facts, "enrolment": enrolment}
+            said[board] = poll.facts
+            if row is None:
+                said[board] = {**poll.facts, "enrolment": settings.enrolment_of(poll.facts)}
+            elif row.product is None and row.last_seen and row.enrolment != "decommissioned":
+                # One that has only reported so far said too little for the rules.
+                devices.judge(connection, row, settings.enrolment_of(poll.facts))
         rows = devices.touch(connection, said, known, now, self._limits.devices)
         if new := [{"device_id": board} for board in polls if board not in known]:
             events.emit_all(connection, "device.new", new, now)

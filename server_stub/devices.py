@@ -71,7 +71,9 @@ def touch(
     Where nothing changed nothing is written: that a board was seen is the write-behind's.
 
     Args:
-        said: facts by board, the same columns for each; None in them overwrites too.
+        said: facts by board, the same columns for all that are new, and for all that are known;
+            None in them overwrites too. What an operator may have changed since ``known`` was read
+            has no place in those of a board that is known.
         known: what :func:`find_all` found of these boards.
 
     Returns:
@@ -97,6 +99,14 @@ def touch(
     before = {board: known[board].labels if board in known else [] for board in (*new, *changed)}
     _keep_reported(connection, before, said)
     return {**known, **find_all(connection, before)}
+
+
+def judge(connection: Connection, row: Any, enrolment: str) -> None:
+    """Say whether a board may have updates, unless an operator has said so since ``row``."""
+    connection.execute(
+        _CHANGE.where(devices.c.enrolment == row.enrolment),
+        {"board": row.device_id, "enrolment": enrolment},
+    )
 
 
 def _differs(row: Any, said: Mapping[str, Any]) -> bool:

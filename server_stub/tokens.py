@@ -3,9 +3,9 @@
 Two roles: ``device`` may ask for updates and report, ``operator`` may read the registry. Neither
 may do what the other may. The server keeps ``sha256:`` and 64 digits in a file of its own beside
 the one that hands the token over, ``device-token.sha256``; only that hash is in memory, so that no
-log or traceback can show a token. What is handed over may be taken away: it is read again only
-where it is newer than the hash, which is how a token is changed. The configuration may hold a hash
-in the token's place, too.
+log or traceback can show a token. What is handed over may be taken away; as long as it is there it
+is what counts, however old, which is how a token is changed. The configuration may hold a hash in
+the token's place, too.
 """
 
 import hashlib
@@ -60,17 +60,27 @@ def load(path: Path, variable: str) -> Token:
     kept = path.with_name(path.name + HASH)
     if not path.exists() and not kept.exists():
         write_new(path, secrets.token_urlsafe(32).encode() + b"\n", mode=0o600)
-    if path.exists() and (not kept.exists() or _written(path) > _written(kept)):
-        token = checked(path.read_text("utf-8", "replace"), str(path))
-        write_over(kept, token.hashed.encode() + b"\n", mode=0o600)
+    token = stored(path)
+    assert token is not None
+    line = token.hashed.encode() + b"\n"
+    if not kept.exists() or kept.read_bytes() != line:
+        write_over(kept, line, mode=0o600)
     for file in (path, kept):
         if os.name == "posix" and file.exists() and file.stat().st_mode & 0o077:
             file.chmod(0o600)
-    return checked(kept.read_text("utf-8", "replace"), str(kept))
+    return token
 
 
-def _written(path: Path) -> int:
-    return path.stat().st_mtime_ns
+def stored(path: Path) -> Token | None:
+    """The token in a file, or, where that was taken away, what is kept of it.
+
+    Raises:
+        TokenError: as :func:`load`.
+    """
+    for file in (path, path.with_name(path.name + HASH)):
+        if file.exists():
+            return checked(file.read_text("utf-8", "replace"), str(file))
+    return None
 
 
 def checked(text: str, source: str) -> Token:

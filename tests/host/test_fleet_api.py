@@ -229,6 +229,16 @@ def test_a_board_that_reports_before_it_asks_is_judged_by_the_rules_all_the_same
         assert board.poll()["reason"] == "pending"
 
 
+def test_a_board_that_was_retired_before_it_ever_asked_stays_so(tmp_path):
+    with running(tmp_path) as fleet:
+        board = Board(fleet, "b1")
+        board.attempt = "a"
+        board.report("failed", "1.0.0")
+        fleet.api("DELETE", "devices/b1")
+        assert board.poll()["reason"] == "decommissioned"
+        assert fleet.api("GET", "devices/b1")["enrolment"] == "decommissioned"
+
+
 def test_where_the_tree_is_not_public_only_the_known_may_fetch(tmp_path):
     enrolment = {"default": "pending"}
     with running(tmp_path, downloads="token", enrolment=enrolment) as fleet:

@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fleet as fleets
@@ -28,7 +29,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from fleet import Board, Fleet, Remote
 
-from twinslot_server import backup, cron, schedules, schema, settings
+from twinslot_server import backup, cron, devices, schedules, schema, settings
 from twinslot_server.background import Background, Leader
 from twinslot_server.messages import CheckUpdate
 from twinslot_server.store import Store, StoreError, bump, generation
@@ -238,6 +239,27 @@ def test_at_most_one_leads(store, tmp_path):
 
 
 # ---- the same fleet on PostgreSQL
+
+
+def test_a_poll_undoes_no_decommission_of_another_worker(pg, tmp_path):
+    """The poll has read the board as accepted, and its writing waits for the other worker's."""
+    fleet = Fleet(tmp_path, fresh(pg, "retired"))
+    other = sqlalchemy.create_engine(fleet.store.engine.url)
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    try:
+        Board(fleet, "b1").poll()
+        with ThreadPoolExecutor(1) as pool:
+            with other.begin() as connection:
+                devices.decommission(connection, "b1")
+                poll = pool.submit(Board(fleet, "b1", agent="says something new").poll)
+                while not (fleet.store.read(lambda c: c.exec_driver_sql(waits).scalar_one())):
+                    assert not poll.done()
+            assert poll.result()["reason"] == "decommissioned"
+        found = fleet.api("GET", "devices/b1")
+        assert (found["enrolment"], found["agent"]) == ("decommissioned", "says something new")
+    finally:
+        other.dispose()
+        fleet.close()
 
 
 def test_a_fleet_updates_on_postgresql(pg, tmp_path):

@@ -403,7 +403,7 @@ def test_a_hash_stands_in_for_a_token_and_is_none_itself(tmp_path):
             assert client.post("/api/v1/check-update", json=ASK).status_code == 401
 
 
-def test_a_token_that_was_handed_over_is_read_no_more_and_can_be_taken_away(tmp_path):
+def test_a_token_that_was_handed_over_can_be_taken_away(tmp_path):
     (tmp_path / "site").mkdir()
     with serving(tmp_path / "site") as s:
         handed = {role: s.token(role) for role in ("device", "operator")}
@@ -420,8 +420,15 @@ def test_a_token_that_was_handed_over_is_read_no_more_and_can_be_taken_away(tmp_
                 path = "/api/v1/check-update" if role == "device" else "/api/v1/settings"
                 answer = client.request("POST" if role == "device" else "GET", path, json=ASK)
                 assert answer.status_code == 200
-    # Another one written there takes its place.
+
+
+def test_another_token_takes_the_place_of_a_leaked_one_however_old_its_file_is(tmp_path):
+    """``mv``, ``cp -p`` and mounted secrets keep the time a file was written at."""
+    (tmp_path / "site").mkdir()
+    with serving(tmp_path / "site") as s:
+        handed = {"device": s.token("device")}
     (s.data / "device-token").write_text("another-one-0123456789\n")
+    os.utime(s.data / "device-token", (0, 0))
     with serving(tmp_path / "site") as s:
         with s.client("another-one-0123456789") as client:
             assert client.post("/api/v1/check-update", json=ASK).status_code == 200
