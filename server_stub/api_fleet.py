@@ -11,6 +11,7 @@ from . import api_rollouts, attempts, audit, devices, exports, filters, imports
 from .audit import Who
 from .http import Note, Parts, change, date, json_body, with_dates
 from .messages import DeviceId, Id, Name, Status, Text
+from .problems import Problem
 from .schema import devices as device_table
 from .schema import reports
 from .schema import rollouts as rollout_table
@@ -41,9 +42,11 @@ class _Like(_Body):
 
 
 class AcceptDevices(_Like):
-    """``POST /api/v1/devices/accept``: boards by name, or else all that wait and are like this."""
+    """``POST /api/v1/devices/accept``: those that wait of the boards named, or of those that are
+    like this, or of all."""
 
-    devices: Annotated[list[DeviceId], Field(max_length=10_000)] = []
+    devices: Annotated[list[DeviceId], Field(max_length=10_000)] | None = None
+    all: bool = False
 
 
 class Search(_Like):
@@ -259,8 +262,17 @@ def import_all(connection: Connection, note: Note, parts: Parts, text: str) -> d
 
 
 def accept_all(connection: Connection, note: Note, wanted: AcceptDevices) -> dict[str, Any]:
-    """Accept many boards at once; which they were is in the audit log."""
-    found = devices.accept(connection, wanted.devices, wanted.model_dump(exclude={"devices"}))
+    """Accept many boards at once; which they were is in the audit log.
+
+    Raises:
+        Problem: 404; 422 where it is not said which.
+    """
+    like = wanted.model_dump(exclude={"devices", "all"})
+    if wanted.devices is None and not wanted.all and not any(like.values()):
+        raise Problem(
+            422, "malformed", 'which boards? expected devices, what they are like, or "all": true'
+        )
+    found = devices.accept(connection, wanted.devices, like)
     note("devices", None, {"enrolment": "accepted", "devices": found})
     return {"accepted": len(found)}
 

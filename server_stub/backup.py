@@ -6,22 +6,20 @@ PostgreSQL database is backed up by ``pg_dump``; this then holds the rest.
 """
 
 import contextlib
+import io
 import os
 import sqlite3
 import sys
 import tarfile
 import tempfile
+import time
 from pathlib import Path
 
 from . import tokens
 
 DATABASE = "server.sqlite3"
-_FILES = (
-    "server.crt",
-    "server.key",
-    tokens.DEVICE_FILE + tokens.HASH,
-    tokens.OPERATOR_FILE + tokens.HASH,
-)
+_FILES = ("server.crt", "server.key")
+_TOKENS = (tokens.DEVICE_FILE, tokens.OPERATOR_FILE)
 
 
 def make(data: Path, target: Path) -> Path:
@@ -29,6 +27,7 @@ def make(data: Path, target: Path) -> Path:
 
     Raises:
         OSError, sqlite3.Error: it can't be read or written.
+        tokens.TokenError: one is unusable.
     """
     if not data.is_dir():
         raise FileNotFoundError(2, "no such folder", str(data))
@@ -43,6 +42,9 @@ def make(data: Path, target: Path) -> Path:
             for name in _FILES:
                 if (data / name).exists():
                     tar.add(data / name, name)
+            for name in _TOKENS:
+                if token := tokens.stored(data / name):
+                    _add(tar, name + tokens.HASH, token.hashed.encode() + b"\n")
         target.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("rb") as source:
             beside = target.with_name(f".{target.name}.part")
@@ -54,6 +56,12 @@ def make(data: Path, target: Path) -> Path:
                 os.fsync(file.fileno())
             os.replace(beside, target)
     return target
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(content), 0o600, int(time.time())
+    tar.addfile(member, io.BytesIO(content))
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -74,7 +82,7 @@ def main(argv: list[str]) -> int:
         return 2
     try:
         print(make(Path(argv[0]), Path(argv[1])))
-    except (OSError, sqlite3.Error) as exc:
+    except (OSError, sqlite3.Error, tokens.TokenError) as exc:
         print(f"twinslot_server: backup: {exc}", file=sys.stderr)
         return 1
     return 0

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Select, bindparam, delete, func, select, update
+from sqlalchemy import ColumnElement, Connection, bindparam, delete, func, select, update
 
 from . import many
 from .problems import Problem
@@ -141,49 +141,48 @@ def listing(
     connection: Connection, after: str, limit: int | None, filters: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Boards by id, from the one behind ``after``; None: all."""
-    query = _filtered(select(devices), filters).where(devices.c.device_id > after)
+    query = select(devices).where(devices.c.device_id > after, *_filters(filters))
     rows = connection.execute(query.order_by(devices.c.device_id).limit(limit))
     return [public(row) for row in rows]
 
 
 def count(connection: Connection, filters: Mapping[str, Any]) -> int:
-    query = _filtered(select(func.count()).select_from(devices), filters)
+    query = select(func.count()).select_from(devices).where(*_filters(filters))
     return connection.execute(query).scalar_one()
 
 
 def accept(
-    connection: Connection, device_ids: Sequence[str], filters: Mapping[str, Any]
+    connection: Connection, device_ids: Sequence[str] | None, filters: Mapping[str, Any]
 ) -> list[str]:
-    """Accept these boards; none named: those that wait and fit ``filters``. Returns which.
+    """Accept those that wait and fit ``filters``; of these boards, or None: of all. Returns which.
 
     Raises:
         Problem: 404.
     """
-    if device_ids:
+    wanted = _filters({**filters, "enrolment": "pending"})
+    if device_ids is not None:
         unknown = set(device_ids) - find_all(connection, device_ids).keys()
         if unknown:
             raise Problem(404, "no_device", f"no device {min(unknown)!r}")
-        query = select(devices.c.device_id).where(devices.c.device_id.in_(device_ids))
-    else:
-        query = _filtered(select(devices.c.device_id), {**filters, "enrolment": "pending"})
-    query = query.where(devices.c.enrolment != "accepted").order_by(devices.c.device_id)
-    found = connection.scalars(query).all()
-    connection.execute(
-        update(devices).where(devices.c.device_id.in_(found)).values(enrolment="accepted")
+        wanted.append(devices.c.device_id.in_(device_ids))
+    found = connection.scalars(
+        update(devices).where(*wanted).values(enrolment="accepted").returning(devices.c.device_id)
     )
+    accepted = sorted(found)
     bump(connection)
-    return list(found)
+    return accepted
 
 
-def _filtered(query: Select, filters: Mapping[str, Any]) -> Select:
+def _filters(filters: Mapping[str, Any]) -> list[ColumnElement[bool]]:
     """Of the API's members of a search; an empty one is none."""
+    wanted = []
     for name in ("product", "status", "version", "enrolment", "hardware"):
         if filters.get(name):
             column = devices.c["current_version" if name == "version" else name]
-            query = query.where(column == filters[name])
+            wanted.append(column == filters[name])
     if filters.get("label"):
         key, _, value = filters["label"].partition("=")
-        query = query.where(
+        wanted.append(
             select(labels.c.key)
             .where(
                 labels.c.device_id == devices.c.device_id,
@@ -193,11 +192,11 @@ def _filtered(query: Select, filters: Mapping[str, Any]) -> Select:
             .exists()
         )
     if filters.get("q"):
-        query = query.where(
+        wanted.append(
             devices.c.device_id.contains(filters["q"], autoescape=True)
             | devices.c.mac.contains(filters["q"], autoescape=True)
         )
-    return query
+    return wanted
 
 
 def public(row: Any) -> dict[str, Any]:

@@ -108,7 +108,8 @@ def _device_forms(parts: Parts) -> list[_Form]:
 
     def accept(c: Connection, note: Note, values: Fields, _: At) -> None:
         names = ("label", "product", "hardware", "version", "q")
-        wanted = checked(api_fleet.AcceptDevices, {n: values.get(n, "") for n in names})
+        like = {n: values.get(n, "") for n in names}
+        wanted = checked(api_fleet.AcceptDevices, {**like, "all": True})
         api_fleet.accept_all(c, note, wanted)
 
     def save_filter(c: Connection, note: Note, values: Fields, _: At) -> None:

@@ -149,7 +149,8 @@ def accept(
     if bool(device_ids) == everyone:
         raise typer.BadParameter("expected ids of boards, or --all")
     body = {"label": label, "product": product, "version": version, "q": search}
-    found = context.obj.call("POST", "devices/accept", {"devices": device_ids or [], **body})
+    which = {"all": True} if everyone else {"devices": device_ids}
+    found = context.obj.call("POST", "devices/accept", {**which, **body})
     print(f"{found['accepted']} accepted")
 
 

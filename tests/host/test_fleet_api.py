@@ -861,7 +861,12 @@ def test_many_boards_are_accepted_in_one_call(tmp_path):
         for board, site in (("a1", "x"), ("a2", "x"), ("b1", "y"), ("b2", "y"), ("c1", "z")):
             Board(fleet, board, labels=[f"site={site}"]).poll()
         fleet.api("DELETE", "devices/a2")
-        accept = [{"label": "site=x"}, {"devices": ["b2", "b1"]}, {"devices": ["b2"]}, {}]
+        accept = [
+            {"label": "site=x"},
+            {"devices": ["b2", "b1"]},
+            {"devices": ["b2"]},
+            {"all": True},
+        ]
         counts = [fleet.api("POST", "devices/accept", body)["accepted"] for body in accept]
         assert counts == [1, 2, 0, 1]
         assert fleet.api("GET", "devices/a2")["enrolment"] == "decommissioned"
@@ -876,6 +881,22 @@ def test_many_boards_are_accepted_in_one_call(tmp_path):
             ["b1", "b2"],
             ["a1"],
         ]
+
+
+def test_who_names_no_board_accepts_none(tmp_path):
+    with fleets.running(tmp_path, enrolment={"default": "pending"}) as fleet:
+        for board in ("a1", "a2"):
+            Board(fleet, board).poll()
+        fleet.api("DELETE", "devices/a2")
+        for named in ([], ["a2"]):
+            assert fleet.api("POST", "devices/accept", {"devices": named}) == {"accepted": 0}
+        refused = fleet.api("POST", "devices/accept", {})
+        assert (refused["status"], refused["code"]) == (422, "malformed")
+        assert "all" in refused["detail"]
+        found = {
+            row["device_id"]: row["enrolment"] for row in fleet.api("GET", "devices")["devices"]
+        }
+        assert found == {"a1": "pending", "a2": "decommissioned"}
 
 
 # ---- settings, metrics

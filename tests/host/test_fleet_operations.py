@@ -29,7 +29,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from fleet import Board, Fleet, Remote
 
-from twinslot_server import backup, cron, devices, schedules, schema, settings
+from twinslot_server import backup, cron, devices, schedules, schema, settings, tokens
 from twinslot_server.background import Background, Leader
 from twinslot_server.messages import CheckUpdate
 from twinslot_server.store import Store, StoreError, bump, generation
@@ -259,6 +259,19 @@ def test_a_poll_undoes_no_decommission_of_another_worker(pg, tmp_path):
         assert (found["enrolment"], found["agent"]) == ("decommissioned", "says something new")
     finally:
         other.dispose()
+        fleet.close()
+
+
+def test_more_boards_are_accepted_than_a_statement_has_parameters(pg, tmp_path):
+    fleet = Fleet(tmp_path, fresh(pg, "many"))
+    waiting = (
+        "INSERT INTO devices (device_id, enrolment, labels, first_seen, last_seen)"
+        " SELECT 'b' || n, 'pending', '[]', 0, 0 FROM generate_series(0, 65535) AS n"
+    )
+    try:
+        fleet.store.write(lambda c: c.exec_driver_sql(waiting))
+        assert fleet.api("POST", "devices/accept", {"all": True}) == {"accepted": 65536}
+    finally:
         fleet.close()
 
 
@@ -610,6 +623,19 @@ def test_F113_a_server_without_space_refuses_uploads_and_answers_boards(tmp_path
         assert upload().status_code == 201
         assert not board.poll()["update_available"]
         remote.client.close()
+
+
+def test_a_backup_holds_the_hash_of_each_token_whether_or_not_one_was_kept(tmp_path):
+    """A server of before left the tokens only; and one may have been changed since the start."""
+    made = {role: f"the-{role}-0123456789abcdef" for role in ("device", "operator")}
+    for role, token in made.items():
+        (tmp_path / f"{role}-token").write_text(token)
+    (tmp_path / "device-token.sha256").write_text(f"sha256:{'0' * 64}\n")
+    with tarfile.open(backup.make(tmp_path, tmp_path / "b.tar.gz")) as tar:
+        tar.extractall(tmp_path / "restored", filter="data")
+    for role, token in made.items():
+        assert tokens.load(tmp_path / "restored" / f"{role}-token", "UNSET").matches(token)
+    assert not list((tmp_path / "restored").glob("*-token"))
 
 
 def test_a_backup_that_can_not_be_made_says_why(tmp_path, capsys):
