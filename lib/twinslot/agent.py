@@ -554,13 +554,21 @@ class Agent:
     def _is_running(self, manifest, name):
         """The offered image already runs, confirmed. It may go by a newer version (never by an
         older one, which would let an old release in), or its security version was not known:
-        it came over the cable, or by a way on which the trial record was lost."""
+        it came over the cable, or by a way on which the trial record was lost. On trial, where
+        this start failed to prove it, the image may still go back: nothing rises for it."""
+        build = self._running["build"]
+        if (
+            self._slot.status()["state"] == "pending"
+            or self._journal.get("trial").get("build") == build
+        ):
+            self._emit("idle", version=self.version())
+            return
         self._done = name
         from . import semver
 
         versions = dict(self._journal.get("versions"))
         if semver.compare(manifest.version, self.version()) > 0:
-            versions[self._running["build"]] = manifest.version
+            versions[build] = manifest.version
         floor = max(self._journal.get("floor", int), manifest.security_version)
         self._journal.update(versions=versions, floor=floor)
         self._emit("idle", version=self.version())

@@ -62,8 +62,10 @@ class Download:
         if kept.get("build") != image.build:
             kept = {}
         error = RefusedError("release has no payload this device can apply")
+        mark = self._journal.fetching()
         for chosen in self._choose(image, build, kept):
             try:
+                self._journal.set_fetching(mark)  # a checkpoint of the payload before took it away
                 await self._fetch(image, chosen, base, kept)
                 await self._slot.finish()
                 self._journal.save_checkpoint()  # done with

@@ -177,7 +177,8 @@ def _not_running(journal, trial, status, reset_cause):
 
 
 def _confirmed(journal, trial):
-    """Book a confirmed trial. The security floor rises here and nowhere else."""
+    """Book a confirmed trial. The security floor of an image that was on trial rises
+    here and nowhere else."""
     build = trial.get("build", "")
     version = trial.get("version", "")
     versions = {build: version}

@@ -106,6 +106,28 @@ async def test_F110_the_build_that_runs_is_not_installed_again():
         assert len(world.released) == 1, "looked at once"
 
 
+async def test_I10_the_floor_stays_while_the_image_that_runs_may_still_go_back():
+    """The guard had a fault of its own at the start, so that nothing proves the trial."""
+    running = make_release().firmware
+    running = release.Image("firmware", 0, 5000, running.sha256, OWN, running.payloads)
+    trial = {"build": OWN, "version": "2.0.0"}
+    for entries, journal in (
+        (((3, PENDING), (2, VALID)), {}),
+        (((3, VALID), (2, VALID)), {"trial": trial}),  # where the bootloader does not watch
+    ):
+        world = World(firmware=running, version="2.0.0")
+        agent, events = start(world, *entries, **journal)
+        agent._verdict = "idle"
+        assert await agent.update_now() is False
+        assert agent._journal.get("floor", int) == 0
+        assert OWN not in agent._journal.get("versions")
+        assert events[-1][0] == "idle"
+        agent._journal.update(trial=None)
+        bench.otadata((3, VALID), (2, VALID))
+        await agent.update_now()
+        assert agent._journal.get("floor", int) == 4, "once it has been confirmed"
+
+
 async def test_F110_one_version_of_two_contents_is_refused_for_good():
     world = World(version="1.0.0")
     agent, events = start(world)
