@@ -307,14 +307,13 @@ async def test_what_one_payload_left_behind_is_not_built_on_by_the_next():
 async def test_each_payload_is_marked_as_under_way_until_its_own_first_checkpoint():
     wrong = bytearray(IMAGE)
     wrong[BOUNDARY + 9] ^= 1
-    board = Downloading(Site(a=serves(bytes(wrong)), b=serves(IMAGE)))
+    wrong = serves(bytes(wrong))
+    board = Downloading(Site(a=wrong, b=wrong))
     marks = []
     board.download._emit = lambda name, done, total: marks.append((done, board.journal.fetching()))
     board.journal.set_fetching(7)
-    await board.run(plain("a"), plain("b"))
-    firsts = [mark for done, mark in marks if done == BOUNDARY]
-    assert firsts == [7, 7]
-    assert board.journal.fetching() == 0
+    await board.fails(ChecksumError, plain("a"), plain("b"))
+    assert marks[:2] == marks[3:5] == [(BOUNDARY, 7), (2 * BOUNDARY, 0)], marks
 
 
 async def test_the_last_payloads_error_is_told():
