@@ -37,7 +37,7 @@ demo: $(READY)
 	@$(BIN)/twinslot demo
 
 test: lint size
-	@$(BIN)/python -m pytest -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 load: $(READY)
 	@$(BIN)/python tools/load.py

@@ -71,6 +71,25 @@ class Results:
         faults_page.keep(kept)
 
 
+# Files of few tests that take long: begun first, so that no worker is left alone with one.
+SLOW = (
+    "test_power_cut.py",
+    "test_statements.py",
+    "test_network_faults.py",
+    "test_time_and_space.py",
+    "test_fuzz.py",
+    "test_soak.py",
+    "test_fleet_page.py",
+    "test_attacks.py",
+    "test_update.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: n for n, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(item.path.name, len(SLOW)))
+
+
 def pytest_pycollect_makemodule(module_path, parent):
     """Files in a folder named `device` are not for this Python."""
     if module_path.parent.name == "device":

@@ -36,6 +36,7 @@ ROLLED = int(os.environ.get("SEED") or SEED)
 SAMPLE = 110
 SAMPLE_OF_LOOP = 6
 SAMPLE_OF_TRIAL = 24
+SAMPLE_ON_THE_WAY = 14
 SIZE = 70_000  # one checkpoint
 KINDS = ("OSError(5)", "MemoryError('stumbled')", "RuntimeError('stumbled')", "ValueError()")
 # The first statement of this is a `try`, around all others: what stands before it is the caller's.
@@ -301,26 +302,29 @@ def test_F34_exception_at_any_statement_of_a_trial(stumblers, well, record_prope
 
 @pytest.mark.parametrize("scene", [resumed, mirrored])
 def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_property):
-    """All statements that run then and not in a plain update; `make faults-long`: all that run."""
+    """Of those that run then and not in a plain update; `make faults-long`: all that run."""
     usual = stumblers[0].counts()
     try:
         for one in stumblers:
             one.scene = scene
         counts = stumblers[0].counts()
         chosen = [p for p in points(counts) if LONG or p[0] not in usual]
+        assert len(chosen) > 15, "the copy does not count"
+        if not LONG:
+            chosen = random.Random(ROLLED).sample(chosen, SAMPLE_ON_THE_WAY)
         met = prove(stumblers, chosen, Stumbler.stumble)
     finally:
         for one in stumblers:
             one.scene = plain
     record_property("ended", dict(met))
     # Which of them run hangs a little on how the bytes come.
-    assert len(chosen) - met["not met"] > 15
+    assert met["not met"] < len(chosen) / 2
 
 
 def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers, record_property):
     one = stumblers[0]
     every = [p for p in points(one.counts(run=True)) if one.place(p[0]).split()[1] in LOOP]
-    assert len(every) > 15, "the copy does not count"
+    assert len(every) > 10, "the copy does not count"
     chosen = every if LONG else random.Random(ROLLED).sample(every, SAMPLE_OF_LOOP)
     met = prove(stumblers, chosen, Stumbler.stumble_in_the_loop)
     record_property("ended", dict(met))
