@@ -58,6 +58,7 @@ def create_app(parts: Parts) -> FastAPI:
         Gate,
         limits=parts.limits,
         large={
+            "/api/v1/report-status": parts.limits.report_bytes,
             api_firmware.UPLOAD: parts.settings.firmware_bytes * 4,
             page_forms.UPLOAD: parts.settings.firmware_bytes * 4,
             api_fleet.IMPORT: 4 << 20,

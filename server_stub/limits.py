@@ -8,7 +8,10 @@ class Limits:
     """Bounds on what one client, or all of them together, may take."""
 
     body_bytes: int = 8192
-    """A request's body: the longest honest one is a report with 4 KiB of log."""
+    """A request's body, where nothing else is said."""
+
+    report_bytes: int = 65536
+    """A report's: each of a log's 4,096 characters can take 12 bytes as JSON writes it."""
 
     body_timeout_s: float = 10.0
     """From the end of the headers until the whole body is here."""

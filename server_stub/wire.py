@@ -136,7 +136,7 @@ class Gate:
         seen = 0
         whole = False
         limit = self._large.get(scope["path"], self._limits.body_bytes)
-        large = scope["path"] in self._large
+        large = limit > self._limits.report_bytes
         wait_s = self._limits.upload_timeout_s if large else self._limits.body_timeout_s
         deadline = asyncio.get_running_loop().time() + wait_s
 

@@ -547,6 +547,12 @@ def test_F115_a_large_body_is_refused_before_it_is_read(server):
         assert problem(response) == (413, "too_large")
 
 
+def test_a_report_whose_log_is_all_escapes_is_kept(server):
+    log = "\x1b" * 4096
+    assert post(server, "report-status", {**REPORT, "device_id": "noisy", "log": log}).is_success
+    assert device(server, "noisy")["history"][0]["log"] == log
+
+
 def test_wrong_methods_and_paths_are_problems_too(server):
     with server.client(server.token("device")) as client:
         assert problem(client.get("/api/v1/check-update")) == (405, "method")
