@@ -340,7 +340,6 @@ SLIPS = {
         "1",
     ),
     "the version falls": ("agent", "manifest.version, self.version()) > 0", "'2.0.0', '1.0.0')"),
-    "pushed while on trial": ("push", "if on_trial():", "if False:"),
     "the running slot written": ("slot", "self._running.get_next_update()", "self._running"),
     "confirmed unasked": ("health", "if complaint is None:", "if True:"),
 }
