@@ -37,7 +37,7 @@ demo: $(READY)
 	@$(BIN)/twinslot demo
 
 test: lint size
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 load: $(READY)
 	@$(BIN)/python tools/load.py
@@ -106,7 +106,7 @@ soak: $(READY)
 PROOFS := power_cut network_faults time_and_space statements update safe_mode soak
 
 faults-page: $(READY)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --results $(PROOFS:%=tests/host/test_%.py)
+	@$(BIN)/python -m pytest -n 3 --dist loadfile --results $(PROOFS:%=tests/host/test_%.py)
 	@$(BIN)/python tools/faults_page.py
 
 faults: $(READY)
