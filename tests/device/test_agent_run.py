@@ -32,6 +32,7 @@ from twinslot.agent import Agent
 from twinslot.errors import (
     BusyError,
     ConfigError,
+    ExpiredError,
     FormatError,
     HttpError,
     InternalError,
@@ -1250,3 +1251,62 @@ def test_progress_is_printed_at_every_tenth():
     with Instead(builtins, print=lambda *args: lines.append(args)):
         twinslot.agent._console("idle", {"b": 2, "a": 1})
     assert lines[-1] == ("twinslot:", "idle a=1 b=2")
+
+
+async def test_F41_an_old_release_offered_for_months_ends_with_its_date():
+    world = World(expires=1795165300 + 90 * 86400)
+    agent, _ = start(world)
+    agent._clock = Clock(world.manifest.expires - 1)
+    await installs(agent)
+    world.fetched.clear()
+    world.reports.clear()
+    for start_up in range(2):
+        agent, events = start(world)
+        for months in range(3):
+            agent._clock = Clock(world.manifest.expires + months * 30 * 86400)
+            if not months:
+                await refuses(ExpiredError, agent)
+            else:
+                assert await agent.update_now() is False, "nothing of it is looked at again"
+        assert names(events).count("failed") == 1
+        assert len(world.reports) == start_up + 1, "who looks at reports sees it"
+    assert world.fetched == [] and bench.states() == {0: VALID}
+    assert {report["error"]["code"] for report in world.reports} == {"expired"}
+    world.manifest = make_release(version="2.0.1")
+    world.offer = {"release": HOME + "lamp/r/2.0.1.jws"}
+    await installs(agent)
+
+
+class NoRandomness:
+    """What a module is without its randomness: the same numbers at every start."""
+
+    def __init__(self, module):
+        self._module = module
+
+    def __getattr__(self, name):
+        return getattr(self._module, name)
+
+    def urandom(self, n):
+        return bytes(n)
+
+    def getrandbits(self, n):
+        return 0
+
+
+async def test_F107_a_board_without_randomness_at_its_first_boot_is_updated_all_the_same():
+    module = twinslot.agent
+    with Instead(module, os=NoRandomness(module.os), random=NoRandomness(module.random)):
+        attempts = []
+        for _ in range(2):
+            world = World()
+            agent, _ = start(world)
+            assert agent._delay_ms() > 0, "and it does not poll without a pause"
+            await installs(agent)
+            assert bench.states() == {0: VALID, 1: NEW}
+            assert {report["attempt"] for report in world.reports} == {"00" * 6}
+            attempts.append(agent._journal.get("trial")["attempt"])
+        assert attempts == ["00" * 6] * 2, "a name of reports, by which nothing is allowed"
+        agent, events = start(World(), *TRIAL, **ON_TRIAL)
+        agent._source.offer = {}
+        await agent.update_now()
+        assert names(events)[:2] == ["trial", "confirmed"]

@@ -30,6 +30,7 @@ BASE = "https://tree.example/"
 RELEASE_URL = BASE + "lamp/r/2.0.0.jws"
 KEYRING_URL = BASE + "lamp/keyring.jws"
 NOW = 1795165200
+MONTH_S = 30 * 86400
 PIN = "5a" * 32
 MANIFEST = {
     "schema": 1,
@@ -195,6 +196,31 @@ async def test_F36_an_expired_keyring_trusts_nobody_where_the_time_is_known():
     await fails(KeyringError, board.release(site, RELEASE_URL))
     clock.trusted = False
     assert (await board.release(site, RELEASE_URL)).version == "2.0.0"
+
+
+async def test_F41_a_frozen_tree_is_good_until_its_keyring_expires_and_no_longer():
+    """Month after month a server shows what once was true."""
+    clock = Clock()
+    board = make(clock)
+    frozen = Site(keyring=keyring(1, "release", expires="2027-02-20T09:00:00Z"))
+    frozen.files[RELEASE_URL] = signed("release")
+    await board.renew(frozen, 1, BASE)
+    for months in range(3):
+        clock._now = NOW + months * MONTH_S
+        assert (await board.release(frozen, RELEASE_URL)).version == "2.0.0"
+    for months in range(4, 7):
+        clock._now = NOW + months * MONTH_S
+        for said in (1, 0, 1):
+            assert await board.renew(frozen, said, BASE) is None, "that one is known"
+            await fails(KeyringError, board.release(frozen, RELEASE_URL))
+    # A number made up makes no date of it; it costs one fetch.
+    await fails(KeyringError, board.renew(frozen, 9, BASE))
+    await fails(KeyringError, board.release(frozen, RELEASE_URL))
+    # Where somebody shows its successor, it goes on.
+    elsewhere = Site(keyring=keyring(2, "second"), release=signed("second"))
+    assert await board.renew(elsewhere, 2, BASE) == 2
+    assert (await board.release(elsewhere, RELEASE_URL)).version == "2.0.0"
+    await fails(SignatureError, board.release(frozen, RELEASE_URL))
 
 
 # -- the keyring

@@ -140,7 +140,7 @@ wrong = count = 0
 for kind in ("release", "keyring"):
     token = bytearray(spec[kind].encode())
     keys = keyset.load({"keys": spec[kind + "_keys"]})
-    for step in range(0, len(token) * 8, 3):
+    for step in range(len(token) * 8):
         token[step >> 3] ^= 1 << (step & 7)
         try:
             if kind == "release":
@@ -159,7 +159,7 @@ print(count, wrong)
 """
 
 
-def test_F70_F90_micropython_refuses_every_third_flip_too(tmp_path):
+def test_F70_F90_micropython_refuses_every_flip_too(tmp_path):
     (tmp_path / "run.py").write_text(MICRO)
     spec = {
         "release": RELEASE.decode(),
@@ -175,7 +175,7 @@ def test_F70_F90_micropython_refuses_every_third_flip_too(tmp_path):
     )
     assert done.returncode == 0, done.stderr + done.stdout
     count, wrong = map(int, done.stdout.split())
-    assert wrong == 0 and count == sum(-(-len(t) * 8 // 3) for t in (RELEASE, KEYRING))
+    assert wrong == 0 and count == 8 * (len(RELEASE) + len(KEYRING))
 
 
 # ---- otadata: seq 4, label 20, state 4, crc 4
@@ -242,6 +242,46 @@ def test_F8_F83_no_flipped_bit_of_the_state_confirms_anything(on_trial, bit):
         # It dies on trial, each time: it gets one boot, at most two where nobody watched it.
         assert verdict in ("trial", "rejected")
     raise AssertionError("an image that never was confirmed runs for ever")
+
+
+@pytest.fixture(scope="module")
+def confirmed(on_trial):
+    """The same board once it has booted the new image and kept it for good."""
+    board, flash, where, blobs = on_trial
+    board.board.put(0, flash)
+    board.nvs.blobs = dict(blobs)
+    assert board.boot() == "ota_1"
+    assert health.reconcile(board.slot(), board.journal(), board.cause) == "trial"
+    health.confirm(board.slot(), board.journal())
+    return board, board.board.data, where, dict(board.nvs.blobs)
+
+
+@pytest.mark.parametrize("bit", STATE)
+def test_F8_F83_no_flipped_bit_of_a_confirmed_state_loses_the_confirmed_image(confirmed, bit):
+    """Where the bootloader falls back to the older image, that is on trial, and nothing is
+    forgotten: it dies there, and the confirmed one returns."""
+    board = flipped(confirmed, bit)
+    labels = []
+    for _ in range(5):
+        labels.append(board.boot())
+        journal = board.journal()
+        verdict = health.reconcile(board.slot(), journal, board.cause)
+        assert journal.get("confirmed", str) == NEW[-32:].hex()
+        assert journal.get("floor", int) == 5
+        assert verdict in (("idle",) if labels[-1] == "ota_1" else ("trial", "rejected"))
+    assert labels[-2:] == ["ota_1", "ota_1"]
+    assert labels.count("ota_0") <= 2
+
+
+def test_F83_an_older_image_that_a_flipped_bit_brings_back_lowers_no_floor(confirmed):
+    board = flipped(confirmed, STATE[0])  # valid becomes invalid
+    assert board.boot() == "ota_0"
+    assert health.reconcile(board.slot(), board.journal(), board.cause) == "trial"
+    health.confirm(board.slot(), board.journal())
+    assert board.journal().get("floor", int) == 5
+    assert health.failed_builds(board.journal()) == [], "the newer one may come again"
+    assert board.boot() == "ota_0"
+    assert health.reconcile(board.slot(), board.journal(), board.cause) == "idle"
 
 
 def test_every_truncation_of_an_entry_counts_for_nothing(on_trial):

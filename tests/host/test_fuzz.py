@@ -40,6 +40,14 @@ def test_F56_F85_F89_F92_nothing_but_an_OtaError_comes_out(target, seeds):
     assert found["outcomes"].get("taken", 0) >= 1
 
 
+def test_a_run_that_tries_too_few_says_so_and_fails(monkeypatch, capsys):
+    seeds = {"offer": fuzz.seeds()["offer"]}
+    monkeypatch.setattr(fuzz, "seeds", lambda: seeds)
+    monkeypatch.setattr(fuzz, "RATE", 1 << 40)
+    assert fuzz.main(["1"]) == 1
+    assert f"target {1 << 40}; 0 got through" in capsys.readouterr().out
+
+
 def test_every_target_has_seeds():
     assert set(fuzz.seeds()) == set(TARGETS)
 

@@ -3,6 +3,8 @@
 micropython vector_driver.py LIB VECTORS
 """
 
+import binascii
+import hashlib
 import json
 import sys
 
@@ -11,15 +13,30 @@ sys.path.insert(0, sys.argv[1])
 from twinslot import jws, keyset
 from twinslot.errors import SignatureError
 
-with open(sys.argv[2]) as f:
-    groups = json.load(f)["groups"]
-verdicts = []
-for group in groups:
+
+def judge_tokens(group):
+    """JWS, and the JWK that they should hold under."""
     keys = keyset.load({"keys": [group["key"]]})
     for test in group["tests"]:
         try:
             jws.verify((test["message"] + "." + test["signature"]).encode(), keys)
-            verdicts.append(True)
+            yield True
         except SignatureError:
-            verdicts.append(False)
+            yield False
+
+
+def judge_signatures(group):
+    """Messages, signatures and a modulus, in hex, as Wycheproof has them."""
+    modulus = binascii.unhexlify(group["modulus"][-group["keySize"] // 4 :])
+    for test in group["tests"]:
+        signature = jws.b64url_encode(binascii.unhexlify(test["sig"]))
+        digest = hashlib.sha256(binascii.unhexlify(test["msg"])).digest()
+        yield jws._pss_holds(modulus, signature, digest)
+
+
+with open(sys.argv[2]) as f:
+    groups = json.load(f)["groups"]
+verdicts = []
+for group in groups:
+    verdicts.extend((judge_tokens if "key" in group else judge_signatures)(group))
 print(json.dumps(verdicts))
