@@ -4,6 +4,7 @@ machine.reset() ends a board, and with it a test: here it is replaced by a note 
 are the board's own.
 """
 
+import asyncio
 import sys
 import time
 
@@ -223,3 +224,205 @@ def test_a_trial_is_never_spent_running_alone():
     journal.set_starts(9)
     with Boot() as boot:
         assert boot.guard.start(config="/absent.json") == "trial"
+
+
+class FakeAgent:
+    """In the place of the agent, which test_safe_mode.py runs: what is of interest here is what
+    the guard does before and after."""
+
+    made = []
+    ends = None
+
+    @classmethod
+    def from_config(cls, path):
+        cls.made.append(path)
+        return cls()
+
+    async def run(self):
+        if FakeAgent.ends:
+            raise FakeAgent.ends
+        while True:
+            await asyncio.sleep(1)
+
+
+class AgentInstead:
+    """``with AgentInstead() as waits:`` no hour is waited for; the seconds asked for are noted."""
+
+    def __enter__(self):
+        import twinslot.agent
+
+        self.module = twinslot.agent
+        self.kept = self.module.Agent, asyncio.wait_for
+        self.module.Agent = FakeAgent
+        FakeAgent.made.clear()
+        FakeAgent.ends = None
+        waits = []
+
+        async def wait_for(coroutine, seconds):
+            waits.append(seconds)
+            return await self.kept[1](coroutine, 0.2)
+
+        asyncio.wait_for = wait_for
+        return waits
+
+    def __exit__(self, *_):
+        self.module.Agent, asyncio.wait_for = self.kept
+        asyncio.new_event_loop()
+
+
+def test_F30_after_five_starts_that_failed_the_agent_runs_alone_for_an_hour():
+    journal = board((1, VALID), confirmed=OWN)
+    with AgentInstead() as waits:
+        for start in range(1, 7):
+            with Boot() as boot:
+                boot.guard.start(config="/mine.json")
+                alone = start == 6
+                assert journal.starts() == (0 if alone else start)
+                assert FakeAgent.made == (["/mine.json"] if alone else [])
+                assert len(boot.resets) == (1 if alone else 0), "then the application's turn again"
+        assert waits == [3600]
+
+
+def test_an_agent_that_fails_alone_gives_way_to_the_application_too():
+    journal = board((1, VALID), confirmed=OWN)
+    journal.set_starts(5)
+    with AgentInstead():
+        FakeAgent.ends = OSError("no network")
+        with Boot() as boot:
+            assert boot.guard.start() == "idle"
+            assert FakeAgent.made == ["/ota.json"]
+            assert len(boot.resets) == 1
+
+
+def test_what_waits_for_its_reset_does_not_run_the_agent_alone():
+    journal = board((1, VALID), (2, bench.NEW), trial={"build": OTHER}, confirmed=OWN)
+    journal.set_starts(9)
+    with AgentInstead(), Boot(machine.DEEPSLEEP_RESET) as boot:
+        assert boot.guard.start() == "armed"
+        assert FakeAgent.made == [] and not boot.resets
+
+
+def test_F15_an_ordinary_start_that_hangs_is_reset_after_its_patience():
+    board((1, VALID), confirmed=OWN)
+    with Boot() as boot:
+        boot.guard.start(patience=1)
+        boot.wait(5)
+        assert boot.resets
+    with Boot() as boot:
+        boot.guard.start()
+        assert boot.guard._left == 120
+
+
+def test_a_trial_that_does_not_say_how_long_gets_the_usual_patience():
+    board((3, PENDING), (2, VALID), trial={"build": OWN}, confirmed=OTHER)
+    with Boot() as boot:
+        boot.guard.start(patience=77)
+        assert boot.guard._left == 77
+
+
+def test_the_garbage_collector_runs_often_unless_the_application_has_its_own_way():
+    import gc
+
+    before = gc.threshold()
+    try:
+        for found, left in ((-1, 8192), (20_000, 20_000), (0, 0)):
+            board((1, VALID), confirmed=OWN)
+            gc.threshold(found)
+            with Boot() as boot:
+                boot.guard.start()
+            assert gc.threshold() == left
+    finally:
+        gc.threshold(before)
+
+
+def test_a_timer_that_is_missing_or_taken_is_passed_over():
+    real = machine.Timer
+
+    class Timer:
+        PERIODIC = real.PERIODIC
+        tried = []
+        there = ()
+        error = ValueError
+
+        def __init__(self, number):
+            self.number = number
+            Timer.tried.append(number)
+            if number not in Timer.there:
+                raise Timer.error(number)
+
+        def init(self, period, mode, callback):
+            Timer.tried.append((self.number, period, mode, callback))
+
+        def deinit(self):
+            Timer.tried.append(-self.number)
+
+    machine.Timer = Timer
+    try:
+        for Timer.error in (ValueError, OSError):
+            for Timer.there, order in (((2, 1), [2]), ((1, 0), [2, 1]), ((0,), [2, 1, 0])):
+                board((1, VALID), confirmed=OWN)
+                Timer.tried.clear()
+                with Boot() as boot:
+                    guard = boot.guard
+                    guard.start()
+                    last = order[-1]
+                    tick = (last, 1000, Timer.PERIODIC, guard._tick)
+                    assert Timer.tried == order + [tick]
+                    guard.feed(5)
+                    assert Timer.tried == order + [tick], "one is enough"
+                    guard.stop()
+                    assert Timer.tried[-1] == -last and guard._timer is None
+                    guard.stop()
+                    assert Timer.tried == order + [tick, -last], "it was given back once"
+                    guard.feed(5)
+                    assert Timer.tried == (order + [tick, -last]) + order + [tick]
+        Timer.there = ()
+        board((1, VALID), confirmed=OWN)
+        Timer.tried.clear()
+        with Boot() as boot:
+            assert boot.guard.start(wdt=3) == "idle"
+            boot.guard.feed(9)
+            boot.guard.stop()
+            assert Timer.tried == [2, 1, 0], "it is not looked for again"
+            assert boot.watchdogs == [3000]
+    finally:
+        machine.Timer = real
+
+
+def test_each_second_counts_down_once_and_only_the_last_one_resets():
+    board((1, VALID), confirmed=OWN)
+    with Boot() as boot:
+        guard = boot.guard
+        guard._timer = 0  # this test is the timer
+        guard.start()
+        guard.feed(2)
+        guard._tick(None)
+        assert guard._left == 1 and not boot.resets
+        guard._tick(None)
+        assert guard._left == 0 and len(boot.resets) == 1
+        guard._tick(None)
+        assert guard._left == 0 and len(boot.resets) == 1, "0 is the end of the watch"
+        assert boot.watchdogs == []
+        guard.start(wdt=4)
+        guard._tick(None)
+        guard._tick(None)
+        assert boot.watchdogs == [4000, "fed", "fed"]
+
+
+def test_an_ended_watch_takes_no_timer():
+    board((1, VALID), confirmed=OWN)
+    with Boot() as boot:
+        boot.guard.feed(0)
+        assert boot.guard._timer is None
+        boot.guard.start(wdt=9)
+        boot.guard.stop()
+        assert boot.guard._timer, "a hardware watchdog goes on being fed"
+
+
+def test_a_wake_up_or_power_on_is_no_failed_start_on_whatever_chip():
+    journal = board((1, VALID), confirmed=OWN)
+    journal.set_starts(3)
+    for cause in (0, machine.PWRON_RESET, machine.DEEPSLEEP_RESET, machine.SOFT_RESET):
+        with Boot(cause) as boot:
+            boot.guard.start()
+        assert journal.starts() == 3, cause

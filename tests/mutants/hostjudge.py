@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,8 +179,13 @@ def _install(mutant: Mutant) -> None:
     """Put the mutant's functions in the place of the module's own, for all who imported it."""
     module = importlib.import_module(f"twinslot.{mutant.module}")
     classes = {n: v for n, v in vars(module).items() if isinstance(v, type)}
+    functions = {n: v for n, v in vars(module).items() if isinstance(v, types.FunctionType)}
     code = compile(mutant.tree(), module.__file__ or "", "exec")
     exec(code, vars(module))
+    for name, old in functions.items():
+        if old.__module__ == module.__name__:  # those who hold the function, too
+            old.__code__ = vars(module)[name].__code__
+            setattr(module, name, old)
     for name, old in classes.items():
         new = vars(module)[name]
         if new is old or old.__module__ != module.__name__ or issubclass(old, tuple):

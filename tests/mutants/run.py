@@ -68,6 +68,13 @@ MODULES = {
     "native": Tests((), ("test_payload.py", "test_payload_stages.py")),
     "download": Tests((), ("test_download.py",)),
     "trust": Tests((), ("test_trust.py",)),
+    "url": Tests(("test_incidents.py",), ("test_url.py",)),
+    "certs": Tests((), ("test_certs.py",)),
+    "sources": Tests(("test_sources.py",)),
+    "sources.server": Tests(("test_sources.py",)),
+    "sources.static": Tests(("test_sources.py",)),
+    "health": Tests((), ("test_health.py", "test_journal.py")),
+    "guard": Tests((), ("test_guard.py",)),
     "agent": Tests((), ("test_agent.py", "test_agent_run.py")),
 }
 
@@ -77,7 +84,8 @@ def made(module: str) -> list[Mutant]:
 
 
 def _source(module: str) -> str:
-    return (ROOT / "lib" / "twinslot" / f"{module}.py").read_text()
+    path = ROOT.joinpath("lib", "twinslot", *module.split("."))
+    return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
 
 
 def explained() -> dict[str, dict[str, str]]:
@@ -202,7 +210,7 @@ def main() -> int:
         endless += list(verdicts.values()).count(ENDLESS)
         open_ += len(unexplained)
         print(
-            f"{module:<9} {len(judged):>4} mutants, {len(judged) - len(alive):>4} noticed,"
+            f"{module:<14} {len(judged):>4} mutants, {len(judged) - len(alive):>4} noticed,"
             f" {len(alive) - len(unexplained)} survive and are explained, {len(unexplained)} not"
         )
         for mutant in sorted(alive, key=lambda m: m.line):
