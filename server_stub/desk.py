@@ -5,6 +5,10 @@ database, as long as nothing it depends on has changed: what the board says, the
 and the generation number that every change of policy renews. Only "nothing for you" is ever
 remembered; an offer is decided afresh each time, inside the transaction that books it, so that a
 paused rollout offers nothing from that moment on.
+
+Where more polls wait for the database than it answers in a moment, as when a fleet that nobody
+knows boots, the next one is told that there is nothing for now, and when to ask again. No board
+depends on one poll: what it would have said it says then.
 """
 
 import hashlib
@@ -75,8 +79,10 @@ class Desk:
         self._kept: dict[str, _Kept] = {}
         self._chooser = Chooser(site, settings)
         self._behind = Behind(store, limits.downloads_kept)
+        self._waiting = 0  # polls, for the database
         self.polls = 0
         self.remembered = 0
+        self.sent_away = 0
         self.reports = 0
         self.bytes_sent = 0
 
@@ -110,9 +116,16 @@ class Desk:
             self._behind.seen(ask.device_id, int(time.time()))
             self.remembered += 1
             return kept.answer
-        answer, settled = await self._store.awrite_together(
-            self._answers, _Poll(ask.device_id, facts, token)
-        )
+        if self._waiting >= self._limits.polls:
+            self.sent_away += 1
+            return _told(_nothing("overload", self._limits.come_back_s()))
+        self._waiting += 1
+        try:
+            answer, settled = await self._store.awrite_together(
+                self._answers, _Poll(ask.device_id, facts, token)
+            )
+        finally:
+            self._waiting -= 1
         self._behind.seen(ask.device_id, int(time.time()))
         if settled:
             self._keep(ask.device_id, _Kept(stamp, time.monotonic() + REMEMBER_S, answer))
@@ -155,9 +168,7 @@ class Desk:
         _log_poll(row.device_id, decision)
         poll_s = self._chooser.poll_s(connection, caller, channel, now)
         body = _body(decision, poll_s, self._site.keyring(row.product))
-        content = json.dumps(body, separators=(",", ":")).encode()
-        etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-        return Answer(content, etag), _settled(decision, latest)
+        return _told(body), _settled(decision, latest)
 
     def _registered(
         self, connection: Connection, polls: Mapping[str, _Poll], now: int
@@ -319,17 +330,25 @@ def _part(connection: Connection, device_id: str, decision: Decision, now: int) 
 def _body(decision: Decision, poll_s: int, keyring: int) -> dict[str, Any]:
     """An answer as the board reads it."""
     offer = decision.offer
-    body: dict[str, Any] = {"update_available": offer is not None, "poll": poll_s}
-    if keyring:
-        body["keyring"] = keyring
+    known = {"keyring": keyring} if keyring else {}
     if offer is None:
-        return {**body, "reason": decision.reason}
+        return _nothing(decision.reason, poll_s) | known
+    body: dict[str, Any] = {"update_available": True, "poll": poll_s, **known}
     body["release"] = f"/{offer.path}"
     if offer.percent is not None:
         body["rollout"] = offer.percent
     if decision.install_in_s:
         body["install"] = decision.install_in_s
     return body
+
+
+def _nothing(reason: str, poll_s: int) -> dict[str, Any]:
+    return {"update_available": False, "poll": poll_s, "reason": reason}
+
+
+def _told(body: dict[str, Any]) -> Answer:
+    content = json.dumps(body, separators=(",", ":")).encode()
+    return Answer(content, f'"{hashlib.sha256(content).hexdigest()[:32]}"')
 
 
 def _settled(decision: Decision, latest: Any) -> bool:

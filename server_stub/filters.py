@@ -16,8 +16,13 @@ MOST = 100
 
 def listing(connection: Connection) -> list[dict[str, Any]]:
     """All of them by name, with how many devices each finds now."""
-    rows = connection.execute(select(filters).order_by(filters.c.name)).all()
-    return [shown(connection, row.name, row.query) for row in rows]
+    return [shown(connection, **row) for row in saved(connection)]
+
+
+def saved(connection: Connection) -> list[dict[str, Any]]:
+    """All of them by name; to count what each finds can take a scan of the devices."""
+    rows = connection.execute(select(filters).order_by(filters.c.name))
+    return [dict(row._mapping) for row in rows]
 
 
 def shown(connection: Connection, name: str, query: dict[str, Any]) -> dict[str, Any]:

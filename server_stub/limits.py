@@ -1,5 +1,6 @@
 """Every bound of the server in one place, with its unit."""
 
+import random
 from dataclasses import dataclass
 
 
@@ -36,6 +37,10 @@ class Limits:
     requests: int = 1024
     """Requests worked on at once, a second of polls; the next one is told to come back."""
 
+    polls: int = 512
+    """Of these, polls that wait for the database: a batch of it that is under way, and the next.
+    One more is answered without it, and told when to ask again."""
+
     downloads: int = 64
     """Of these, blobs being sent: polls and reports are answered while downloads wait."""
 
@@ -62,3 +67,7 @@ class Limits:
 
     downloads_kept: int = 100_000
     """Lines of the download log; older ones are dropped first."""
+
+    def come_back_s(self) -> int:
+        """When one client that was turned away may try again, in seconds."""
+        return self.retry_after_s + random.randint(0, self.retry_after_s)

@@ -22,6 +22,7 @@ _KEPT_S = 86400  # of a worker that is no more
 _COUNTED = {
     "polls": ("polls_total", "counter", "Polls answered."),
     "remembered": ("polls_remembered_total", "counter", "Of these, from memory."),
+    "sent_away": ("polls_sent_away_total", "counter", "Of these, told to ask again: overload."),
     "reports": ("reports_total", "counter", "Reports taken."),
     "bytes_sent": ("sent_bytes_total", "counter", "Bytes of payloads sent."),
     "started": ("start_time_seconds", "gauge", "When this worker started."),
@@ -35,6 +36,7 @@ def counted(desk: Desk) -> dict[str, int | str]:
         "started": _STARTED,
         "polls": desk.polls,
         "remembered": desk.remembered,
+        "sent_away": desk.sent_away,
         "reports": desk.reports,
         "bytes_sent": desk.bytes_sent,
     }

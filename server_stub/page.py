@@ -75,12 +75,16 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
         kept = {**headers(), "Cache-Control": "max-age=3600"}
         return Response(path.read_bytes(), 200, kept, _TYPES[path.suffix])
 
-    async def enter(request: Request, who: Who, response: Response) -> Response:
+    def refused(vouched: Who | None, status: int, why: str) -> Response:
+        return render("login.html", None, status, vouched=vouched, error=why)
+
+    async def enter(request: Request, who: Who) -> Response:
         def work(connection: Connection, note: Note) -> str:
             note(who.name)
             return auth.open_session(connection, who, int(time.time()))
 
         value = await change(parts, who, "login", work)
+        response = RedirectResponse("/-/", 303)
         response.set_cookie(
             auth.COOKIE,
             value,
@@ -93,28 +97,26 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
 
     @app.get("/-/login", include_in_schema=False)
     async def login_form(request: Request) -> Response:
-        who = None if "out" in request.query_params else await _vouched_for(parts, request)
-        if who is None:
-            return render("login.html", None, error=None)
-        # No redirect: coming from the provider's site, it would not carry the strict cookie.
-        onward = {**headers(), "Refresh": "0; url=/-/"}
-        return await enter(request, who, Response("Logged in.", 200, onward, "text/plain"))
+        vouched = await _vouched_for(parts, request)
+        return render("login.html", None, vouched=vouched, error=None)
 
     @app.post("/-/login", include_in_schema=False)
     async def login(request: Request) -> Response:
         form = await request.form()
+        vouched = await _vouched_for(parts, request)
+        if vouched and "vouched" in form:
+            return await enter(request, vouched)
         name, password = str(form.get("name", ""))[:64], str(form.get("password", ""))[:300]
         address = request.client.host if request.client else "?"
         try:
             throttle.check(f"name {name}", f"address {address}")
         except Problem as exc:
-            return render("login.html", None, 429, error=exc.detail)
+            return refused(vouched, 429, exc.detail)
         who = await _known(parts, name, password)
         if who is None:
             throttle.failed(f"name {name}", f"address {address}")
-            return render("login.html", None, 401, error="Wrong name or password.")
-
-        return await enter(request, who, RedirectResponse("/-/", 303))
+            return refused(vouched, 401, "Wrong name or password.")
+        return await enter(request, who)
 
     @app.post("/-/logout", include_in_schema=False)
     async def logout(request: Request) -> Response:
@@ -122,7 +124,7 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
         same_page(session, await request.form())
         value = request.cookies.get(auth.COOKIE, "")
         await parts.store.awrite(lambda c: auth.close_session(c, value))
-        response = RedirectResponse("/-/login?out", 303)
+        response = RedirectResponse("/-/login", 303)
         response.delete_cookie(auth.COOKIE)
         return response
 
@@ -221,7 +223,7 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
             return {
                 "rows": rows,
                 "total": devices.count(connection, wanted),
-                "saved": filters.listing(connection),
+                "saved": filters.saved(connection),
                 "next": rows[-1]["device_id"] if len(rows) == _PAGE else None,
             }
 

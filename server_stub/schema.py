@@ -63,6 +63,7 @@ counters = Table(
     Column("written", BigInteger, nullable=False),
     Column("polls", BigInteger, nullable=False),
     Column("remembered", BigInteger, nullable=False),
+    Column("sent_away", BigInteger, nullable=False, server_default="0"),
     Column("reports", BigInteger, nullable=False),
     Column("bytes_sent", BigInteger, nullable=False),
 )

@@ -6,6 +6,7 @@ expected. ``TWINSLOT_`` and the member's name in capitals, ``__`` for a dot, is 
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -75,7 +76,14 @@ class ProxyLogin(_Part):
     """A proxy in front that logs people in, by OpenID Connect or whatever it can."""
 
     header: Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9-]{0,63}$")]
-    secret: Annotated[str, Field(min_length=16, max_length=256)]
+    secret: str
+
+    @field_validator("secret")
+    @classmethod
+    def _of_a_header(cls, value: str) -> str:
+        if not re.fullmatch("[!-~]{16,256}", value):
+            raise ValueError("expected 16 to 256 characters of ASCII, none of them a space")
+        return value
 
 
 class Settings(_Part):

@@ -7,7 +7,6 @@ of the time of the one in Python, but has no bound for headers.
 
 import asyncio
 import json
-import random
 from collections.abc import Callable, Mapping
 
 import uvicorn
@@ -160,7 +159,7 @@ class Gate:
 
 def overloaded(limits: Limits) -> Problem:
     """Tell a client to come back, not all of them at the same moment."""
-    seconds = limits.retry_after_s + random.randint(0, limits.retry_after_s)
+    seconds = limits.come_back_s()
     return Problem(503, "busy", "too much at once", {"Retry-After": str(seconds)})
 
 

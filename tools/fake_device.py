@@ -31,9 +31,17 @@ class Behaviour:
     silent: float = 0.5  # of these: it comes back old and says nothing
     asleep: float = 0.0  # called once, then not seen again
     slow: float = 0.0  # takes ten times as long for a download
+    cut: float = 0.0  # loses power once, somewhere in an update
     poll_s: float = 10.0
     download_s: float = 0.2
     download: bool = False
+
+
+_CUTS = 6  # places where power may be lost
+
+
+class _PowerCut(Exception):
+    """The board starts anew; it remembers what it runs and what it has not told yet."""
 
 
 @dataclass
@@ -52,6 +60,11 @@ class FakeDevice:
     met: set[str] = field(default_factory=set)  # versions it has booted
     failed: set[str] = field(default_factory=set)  # builds that failed here
     running: bool = True
+    untold: list[tuple[dict, str, dict | None]] = field(default_factory=list)  # reports
+
+    def __post_init__(self) -> None:
+        cut = self.chance("cut") < self.behaviour.cut
+        self._steps_left = int(self.chance("cut where") * _CUTS) if cut else -1
 
     def chance(self, what: str) -> float:
         """A number from 0 to 1 that is always the same for this board."""
@@ -61,10 +74,14 @@ class FakeDevice:
     async def run(self) -> None:
         """Poll until told to stop."""
         await asyncio.sleep(self.chance("phase") * self.behaviour.poll_s)
-        while self.running:
+        while self.running or self.untold:
             answer = await self.poll()
+            await self._tell()
             if answer.get("update_available"):
-                await self.update(answer["release"])
+                try:
+                    await self.update(answer["release"])
+                except _PowerCut:
+                    continue
             if self.chance("asleep") < self.behaviour.asleep:
                 return
             await asyncio.sleep(self.behaviour.poll_s * random.uniform(0.9, 1.1))
@@ -81,7 +98,11 @@ class FakeDevice:
             "agent": "fake",
             "micropython": "1.29.0",
         }
-        return json.loads(await self._call("POST", "/api/v1/check-update", body))
+        answer = json.loads(await self._call("POST", "/api/v1/check-update", body))
+        if answer.get("reason") == "overload":
+            await asyncio.sleep(answer["poll"])
+            return await self.poll()
+        return answer
 
     async def update(self, url: str) -> None:
         """Take an offer as the agent does."""
@@ -93,26 +114,52 @@ class FakeDevice:
         attempt = hashlib.sha256(f"{self.device_id}{time.time_ns()}".encode()).hexdigest()[:12]
         report = {"attempt": attempt, "version": version, "build": build}
         await self.report(report, "staging")
+        self._step()
         slow = 10 if self.chance("slow") < self.behaviour.slow else 1
         await asyncio.sleep(self.behaviour.download_s * slow)
         if self.behaviour.download:
             payload = url.rpartition("/r/")[0] + "/" + image["payloads"][0]["url"]
             await self._call("GET", payload)
+        self._step()
         await self.report(report, "staged")
+        self._step()
+        await self._try(report)
+
+    async def _try(self, report: dict[str, Any]) -> None:
+        """Boot what is new, and stay or go back. A trial that loses power goes back."""
         before = self.version, self.build
-        self.version, self.build, self.state = version, build, "trial"
-        self.met.add(version)
-        await self.poll()  # the trial's health check
-        if self.chance("bad" + version) >= self.behaviour.bad:
+        self.version, self.build, self.state = report["version"], report["build"], "trial"
+        self.met.add(self.version)
+        try:
+            self._step()
+            await self.poll()  # the trial's health check
+            self._step()
+            good = self.chance("bad" + self.version) >= self.behaviour.bad
+        except _PowerCut:
+            good = False
+        if good:
             self.state = "confirmed"
-            await self.poll()
-            await self.report(report, "confirmed")
-            return
-        (self.version, self.build), self.state = before, "rolledback"
-        self.failed.add(build)
+            self.untold.append((report, "confirmed", None))
+            self._step()
+        else:
+            (self.version, self.build), self.state = before, "rolledback"
+            self.failed.add(report["build"])
+            if self.chance("silent") >= self.behaviour.silent:
+                error = {"code": "health", "message": "simulated"}
+                self.untold.append((report, "rolledback", error))
         await self.poll()
-        if self.chance("silent") >= self.behaviour.silent:
-            await self.report(report, "rolledback", {"code": "health", "message": "simulated"})
+        await self._tell()
+
+    def _step(self) -> None:
+        """Go one step on, unless that is where this board loses power."""
+        self._steps_left -= 1
+        if self._steps_left == -1:
+            raise _PowerCut
+
+    async def _tell(self) -> None:
+        while self.untold:
+            await self.report(*self.untold[0])
+            del self.untold[0]
 
     async def report(self, report: dict, status: str, error: dict | None = None) -> None:
         body = {**report, "device_id": self.device_id, "status": status, "error": error}

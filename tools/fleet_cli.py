@@ -577,6 +577,7 @@ def sim(
     bad: Annotated[str, typer.Option(help="Share on which the release fails, as in 3%.")] = "0%",
     asleep: Annotated[str, typer.Option(help="Share that calls once and never again.")] = "0%",
     slow: Annotated[str, typer.Option(help="Share with slow links.")] = "0%",
+    cut: Annotated[str, typer.Option(help="Share that loses power in mid-update.")] = "0%",
     poll: Annotated[float, typer.Option(help="Seconds between two polls of a board.")] = 10,
     device_token: Annotated[str, typer.Option(envvar="TWINSLOT_DEVICE_TOKEN")] = "",
     stage: Annotated[list[str] | None, typer.Option(help="As in rollout create.")] = None,
@@ -607,7 +608,13 @@ def sim(
         "stages": [_stage(text) for text in plan],
         "policy": {"bake_s": 0, "max_concurrent": 500, "promote": False, **_policy(policy)},
     }
-    behaviour = Behaviour(bad=_share(bad), asleep=_share(asleep), slow=_share(slow), poll_s=poll)
+    behaviour = Behaviour(
+        bad=_share(bad),
+        asleep=_share(asleep),
+        slow=_share(slow),
+        cut=_share(cut),
+        poll_s=poll,
+    )
 
     async def play(extra: "RealBoards | None") -> dict[str, Any]:
         pool = Pool(api.url, connections, api.tls())

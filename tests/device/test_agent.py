@@ -14,6 +14,7 @@ from world import (
     OTHER,
     OWN,
     SETTINGS,
+    Body,
     World,
     installs,
     make_release,
@@ -35,6 +36,7 @@ from twinslot.errors import (
     UnreachableError,
     VersionError,
 )
+from twinslot.sources.server import Server
 
 HEAP = "2M"
 TIMEOUT = 90
@@ -628,6 +630,33 @@ async def test_F105_a_failure_that_could_not_be_told_is_told_later():
     await agent.update_now()
     assert [r["status"] for r in world.reports] == ["failed"]
     assert world.reports[0]["error"]["code"] == "unreachable"
+
+
+class Post:
+    """A client to which a server answers that all is well."""
+
+    async def post_json(self, url, obj, deadline_ms):
+        self.body = obj
+        return Body(b"{}")
+
+
+async def test_a_server_is_told_of_a_failure_with_what_the_board_has_noted():
+    agent, _ = start(World())
+    noted = agent._journal
+    noted.add_to_log("", "failed", "heap: 9 bytes free")  # of this no report ever spoke
+    noted.add_to_log("2.0.0", "failed", "no route")
+    client, server = Post(), Server(SETTINGS)
+    report = {"attempt": "a", "status": "staging", "error": None}
+    await server.report(client, agent.facts(), report)
+    assert "log" not in client.body
+    report = {"attempt": "a", "status": "failed", "error": {"code": "unreachable"}}
+    await server.report(client, agent.facts(), report)
+    lines = client.body["log"].split("\n")
+    assert [line.split(" ", 1)[1] for line in lines] == [
+        " failed heap: 9 bytes free",
+        "2.0.0 failed no route",
+    ]
+    assert "log" not in report, "what may wait in the journal stays small"
 
 
 # -- pace

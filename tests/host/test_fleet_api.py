@@ -913,6 +913,7 @@ def test_who_names_no_board_accepts_none(tmp_path):
         ("a: [", ("YAML",)),
         ("enrolment: {default: maybe}", ("enrolment.default", "maybe")),
         ("device_token: [hidden-secret]", ("device_token",)),
+        ("proxy_login: {header: H, secret: hidden-secret-\u00e4}", ("login.secret", "ASCII")),
         ("payload_signing: {region: r, key_id: k, secret: [hidden-secret]}", ("secret",)),
         ("payload_signing: {region: r, secret: hidden-secret}", ("payload_signing.key_id",)),
         ("payload_signing: {region: r, key_id: k, secret: hidden-secret}", ("payload_url",)),

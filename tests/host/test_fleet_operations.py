@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import datetime as dt
+import itertools
 import json
 import os
 import re
@@ -31,6 +32,8 @@ from fleet import Board, Fleet, Remote
 
 from twinslot_server import backup, cron, devices, schedules, schema, settings, tokens
 from twinslot_server.background import Background, Leader
+from twinslot_server.desk import Desk
+from twinslot_server.limits import Limits
 from twinslot_server.messages import CheckUpdate
 from twinslot_server.store import Store, StoreError, bump, generation
 from twinslot_tools import fleet_cli, lab, publish
@@ -195,6 +198,34 @@ def test_a_fleet_that_boots_at_once_takes_few_statements(fleet_on):
     assert fleet_on.api("GET", "labels")["labels"][0]["values"] == {"b": len(few + many)}
     known = fleet_on.api("GET", "export/devices")
     assert {row["device_id"] for row in known} == {"first", *few, *many}
+
+
+def test_a_fleet_that_nobody_knows_boots_at_once_and_all_of_it_is_written_down(fleet_on):
+    """Whom the database has no time for is told when to ask again, and that is no error."""
+    fleet_on.publish("1.0.0")
+    limits = Limits(polls=16)
+    desk = Desk(fleet_on.site, fleet_on.store, limits, fleet_on.settings)
+    boards = [f"new-{n}" for n in range(300)]
+
+    async def boot(board):
+        ask = CheckUpdate.model_validate({"device_id": board, **BOARD})
+        for times in itertools.count():
+            answer = json.loads((await desk.poll(ask, None, None)).body)
+            assert not answer["update_available"]
+            if answer["reason"] != "overload":
+                return times, answer["reason"]
+            assert limits.retry_after_s <= answer["poll"] <= 2 * limits.retry_after_s
+            await asyncio.sleep(answer["poll"] / 1000)
+
+    async def boot_all():
+        return await asyncio.gather(*map(boot, boards))
+
+    ended = asyncio.run(boot_all())
+    assert {reason for _, reason in ended} == {"up_to_date"}
+    assert desk.sent_away == sum(times for times, _ in ended) > 0
+    assert sorted(row["device_id"] for row in fleet_on.api("GET", "export/devices")) == sorted(
+        boards
+    )
 
 
 def test_what_one_board_may_not_do_and_another_does_twice_holds_up_no_third(fleet_on):
@@ -861,8 +892,8 @@ def test_a_bad_build_stops_in_a_simulated_fleet_and_the_books_agree(tmp_path):
     keys = str(servers.public_keys(tmp_path))
     with servers.serving(site, "--keys", keys) as server:
         code, found = simulate(
-            server, "--boards", "60", "--bad", "50%", "--poll", "0.5", "--stage", "20%",
-            "--stage", "100%", "--policy", "max_concurrent=5",
+            server, "--boards", "60", "--bad", "50%", "--cut", "30%", "--poll", "0.5",
+            "--stage", "20%", "--stage", "100%", "--policy", "max_concurrent=5",
         )  # fmt: skip
     assert found["differences"] == 0, found["examples"]
     assert found["state"] == "paused"
@@ -912,6 +943,7 @@ def test_the_load_tool_measures_a_server(tmp_path):
     assert found["bare"]["polls"]["per_s"] > 0
     for what in ("first_storm", "polls", "reports", "storm"):
         assert set(found["sqlite"][what]["statuses"]) == {"200"}
+    assert found["sqlite"]["first_storm"]["all_known_s"] > 0
     assert found["sqlite"]["first_storm"]["statuses"]["200"] == 20
 
 

@@ -707,6 +707,23 @@ def test_beyond_the_limit_boards_are_told_when_to_come_back(site):
             assert client.get("/nothing").status_code == 404
 
 
+def test_polls_that_the_database_has_no_time_for_are_no_error(site):
+    """All but what is remembered; reports are taken, and nobody learns what a token is for."""
+    with serving(site, program=short_limits(polls=0)) as s:
+        response = post(s, "check-update", ASK)
+        assert response.status_code == 200
+        answer = response.json()
+        assert (answer["update_available"], answer["reason"]) == (False, "overload")
+        assert 10 <= answer["poll"] <= 20
+        with s.client("another-0123456789") as stranger:
+            response = stranger.post("/api/v1/check-update", json=ASK)
+        assert problem(response) == (401, "unauthorized")
+        with s.client(s.token("operator")) as client:
+            assert client.get("/api/v1/devices").json()["devices"] == []
+            assert "polls_sent_away_total" in client.get("/metrics").text
+        assert post(s, "report-status", REPORT).is_success
+
+
 def test_downloads_wait_while_polls_are_answered(site):
     blob = next((site / PRODUCT / "blobs").rglob("*.bin"))
     blob.write_bytes(bytes(32 << 20))

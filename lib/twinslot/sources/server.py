@@ -3,6 +3,7 @@
 import json
 
 from ..errors import FormatError, HttpError
+from ..journal import Journal
 from ..url import parse, resolve, shown
 from . import DEADLINE_MS, DOCUMENT_LIMIT, parse_offer
 
@@ -43,8 +44,12 @@ class Server:
         return parse_offer(answer, self._check, resolve)
 
     async def report(self, client, facts, report):
-        """Deliver a report; the server takes the same one twice without harm."""
+        """Deliver a report, one of a failure with what the board has noted of others; the server
+        takes the same one twice without harm."""
         body = dict(report)
+        if body.get("error"):
+            notes = Journal.shared().log()
+            body["log"] = "\n".join("%d %s %s %s" % tuple(note) for note in notes)
         body["device_id"] = facts["device_id"]
         body["current_version"] = facts["current_version"]
         await self._post(client, self._report, body)
