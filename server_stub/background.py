@@ -128,7 +128,6 @@ class Background:
         self._at_work = threading.Condition()
         self._working = 0
         self._stopped = False
-        self.tick_s = 0.0  # how long the last tick took
 
     def start(self) -> None:
         for seconds, work in (
@@ -170,7 +169,6 @@ class Background:
         if not self._leader.holds():
             self._forget_schedules()
             return
-        started = time.monotonic()
         store = self._parts.store
         for rollout_id in store.read(rollouts.due):
             _try(lambda n=rollout_id: self._move_on(n))  # one must not stop the others
@@ -184,7 +182,6 @@ class Background:
             )
         )
         self._load_schedules()
-        self.tick_s = time.monotonic() - started
 
     def _move_on(self, rollout_id: int) -> None:
         action, why = self._parts.store.write(lambda c: self._tick(c, rollout_id))

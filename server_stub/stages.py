@@ -151,28 +151,27 @@ def members(
     boards: Iterable[Board], stages: Sequence[Mapping[str, Any]], upto: int, seed: str
 ) -> set[str]:
     """The boards of the stages 0 to ``upto``."""
-    ordered = sorted(boards, key=lambda board: (bucket(seed, board[0]), board[0]))
+    labels = dict(boards)
+    ordered = sorted((bucket(seed, device_id), device_id) for device_id in labels)
     return {
         device_id
-        for place, (device_id, labels) in enumerate(ordered)
-        if any(_within(stage, place, device_id, labels, seed) for stage in stages[: upto + 1])
+        for place, (drawn, device_id) in enumerate(ordered)
+        if any(_within(stage, place, drawn, labels[device_id]) for stage in stages[: upto + 1])
     }
 
 
 def joins(board: Board, stages: Sequence[Mapping[str, Any]], upto: int, seed: str) -> bool:
     """True if a newcomer belongs to the stages so far; counts are full, they take nobody."""
     device_id, labels = board
+    drawn = bucket(seed, device_id)
     return any(
-        "count" not in stage and _within(stage, 0, device_id, labels, seed)
-        for stage in stages[: upto + 1]
+        "count" not in stage and _within(stage, 0, drawn, labels) for stage in stages[: upto + 1]
     )
 
 
-def _within(
-    stage: Mapping[str, Any], place: int, device_id: str, labels: Mapping[str, str], seed: str
-) -> bool:
+def _within(stage: Mapping[str, Any], place: int, drawn: int, labels: Mapping[str, str]) -> bool:
     if "percent" in stage:
-        return bucket(seed, device_id) < stage["percent"] * (BUCKETS // 100)
+        return drawn < stage["percent"] * (BUCKETS // 100)
     if "count" in stage:
         return place < stage["count"]
     return matches({"label": stage["label"]}, labels)
