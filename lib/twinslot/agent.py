@@ -35,7 +35,7 @@ from .errors import (
     TlsError,
     UnreachableError,
 )
-from .journal import Journal
+from .journal import REASON, Journal
 from .slot import FirmwareSlot
 from .trust import Trust
 
@@ -89,6 +89,8 @@ class Agent:
             last=self._journal.get("time", int),
             floor=max(BUILD_FLOOR, self._journal.get("issued", int)),
         )
+        # The clock began anew with this start, which is not counted yet.
+        self._anew = self._clock.state == "unknown"
         self._trust = Trust(s, self._journal, self._clock)
         unload()  # what comes now stays: it finds the room, and leaves no hole behind
         self._client = self._trust.client
@@ -102,7 +104,8 @@ class Agent:
         self._watch = None  # the task that feeds the guard
         self._base = s["url"]  # or that of a mirror, until the poll ends
         self._done = None  # release that needs no second look
-        # CRC-32 of a release's name, polls in which it failed to come, the last one's time
+        # CRC-32 of a release's name, polls in which it failed to come (and then starts without a
+        # clock), the last poll's time
         self._tried = self._journal.get("tried", list)
         self._counted = False  # this poll among them
         self._fetching = False  # so that a failure is one of the download
@@ -539,13 +542,25 @@ class Agent:
 
     def _rests(self, name):
         """True while a release that could not be downloaded several times is left alone, also
-        after a reboot or deep sleep."""
-        if self._tries(name) < _TRIES:
+        after a reboot or deep sleep: for six hours. Where the clock begins anew with the power,
+        which perhaps never lasts so long, starts are counted on: the 4th tries, the 8th, ..."""
+        tries = self._tries(name)
+        if tries < _TRIES or self._counted:  # a mirror is asked in the same poll
             return False
-        rested = int(time.time()) - self._tried[2]
+        crc, _, last = self._tried
+        rested = int(time.time()) - last
         if rested < 0:  # the clock began anew with this boot
             rested = time.ticks_ms() // 1000  # pyright: ignore (a number, whatever it wraps at)
-        return rested < _REST_S
+        if rested >= _REST_S:
+            self._tried = []
+            self._note(tried=None)
+            return False
+        if not self._anew or self._clock.trusted:
+            return True
+        self._anew = False
+        self._tried = [crc, tries + 1, last]
+        self._note(tried=self._tried)
+        return tries & (tries + 1) != 0
 
     def _tries(self, name):
         crc = binascii.crc32(name.encode())
@@ -590,7 +605,7 @@ class Agent:
     def _log_once(self, exc):
         """Note a failure that no release is to blame for, and not at every poll again."""
         last = self._journal.log()[-1:]
-        if not last or _bare(last[0][3]) != _bare(exc.message[:80]):
+        if not last or not _is_same(last[0][3], exc.message):
             self._journal.add_to_log("", "failed", exc.message)
 
     def _remember_time(self):
@@ -697,6 +712,9 @@ class Agent:
         self._journal.set_fetching(_mark(manifest.version + image.build))
         try:
             await download.run(image, url[: at + 1] if at > 0 else url, self._running["build"])
+        except NetworkError:
+            self._fetching = not download.further  # what the next poll goes on from is no failure
+            raise
         finally:
             self._journal.set_fetching(0)
             report["bytes"] = download.fetched
@@ -711,8 +729,8 @@ class Agent:
             self._count(name)
 
     def _count(self, name):
-        tries = self._tries(name) % _TRIES  # a rest is over
-        self._tried = [binascii.crc32(name.encode()), tries + 1, int(time.time())]
+        self._anew = False  # this start was a try
+        self._tried = [binascii.crc32(name.encode()), self._tries(name) + 1, int(time.time())]
         self._note(tried=self._tried)
 
     def _note(self, **changes):
@@ -762,9 +780,11 @@ class Agent:
         self._machine.reset()
 
 
-def _bare(text):
-    """Without its numbers: bytes that are free differ each time."""
-    return "".join(c for c in text if not c.isdigit())
+def _is_same(kept, message):
+    """True where the log has this message, perhaps cut, but for its numbers: bytes that are free
+    differ each time."""
+    bare, whole = ["".join(c for c in text if not c.isdigit()) for text in (kept, message)]
+    return bare == whole or (len(kept) == REASON and whole.startswith(bare))
 
 
 def _mark(name):

@@ -45,6 +45,7 @@ class Download:
         self._emit = emit
         self._spend = spend
         self.fetched = 0  # bytes of payloads that came over the network
+        self.further = False  # a checkpoint came further than those before
 
     async def run(self, image, base, build):
         """Bring an image into the slot and verify it there.
@@ -155,6 +156,7 @@ class Download:
             try:
                 self._journal.save_checkpoint(kept)
                 if offset > self._begun:
+                    self.further = True
                     self._journal.set_fetching(0)  # a reset from here on was not in vain
             except OtaError as exc:
                 print("twinslot: no checkpoint:", exc)  # the download itself goes on

@@ -30,6 +30,7 @@ import time
 
 from .errors import SpaceError
 
+REASON = 80  # characters of a reason in the log
 LIMIT = 2048  # bytes of the whole blob; the smallest NVS we ship holds about 12 KB
 _FORMAT = 1
 _KEY = "journal"
@@ -210,7 +211,7 @@ class Journal:
         if time.gmtime()[0] > 2024:
             now = int(time.time()) + (946684800 if time.gmtime(0)[0] == 2000 else 0)
         entries = self.log()[1 - _LOG_KEEP :]
-        entries.append([now, version, status, reason[:80]])
+        entries.append([now, version, status, reason[:REASON]])
         body = json.dumps({"log": entries}).encode()
         while len(body) + 5 > LIMIT:
             del entries[0]

@@ -43,9 +43,8 @@ class Keyring:
         journal: keeps the version of the keyring.
         product: that of the board; a keyring of another one is refused.
         demo: take keys that are marked as samples.
-        known: ``[version, refused]``, where what is learnt of them outlives this object: the
-            version on the board, 0 for none, or one that has to come again, and that of one that
-            was fetched in vain. By default that of the journal, and 0.
+        known: ``[version]`` on the board, 0 for none or one that has to come again, where that
+            outlives this object. By default that of the journal.
 
     Raises:
         ConfigError: the key file is missing, malformed, or trusts nobody.
@@ -57,7 +56,7 @@ class Keyring:
         self._demo = demo
         self._path = path[: path.rfind("/") + 1] + "keyring.jws"
         self._roots, self._fixed = load(read(path), demo)
-        self._known = known or [journal.get("keyring", int), 0]
+        self._known = known or [journal.get("keyring", int)]
 
     @property
     def version(self):
@@ -65,12 +64,7 @@ class Keyring:
 
     def wants(self, version):
         """True if a keyring that is said to have this version is worth fetching."""
-        have, refused = self._known
-        return bool(self._roots) and version > have and version != refused
-
-    def refuse(self, version):
-        """Don't want this one again, until another is said to be there."""
-        self._known[1] = version
+        return bool(self._roots) and version > self._known[0]
 
     def keys(self, now=None):
         """Return ``{kid: modulus}`` of the keys that may sign a release now.
@@ -86,7 +80,7 @@ class Keyring:
         floor = self._journal.get("keyring", int)
         version, expires, keys = self._stored()
         if version < floor or not keys:
-            self._known[:] = 0, 0  # wanted again
+            self._known[0] = 0  # wanted again
             raise KeyringError("keyring", "none on the board", "version %d" % max(floor, 1))
         if version > floor:  # the power failed between file and journal
             self._journal.update(keyring=version)

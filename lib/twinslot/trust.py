@@ -59,7 +59,7 @@ class Trust:
         self._settings = s = settings
         self._journal = journal
         self._clock = clock
-        self._known = [journal.get("keyring", int), 0]  # see Keyring
+        self._known = [journal.get("keyring", int)]  # see Keyring
         self._keyring()
         self._regardless = None
         tls = None
@@ -126,18 +126,19 @@ class Trust:
             the version taken, or None.
 
         Raises:
-            NetworkError: it can't be fetched; asked for again at the next poll.
-            KeyringError, SpaceError: it can't be taken; not asked for again unless it changes.
+            NetworkError: it can't be fetched.
+            KeyringError: it does not hold: perhaps damaged on the way, or an old one out of a
+                cache. As after any other error the next poll asks for it again.
+            SpaceError: it can't be written.
         """
-        have, refused = self._known  # without its module first: mostly there is nothing to do
-        if version <= have or version == refused or not self._keyring().wants(version):
+        # Without its module first: mostly there is nothing to do.
+        if version <= self._known[0] or not self._keyring().wants(version):
             return None
         from .jws import TOKEN_LIMIT
 
         url = base + self._settings["product"] + "/keyring.jws"
         token = await self._fetch(client, url, TOKEN_LIMIT)
         keyring = self._keyring()
-        keyring.refuse(version)  # once is enough, unless it holds
         keyring.take(token)
         return keyring.version
 

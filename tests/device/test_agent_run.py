@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+import machine
 import workbench as bench
 from harness import raises
 from workbench import NEW, PENDING, VALID
@@ -46,7 +47,7 @@ from twinslot.errors import (
 )
 
 HEAP = "2M"
-TIMEOUT = 90
+TIMEOUT = 120
 MIRROR = "http://mirror.example/"
 TRIAL = ((3, PENDING), (2, VALID))
 ON_TRIAL = {"trial": {"build": OWN, "version": "2.0.0"}, "confirmed": OTHER}
@@ -892,11 +893,13 @@ async def test_a_rest_ends_after_six_hours_and_tries_start_anew():
     with Instead(twinslot.agent, time=clock):
         for _ in range(3):
             await refuses(UnreachableError, agent)
+        crc = agent._tried[0]
+        agent._counted = False  # the next poll
         for later, rests in ((0, True), (6 * 3600 - 1, True), (6 * 3600, False)):
             clock.now = 1_000_000 + later
             assert agent._rests(agent._name(world.offer["release"])) is rests
-        assert agent._tried[1:] == [3, 1_000_000]
-        clock.now += 6 * 3600 + 1
+            assert agent._tried == ([crc, 3, 1_000_000] if rests else [])
+            assert agent._journal.get("tried", list) == agent._tried
         await refuses(UnreachableError, agent)
         assert agent._tried[1:] == [1, clock.now]
         assert agent._journal.get("tried", list) == agent._tried
@@ -914,9 +917,91 @@ async def test_a_board_without_a_clock_rests_as_long_after_each_start():
         for _ in range(3):
             await refuses(UnreachableError, agent)
         clock.now = 20
+        agent._counted = False  # the next poll
         for uptime_s, rests in ((20, True), (6 * 3600 - 1, True), (6 * 3600, False)):
             clock.ticks_ms = lambda ms=uptime_s * 1000: ms
             assert agent._rests(name) is rests
+
+
+class Outage:
+    """A release that does not come, and a board that is switched off and on meanwhile."""
+
+    def __init__(self):
+        self.world = World()
+        self.world.manifest = UnreachableError("nobody there")
+        self.tried = []
+        self.writes = 0
+
+    async def tries_in(self, starts, polls=1, known=None, keeps_time=False):
+        """Numbers of the starts, from 1 on, in which the release was asked for."""
+        found = []
+        for n in range(1, starts + 1):
+            if not keeps_time:
+                machine.RTC().datetime((2000, 1, 1, 5, 0, 0, 5, 0))
+            agent, _ = start(self.world, tried=self.tried)
+            if known:
+                assert agent._clock.observe(known, "user")
+            agent._journal._store = self.counted(agent._journal._store)
+            before = len(self.world.released)
+            for _ in range(polls):
+                try:
+                    await agent.update_now()
+                except UnreachableError:
+                    pass
+            if len(self.world.released) > before:
+                found.append(n)
+            self.tried = agent._journal.get("tried", list)
+        return found
+
+    def counted(self, store):
+        self.writes = 0
+
+        def wrote(key, body):
+            self.writes += 1
+            store(key, body)
+
+        return wrote
+
+
+async def test_a_board_without_a_clock_that_is_never_on_for_long_tries_again_less_and_less_often():
+    """Nothing tells it how long it was off: it would rest for ever, or never."""
+    found = await Outage().tries_in(15)
+    assert found[:3] == [1, 2, 3]
+    gaps = [found[i + 1] - found[i] for i in range(2, len(found) - 1)]
+    assert len(gaps) > 2
+    assert all(gaps[i + 1] >= 2 * gaps[i] for i in range(len(gaps) - 1)), found
+
+
+async def test_a_start_without_a_clock_counts_once_and_wears_flash_by_one_write():
+    outage = Outage()
+    assert (await outage.tries_in(5))[-1] == 4
+    assert await outage.tries_in(1, polls=5) == []
+    assert outage.writes == 1
+    outage.world.manifest = make_release()
+    for _ in range(9):
+        try:
+            assert await outage.tries_in(1) == []
+        except Reset:
+            return
+    raise AssertionError("it rests for ever")
+
+
+async def test_starts_do_not_shorten_the_rest_of_a_board_that_knows_the_time():
+    """Because it was told, or because its clock goes on over deep sleep and resets."""
+    assert await Outage().tries_in(9, known=1_800_000_000) == [1, 2, 3]
+    assert await Outage().tries_in(9, keeps_time=True) == [1, 2, 3]
+
+
+async def test_the_last_try_before_a_rest_asks_the_mirror_too():
+    world = World()
+    world.manifest = UnreachableError("nobody there")
+    world.documents = {MIRROR + "lamp/stable.json": {"release": "r/2.0.0.jws"}}
+    agent, _ = start(world, settings={"mirrors": [MIRROR]})
+    for n in (2, 4, 6):
+        await refuses(UnreachableError, agent)
+        assert len(world.released) == n
+    assert await agent.update_now() is False
+    assert len(world.released) == 6
 
 
 async def test_a_try_counts_once_however_many_mirrors_failed():
@@ -942,6 +1027,21 @@ async def test_a_count_that_can_not_be_kept_is_no_error_of_its_own():
     agent._journal._store = full
     await refuses(UnreachableError, agent)
     assert agent._tried[1] == 1
+
+
+async def test_a_failure_that_lasts_is_logged_once_whatever_its_numbers():
+    world = World()
+    agent, _ = start(world)
+    for text, n in (
+        ("%d of " + "x" * 70 + " bytes", 1),  # the log cuts it, behind more or fewer digits
+        ("%d of " + "y" * 70 + " bytes", 2),
+        ("%d bytes", 3),
+        ("%d bytes, and more", 4),  # what was kept whole is no beginning of another
+    ):
+        for number in (9, 1, 10, 123456, 77):
+            world.offer = RuntimeError(text % number)
+            await refuses(InternalError, agent)
+            assert len(agent._journal.log()) == n, (text, number)
 
 
 async def test_what_is_reported_of_an_attempt():

@@ -21,6 +21,7 @@ from twinslot.errors import (
     OtaError,
     ReleaseError,
     SignatureError,
+    SpaceError,
     TlsError,
 )
 from twinslot.sources import DEADLINE_MS
@@ -253,7 +254,9 @@ async def test_a_key_that_the_newer_keyring_leaves_out_is_revoked():
     await board.release(Site(release=signed("second")), RELEASE_URL)
 
 
-async def test_a_keyring_that_does_not_hold_is_asked_for_once():
+async def test_a_keyring_that_does_not_hold_is_asked_for_again():
+    """It was damaged on the way, or is an old one out of a cache, and comes right later: a board
+    that never resets must not stay with the keys before."""
     for wrong in (
         keyring(2, "second", by="release"),
         b"nothing",
@@ -263,10 +266,25 @@ async def test_a_keyring_that_does_not_hold_is_asked_for_once():
         await board.renew(Site(keyring=keyring(1, "release")), 1, BASE)
         site = Site(keyring=wrong)
         await fails(KeyringError, board.renew(site, 2, BASE))
-        assert await board.renew(site, 2, BASE) is None
-        assert len(site.asked) == 1
-        site.files[KEYRING_URL] = keyring(3, "second")
-        assert await board.renew(site, 3, BASE) == 3
+        await fails(KeyringError, board.renew(site, 2, BASE))
+        site.files[KEYRING_URL] = keyring(2, "second")
+        assert await board.renew(site, 2, BASE) == 2
+        assert len(site.asked) == 3
+
+
+async def test_F28_a_keyring_that_could_not_be_written_down_is_asked_for_again():
+    board = make()
+    site = Site(keyring=keyring(1, "release"), release=signed("release"))
+    store = board._journal._store
+
+    def full(key, body):
+        raise SpaceError("full")
+
+    board._journal._store = full
+    await fails(SpaceError, board.renew(site, 1, BASE))
+    board._journal._store = store
+    assert await board.renew(site, 1, BASE) == 1
+    assert (await board.release(site, RELEASE_URL)).version == "2.0.0"
 
 
 async def test_a_keyring_that_did_not_come_is_asked_for_again():

@@ -68,6 +68,7 @@ class Names:
 names = Names()
 link.socket = names
 agent = None
+held = None  # of the heap
 events = []
 
 
@@ -96,21 +97,36 @@ def begin(settings, jump=None):
     return {"version": agent.version()}
 
 
-def boot(settings, well=True):
+def boot(settings, well=True, hog=0):
     """What a reset does, guard and all; the agent's one check says ``well``. Returns False where
-    there is no agent: it could not be made, or the guard has reset the board."""
+    there is no agent: it could not be made, or the guard has reset the board. ``hog`` bytes of
+    the heap are taken away, until the next update has ended."""
+    global held  # noqa: PLW0603
+    gc.collect()
+    held = take(hog)
     Journal._shared = None
     guard._verdict = None
     guard.machine = Machine
     try:
         begin(settings)
+        unlock()
         agent.check("well", lambda: well)
         return True
     except (Exception, Reset) as exc:
+        unlock()
+        held = None
         print("boot:", repr(exc))
         return False
     finally:
+        unlock()
         guard.machine = machine
+
+
+def unlock():
+    """Give the heap back that a statement was to find locked."""
+    stumble = sys.modules.get("twinslot.stumble")
+    if stumble and stumble.locked is not None:
+        stumble.unlock()
 
 
 def jumped(seconds):
@@ -134,9 +150,10 @@ def take(size):
 def update(force=False, hog=0, run=False):
     """One poll, with ``hog`` bytes of the heap taken away; or with ``run`` the agent's own polls,
     for five minutes at most."""
+    global held
     events.clear()
     gc.collect()
-    hog = take(hog)
+    hog, held = held or take(hog), None
     began = time.ticks_ms()
     out = {"code": "idle"}
     failed = None
@@ -146,6 +163,7 @@ def update(force=False, hog=0, run=False):
         out["code"] = "installed"
     except Exception as exc:
         failed = exc
+    unlock()
     stumble = sys.modules.get("twinslot.stumble")
     if stumble:
         stumble.target = None  # what follows is not the agent's own doing

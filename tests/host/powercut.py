@@ -178,7 +178,7 @@ for _ in range(2):
         asyncio.run(agent.update_now())
     except OtaError as exc:
         pass
-    if agent._tried[1:2] != [3]:
+    if not agent._tried or agent._tried[1] < 3:
         break
     print("rests")
     agent._tried[2] -= 6 * 3600

@@ -1,8 +1,9 @@
 """A copy of the device package that counts its statements, and fails at one that is told.
 
 Before every statement of a function stands a call, ``hit(number)``. The module ``stumble`` of the
-copy holds what to do there: count, and at the chosen statement raise. Made on the host with ast,
-as MicroPython's unix port has no sys.settrace.
+copy holds what to do there: count, and at the chosen statement raise, or lock the heap until the
+next one, so that the first allocation in between fails. Made on the host with ast, as
+MicroPython's unix port has no sys.settrace.
 """
 
 from __future__ import annotations
@@ -14,21 +15,36 @@ from pathlib import Path
 STUMBLE = """
 # Which statements ran, and where to stumble. No dict: two threads come here at once, and the
 # unix port has no lock against one that looks while the other makes room.
+import micropython
+from _thread import get_ident
+
 counts = [0] * %d
-target = None  # (number, which time, exception)
+target = None  # (number, which time, exception or None: no memory there)
 met = False
 counting = True
+locked = None  # the thread
+
+
+def unlock():
+    global locked
+    locked = None
+    micropython.heap_unlock()
 
 
 def hit(number):
-    global met
+    global met, locked
+    if locked is not None and locked == get_ident():
+        unlock()
     if not counting:
         return
     n = counts[number] + 1
     counts[number] = n
     if target is not None and target[0] == number and target[1] == n:
         met = True
-        raise target[2]
+        if target[2] is not None:
+            raise target[2]
+        locked = get_ident()
+        micropython.heap_lock()
 
 
 def ran():

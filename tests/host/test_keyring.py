@@ -407,22 +407,12 @@ def test_F24_a_volume_that_is_full_keeps_the_keyring_before(device, monkeypatch)
     assert device.trusts() == {kid("second")}
 
 
-def test_a_keyring_fetched_in_vain_is_asked_for_once(device):
-    ring = device.boot()
-    assert ring.wants(2)
-    ring.refuse(2)
-    assert not ring.wants(2)
-    assert ring.wants(3)
-    assert ring.version == 0, "it was not taken"
-
-
 def test_what_is_known_of_keyrings_may_outlive_the_object(device):
     path = (device.folder / "keys.json").as_posix()
     device.boot().take(keyring(1, "first"))
-    known = [1, 0]
-    rings.Keyring(path, device.journal, PRODUCT, known=known).refuse(3)
+    known = [1]
     again = rings.Keyring(path, device.journal, PRODUCT, known=known)
-    assert again.wants(2) and not again.wants(3)
+    assert again.wants(2) and not again.wants(1)
     again.take(keyring(2, "second"))
     assert rings.Keyring(path, device.journal, PRODUCT, known=known).version == 2
 

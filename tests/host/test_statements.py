@@ -1,11 +1,12 @@
 """F34, F35 of the catalogue: an exception at any statement of the update path ends cleanly.
 
 A copy of the package is run in which each statement can be made to raise (`statements.py`). All
-statements that an update passes are taken in turn: OSError, MemoryError, or an error of no kind
-that anybody foresaw. What leaves the agent is an OtaError, whatever it was, and the log says so.
-Afterwards the board would boot the old image or the whole new one, and the next poll brings the
-update to its end, with no reboot in between. Told to the agent's own loop, it never ends it. So
-it is where a download goes on, at a mirror, and from the guard's first statement to the end of a
+statements that an update passes are taken in turn: OSError, MemoryError, an error of no kind that
+anybody foresaw, or a heap that has nothing for what the statement allocates. What leaves the
+agent is an OtaError, whatever it was, and the log says so. Afterwards the board would boot the
+old image or the whole new one, and the next poll brings the update to its end, with no reboot in
+between. Told to the agent's own loop, it never ends it. So it is where a download goes on, at a
+mirror, where a newer keyring comes first, and from the guard's first statement to the end of a
 trial: confirmed, or on the way back.
 
 `make test` takes a sample, rolled by a seed; `make faults-long` all, at the first time the
@@ -22,14 +23,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from network_cases import BLOB, CHECKPOINT, SEED
+from network_cases import SEED
+from scenes import OnTrial, mirrored, plain, renewed, resumed
 from servers import signing_key
 from statements import instrument
-from station import LEISURE, LIB, PARTITIONS, Station
-
-from twinslot_tools import log_cli
-from twinslot_tools.virtual_esp32 import bootloader, show
-from twinslot_tools.virtual_esp32.chip import otadata
+from station import LEISURE, LIB, Station
 
 LONG = os.environ.get("FAULTS") == "long"
 ROLLED = int(os.environ.get("SEED") or SEED)
@@ -38,7 +36,14 @@ SAMPLE_OF_LOOP = 6
 SAMPLE_OF_TRIAL = 24
 SAMPLE_ON_THE_WAY = 14
 SIZE = 70_000  # one checkpoint
-KINDS = ("OSError(5)", "MemoryError('stumbled')", "RuntimeError('stumbled')", "ValueError()")
+NO_MEMORY = "None"  # whatever the statement allocates first can't be had
+KINDS = (
+    "OSError(5)",
+    "MemoryError('stumbled')",
+    "RuntimeError('stumbled')",
+    "ValueError()",
+    NO_MEMORY,
+)
 # The first statement of this is a `try`, around all others: what stands before it is the caller's.
 OUTERMOST = "agent.py update_now"
 # What writes a failure down can't write its own.
@@ -62,7 +67,7 @@ class Stumbler:
         self.station = Station(folder / "s", size=SIZE, tree=folder / "package", heap="3M")
         self.station.__enter__()
         self.station.ask("evaluate", code=LEISURE)
-        self.scene: Callable[[Stumbler], None] = plain
+        self.scene: Callable[[Station], None] = plain
 
     def place(self, number: int) -> str:
         """The statement's module and function."""
@@ -76,7 +81,7 @@ class Stumbler:
 
     def counts(self, **how: bool) -> dict[int, int]:
         """How often each statement runs in an update of this scene."""
-        self.scene(self)
+        self.scene(self.station)
         self.station.ask("evaluate", code=CLEAR)
         assert self.station.update(**how)["code"] == "installed"
         code = "import twinslot.stumble as s; result = s.ran()"
@@ -85,7 +90,7 @@ class Stumbler:
     def _update(self, point: Point, **how: bool) -> tuple[dict, bool]:
         """What became of an update that fails there once, and whether it came there."""
         number, time, kind = point
-        self.scene(self)
+        self.scene(self.station)
         self.station.ask("evaluate", code=f"{CLEAR}; s.target = ({number}, {time}, {kind})")
         said = self.station.update(**how)
         self.station.check(complete=said["code"] == "installed")
@@ -124,32 +129,6 @@ class Stumbler:
         return "installed" if met else "not met"
 
 
-# ---- scenes: what has happened before the update that stumbles
-
-
-def plain(one: Stumbler) -> None:
-    """Nothing."""
-    one.station.proxy.plan({})
-    one.station.fresh(one.station.settings("http"))
-
-
-def resumed(one: Stumbler) -> None:
-    """A download was cut behind its checkpoint, and the board started anew."""
-    cut = {"on": BLOB, "at": CHECKPOINT + 2000, "do": "reset"}
-    one.station.proxy.plan({"connections": [{"edits": [cut]}]})
-    settings = one.station.settings("http")
-    one.station.fresh(settings)
-    assert one.station.update()["code"] in ("network", "timeout")
-    one.station.reboot(settings)
-
-
-def mirrored(one: Stumbler) -> None:
-    """The server takes no connection; a mirror has the tree."""
-    one.station.proxy.plan({"connections": [{"accept": "reset"}]})
-    copy = f"http://127.0.0.1:{one.station.proxy.ports['http']}/"
-    one.station.fresh(one.station.settings("http", mirrors=[copy]))
-
-
 @pytest.fixture(scope="module")
 def stumblers(tmp_path_factory):
     signing_key()
@@ -166,6 +145,8 @@ def points(counts: dict[int, int]) -> list[Point]:
     found = []
     for number, n in sorted(counts.items()):
         found.append((number, 1, dice.choice(KINDS)))
+        if LONG:
+            found.append((number, 1, NO_MEMORY))
         if n > 1:
             found.append((number, dice.randrange(2, min(n, 200) + 1), dice.choice(KINDS)))
     return found
@@ -211,82 +192,22 @@ def test_F34_F35_exception_at_any_statement_of_an_update(stumblers, record_prope
 
 # ---- a trial
 
-RECORD = """
-from twinslot.journal import Journal
-own = agent._running["build"]
-trial = {"build": own, "version": "1.2.3", "attempt": "a", "security": 4, "back": %r, "hang": 60}
-Journal.shared().update(confirmed=%r, versions={%r: "2.0.1"}, trial=trial)
-result = own
-"""
 
-
-class OnTrial:
-    """A board whose running image is on trial, with the new one as its way back."""
-
-    def __init__(self, one: Stumbler, well: bool):
-        self.one = one
-        self.well = well
-        # A channel without a release: what is proven stays.
-        self.settings = one.station.settings("http", channel="none", stable=0, deadline=0)
-
-    def begin(self) -> None:
-        station = self.one.station
-        station.proxy.plan({})
-        station.fresh(self.settings)
-        entries = [otadata.entry(2, otadata.VALID), otadata.entry(3, otadata.PENDING_VERIFY)]
-        with station.flash.open("r+b", buffering=0) as f:
-            for i, entry in enumerate(entries):
-                f.seek(PARTITIONS["otadata"].offset + i * otadata.SECTOR)
-                f.write(otadata.pack(entry))
-            f.seek(PARTITIONS["ota_1"].offset)
-            f.write(station.image)
-        back = station.image[-32:].hex()
-        self.build = station.ask("evaluate", code=RECORD % (back, back, back))
-
-    def boot(self) -> str:
-        station = self.one.station
-        if not station.ask("boot", settings=self.settings, well=self.well):
-            return "no agent"
-        return station.update()["code"]
-
-    def end(self) -> str:
-        """ "confirmed", "back", or "" while neither is so."""
-        flash = self.one.station.flash.read_bytes()
-        journal = log_cli.read(flash).journal
-        boots = bootloader.predict(flash, "esp32").partition
-        assert boots, "nothing boots"
-        if "trial" in journal:
-            return ""
-        if boots.label == "ota_1":
-            return "back" if self.build != journal.get("confirmed") else ""
-        states = {slot["label"]: slot["state"] for slot in show.describe(flash)["slots"]}
-        confirmed = journal.get("confirmed") == self.build and states["ota_0"] == "VALID"
-        return "confirmed" if confirmed else ""
-
-    def stumble(self, point: Point | None) -> str:
-        """Fail there once; then start anew until the trial is over. How it ended."""
-        station = self.one.station
-        self.begin()
-        target = "None" if point is None else f"({point[0]}, {point[1]}, {point[2]})"
-        station.ask("evaluate", code=f"{CLEAR}; s.target = {target}")
-        codes = []
-        while not (codes and self.end()) and len(codes) < 5:
-            codes.append(self.boot())
-            assert codes[-1] != "LEAKED", codes
-            station.check()
-        assert self.end(), codes
-        assert self.well or self.end() == "back", "confirmed, and not well"
-        floor = log_cli.read(station.flash.read_bytes()).journal.get("floor", 0)
-        assert floor == (4 if self.end() == "confirmed" else 0)
-        met = station.ask("evaluate", code="import twinslot.stumble as s; result = s.met")
-        return self.end() if met or point is None else "not met"
+def stumble_on_trial(trial: OnTrial, point: Point | None) -> str:
+    """Fail there once; then start anew until the trial is over. How it ended."""
+    trial.begin()
+    target = "None" if point is None else f"({point[0]}, {point[1]}, {point[2]})"
+    trial.station.ask("evaluate", code=f"{CLEAR}; s.target = {target}")
+    ended = trial.end_it()
+    met = trial.station.ask("evaluate", code="import twinslot.stumble as s; result = s.met")
+    return ended if met or point is None else "not met"
 
 
 @pytest.mark.parametrize("well", [True, False], ids=["confirmed", "rolled-back"])
 def test_F34_exception_at_any_statement_of_a_trial(stumblers, well, record_property):
     """The guard's and the agent's, from the start to the confirmation or the way back."""
-    first = OnTrial(stumblers[0], well)
-    assert first.stumble(None) == ("confirmed" if well else "back")
+    first = OnTrial(stumblers[0].station, well)
+    assert stumble_on_trial(first, None) == ("confirmed" if well else "back")
     code = "import twinslot.stumble as s; result = s.ran()"
     counts = dict(stumblers[0].station.ask("evaluate", code=code))
     mine = ("health.py", "guard.py", "slot.py", "otadata.py", "journal.py")
@@ -294,13 +215,13 @@ def test_F34_exception_at_any_statement_of_a_trial(stumblers, well, record_prope
     every += [p for p in points(counts) if stumblers[0].place(p[0]) == "agent.py _prove"]
     assert len(every) > 60, "the copy does not count"
     chosen = every if LONG else random.Random(ROLLED).sample(every, SAMPLE_OF_TRIAL)
-    boards = {id(one): OnTrial(one, well) for one in stumblers}
-    met = prove(stumblers, chosen, lambda one, point: boards[id(one)].stumble(point))
+    boards = {id(one): OnTrial(one.station, well) for one in stumblers}
+    met = prove(stumblers, chosen, lambda one, point: stumble_on_trial(boards[id(one)], point))
     record_property("ended", dict(met))
     assert met["not met"] < len(chosen) / 10
 
 
-@pytest.mark.parametrize("scene", [resumed, mirrored])
+@pytest.mark.parametrize("scene", [resumed, mirrored, renewed])
 def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_property):
     """Of those that run then and not in a plain update; `make faults-long`: all that run."""
     usual = stumblers[0].counts()
