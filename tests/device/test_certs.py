@@ -171,6 +171,7 @@ def test_a_server_by_the_pinned_ca_is_reached():
         pem(cert("ca")).encode(),
         "a comment\n" + pem(cert("own")) + pem(cert("ca")),
         pem(key("own"), "EC PRIVATE KEY") + pem(cert("ca")),
+        "---- OUR CERTIFICATE----- for the lamps\n" + pem(cert("ca")),
     ):
         board = Tls(ca=ca)
         for _ in range(2):
@@ -221,6 +222,13 @@ def test_a_server_of_another_fingerprint_is_told_by_its_own():
         digit = "%x" % (int(pin("own")[at], 16) ^ 1)
         off = pin("own")[:at] + digit + pin("own")[at + 1 :]
         fails("fingerprint", Tls(fingerprint=off), name="own")
+
+
+def test_what_was_wrong_with_the_last_connection_is_not_said_of_the_next():
+    board = Tls(fingerprint=pin("own"))
+    fails("fingerprint", board)
+    board.wrap(End(), NAME)
+    assert "closed" in certs.tls_error(OSError(104), NAME, board).message
 
 
 def test_what_signed_a_certificate_is_not_compared_with_the_fingerprint():

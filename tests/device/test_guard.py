@@ -409,6 +409,19 @@ def test_each_second_counts_down_once_and_only_the_last_one_resets():
         assert boot.watchdogs == [4000, "fed", "fed"]
 
 
+def test_a_hardware_watchdog_is_fed_where_nothing_else_is_watched():
+    board((1, VALID), confirmed=OWN)
+    with Boot() as boot:
+        boot.guard.start(wdt=3, patience=0)
+        assert boot.guard._timer
+        boot.guard.feed(1)
+        boot.guard.stop()
+        boot.guard._tick(None)
+        assert not boot.resets and boot.watchdogs[-1] == "fed", (
+            "but the application is not watched"
+        )
+
+
 def test_an_ended_watch_takes_no_timer():
     board((1, VALID), confirmed=OWN)
     with Boot() as boot:

@@ -4,7 +4,7 @@ import harness
 
 from twinslot.errors import FormatError
 from twinslot.http import http_date
-from twinslot.url import parse, resolve
+from twinslot.url import decimal, hexadecimal, parse, resolve, shown, text_of
 
 BASE = "https://updates.example:8443/fleet/sensor/stable.json?x=/../y"
 HERE = "https://updates.example:8443"
@@ -96,6 +96,104 @@ def test_ports_and_addresses():
     assert parse("https://h?a") == ("https", "h", 443, "/?a")
     assert parse("https://[FE80::1]:444/x") == ("https", "fe80::1", 444, "/x")
     assert resolve("https://[fe80::1]:444/x", "y") == "https://[fe80::1]:444/y"
+
+
+def test_a_port_that_is_not_the_usual_one_is_kept():
+    for address in ("http://h:79/", "http://h:81/", "http://h:443/", "https://h:80/"):
+        assert text_of(parse(address)) == resolve(address, "/") == address
+    for address in ("http://h:80/", "https://h:443/"):
+        assert text_of(parse(address)) == address[: address.rindex(":")] + "/"
+    for port in (1, 65535):
+        assert parse("https://h:%d" % port).port == port
+
+
+MALFORMED = (
+    "h/x",
+    "h",
+    "https:/h",
+    "https//h",
+    "ftp://h/x",
+    "://h/x",
+    "https://",
+    "https:///x",
+    "https://?x",
+    "https://:443/",
+    "https://[::1/x",
+    "https://[::1",
+    "https://[::1]x/x",
+    "https://[::1]443/x",
+    "https://[]/x",
+    "https://[::1]:/x",
+    "https://[::g]/x",
+    "https://h:/x",
+    "https://h:0/x",
+    "https://h:65536/x",
+    "https://h:1:2/x",
+    "https://h:+1/x",
+    "https://h%41/x",
+    "https://a,b/x",
+    "https://h/../x",
+    "https://u@h/x",
+)
+
+
+def test_what_is_no_address_is_refused_by_itself_too():
+    for address in MALFORMED:
+        harness.raises(FormatError, parse, address)
+    error = harness.raises(FormatError, parse, "user:secret@h/x")
+    assert "secret" not in error.message
+
+
+def test_an_address_is_long_or_short_but_not_longer():
+    base = "https://h/"
+    assert parse(base + "x" * (512 - len(base))).host == "h"
+    harness.raises(FormatError, parse, base + "x" * (513 - len(base)))
+    assert len(parse("https://" + "h" * 253).host) == 253
+    harness.raises(FormatError, parse, "https://" + "h" * 254)
+    assert parse("https://h/!~").path == "/!~"
+
+
+def test_what_is_shown_of_an_address_holds_no_query_and_is_short():
+    assert shown(parse("https://h:444/a/b?signature=secret?x")) == "https://h:444/a/b"
+    long = "https://h/" + "x" * 200
+    assert shown(parse(long)) == long[:120]
+
+
+def test_numbers_are_digits_and_nothing_else():
+    for text, limit, value in (
+        (b"0", 0, 0),
+        (b"0123456789", 1 << 30, 123456789),
+        (b"9", 9, 9),
+        (b"10", 9, None),
+        (b"00000000001", 9, None),  # eleven digits
+        (b"", 9, None),
+        (b"1_0", 99, None),
+        (b"+1", 9, None),
+        (b" 1", 9, None),
+        (b"1/", 9, None),
+        (b"1:", 9, None),
+        (b"a", 9, None),
+    ):
+        assert decimal(text, limit) == value, text
+    for text, limit, value in (
+        (b"0", 0, 0),
+        (b"1234567", 1 << 32, 0x1234567),
+        (b"89abcdef", 1 << 32, 0x89ABCDEF),
+        (b"ABCDEF", 0xABCDEF, 0xABCDEF),
+        (b"ABCDEF", 0xABCDEE, None),
+        (b"000000001", 9, None),  # nine digits
+        (b"", 9, None),
+        (b"0x1", 99, None),
+        (b"1_0", 99, None),
+        (b"-1", 9, None),
+        (b"/", 99, None),
+        (b":", 99, None),
+        (b"@", 99, None),
+        (b"G", 99, None),
+        (b"`", 99, None),
+        (b"g", 99, None),
+    ):
+        assert hexadecimal(text, limit) == value, text
 
 
 def test_http_dates():
