@@ -511,3 +511,172 @@ def test_a_bootloader_that_leaves_a_new_slot_aside_has_refused_it():
     assert health.reconcile(slot, journal, HARD) == "idle"
     assert journal.get("trial") == {}
     assert "refused" in journal.get("failed", list)[-1][2]
+
+
+# -- what is written down
+
+
+def test_what_a_journal_may_hold_of_trials_and_failures():
+    fits = health.fits
+    assert fits("trial", {}) and fits("trial", record(OWN, hang=3, boots=1))
+    for wrong in ([], None, 7, "x", {"build": 7}, {"version": None}, {"security": "4"}):
+        assert fits("trial", wrong) is False
+    for name in ("security", "hang", "boots"):
+        assert not fits("trial", {name: None}) and not fits("trial", {name: True})
+    row = [OWN, "2.0.0", "it crashed", 3]
+    assert fits("failed", []) and fits("failed", [row, row])
+    for wrong in ({}, "", None, (row,), [row, []], [row[:3]], [row + [1]], [row[:3] + ["3"]]):
+        assert fits("failed", wrong) is False
+    assert fits("versions", {OWN: "1.0.0"})
+    assert not fits("versions", {OWN: 1}) and not fits("versions", [])
+
+
+def test_a_failure_leaves_those_of_other_builds_as_they_are_and_is_logged():
+    others = [[STRANGER, "1.5.0", "crash", 3], ["77" * 32, "1.6.0", "power", 1]]
+    slot, journal = board((3, PENDING), (2, VALID), trial=record(OWN, boots=1), failed=others)
+    health.reject(slot, journal, "the lamp is dark")
+    failed = journal.get("failed", list)
+    assert failed == others + [[OWN, "2.0.0", "the lamp is dark", health.TRIES]]
+    assert journal.log()[-1][1:] == ["2.0.0", "rolledback", "the lamp is dark"]
+
+
+def test_a_confirmation_is_logged_and_needs_no_security_version():
+    slot, journal = board((3, PENDING), (2, VALID), trial={"build": OWN, "version": "2.0.0"})
+    health.confirm(slot, journal)
+    assert journal.log()[-1][1:3] == ["2.0.0", "confirmed"]
+    assert journal.get("floor", int) == 0
+
+
+def test_I10_the_intent_to_confirm_is_written_before_otadata():
+    slot, journal = board((3, PENDING), (2, VALID), trial=record(OWN, boots=1))
+    seen = []
+    keep = slot.confirm
+
+    def noted():
+        seen.append((journal.get("trial").get("confirming"), bench.states()[0]))
+        keep()
+
+    slot.confirm = noted
+    health.confirm(slot, journal)
+    assert seen == [(True, PENDING)]
+
+
+def test_confirming_an_image_nobody_installed_leaves_anothers_trial_alone():
+    slot, journal = board((1, VALID), trial=record(OTHER, boots=1))
+    health.confirm(slot, journal)
+    assert journal.get("trial") == record(OTHER, boots=1)
+    assert (journal.get("confirmed", str), journal.get("floor", int)) == (OWN, 0)
+
+
+def test_a_rejected_image_is_called_by_the_name_it_was_known_by():
+    for versions, name in (({OWN: "1.7.0"}, "1.7.0"), ({}, FirmwareSlot().status()["version"])):
+        slot, journal = board((3, PENDING), (2, VALID), versions=versions)
+        health.reject(slot, journal, "by hand")
+        assert journal.get("failed", list)[-1][1] == name
+    slot, journal = board((3, PENDING), (2, VALID))
+    status = slot.status
+    slot.status = lambda: dict(status(), version="0.4.0")
+    health.reject(slot, journal, "by hand")
+    assert journal.get("failed", list)[-1][1] == "0.4.0"
+
+
+def test_a_reset_of_unknown_cause_may_be_somebodys_cable():
+    slot, journal = board((3, VALID), (2, ABORTED), trial=record(OTHER, boots=1))
+    health.reconcile(slot, journal, 0)
+    assert failure(journal, OTHER) == ("reset before it was confirmed (cause 0)", 1)
+
+
+def test_a_trial_that_never_reached_the_guard_is_told_from_one_that_never_began():
+    for state, words, status in (
+        (ABORTED, "before the boot guard ran", "rolledback"),
+        (VALID, "before the trial began", "failed"),
+    ):
+        slot, journal = board((3, VALID), (2, state), trial=record(OTHER), confirmed=OWN)
+        health.reconcile(slot, journal, HARD)
+        assert words in failure(journal, OTHER)[0]
+        assert journal.get("reports", list)[-1]["status"] == status
+
+
+def test_only_a_slot_that_waits_for_its_first_boot_is_armed():
+    # A wake-up finds otadata naming another slot for other reasons, too.
+    slot, journal = board((1, VALID), (2, VALID), confirmed=OWN)
+    assert health.reconcile(slot, journal, DEEPSLEEP) == "idle"
+    assert slot.is_settled()
+    slot, journal = board((2, NEW), (3, VALID), confirmed=OWN)
+    assert health.reconcile(slot, journal, SOFT) == "idle", "and one that was passed over is not"
+
+
+def test_a_board_whose_image_has_no_name_confirms_nothing_by_mistake():
+    slot, journal = board((3, PENDING), (2, VALID))
+    status = slot.status
+    slot.status = lambda: dict(status(), build="")
+    assert health.reconcile(slot, journal, HARD) == "trial"
+    assert bench.states()[0] == PENDING
+
+
+# -- the pace of a trial
+
+
+class Wall:
+    """The clock of a trial that does not wait; notes for how many seconds it slept."""
+
+    def __init__(self):
+        self.now = 5000
+        self.slept = []
+
+    def ticks_ms(self):
+        return self.now
+
+    def ticks_diff(self, a, b):
+        return a - b
+
+
+async def at_pace(proof):
+    """Run a proof; return (what it raised, seconds slept, milliseconds between feedings)."""
+    wall = Wall()
+    real = asyncio.sleep, asyncio.sleep_ms, health.time
+    fed = []
+
+    async def sleep(seconds):
+        wall.slept.append(seconds)
+        wall.now += seconds * 1000
+        await real[1](0)
+
+    async def sleep_ms(ms):
+        fed.append(ms)
+        await real[0](3600)
+
+    asyncio.sleep, asyncio.sleep_ms, health.time = sleep, sleep_ms, wall
+    try:
+        await proof.prove()
+        ended = None
+    except HealthError as exc:
+        ended = exc
+    finally:
+        asyncio.sleep, asyncio.sleep_ms, health.time = real
+    return ended, wall.slept, fed
+
+
+async def test_a_check_is_asked_every_second_until_the_deadline_is_reached():
+    asked = []
+    proof, _ = trial(("lamp", lambda: asked.append(1)), stable=2, deadline=5)
+    ended, slept, fed = await at_pace(proof)
+    assert "lamp" in str(ended)
+    assert slept == [2, 1, 1, 1] and len(asked) == 4, "at 2, 3, 4 and 5 seconds"
+    assert fed == [500]
+
+
+async def test_a_confirmation_by_hand_ends_the_trial():
+    proof, journal = trial(("lamp", lambda: journal.update(confirmed=OWN)), deadline=60)
+    ended, slept, _ = await at_pace(proof)
+    assert ended is None and slept == [0]
+    assert bench.states()[0] == PENDING, "whoever did that has seen to it"
+
+
+async def test_an_image_without_a_name_is_not_taken_for_confirmed():
+    proof, journal = trial(("lamp", lambda: False))
+    journal.update(confirmed="")
+    status = proof._slot.status
+    proof._slot.status = lambda: dict(status(), build="")
+    ended, _, _ = await at_pace(proof)
+    assert "lamp" in str(ended)
