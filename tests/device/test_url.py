@@ -94,6 +94,7 @@ def test_foreign_hosts_only_when_named():
 def test_ports_and_addresses():
     assert parse("http://h") == ("http", "h", 80, "/")
     assert parse("https://h?a") == ("https", "h", 443, "/?a")
+    assert parse("https://[::1]") == ("https", "::1", 443, "/")
     assert parse("https://[FE80::1]:444/x") == ("https", "fe80::1", 444, "/x")
     assert resolve("https://[fe80::1]:444/x", "y") == "https://[fe80::1]:444/y"
 
