@@ -179,7 +179,7 @@ def publish(
     key: Annotated[Path | None, typer.Option(help="Private key made by keygen.")] = None,
     channel: Annotated[str, typer.Option(help="Who gets it.")] = "stable",
     security_version: Annotated[
-        int | None, typer.Option(min=0, help="Anti-rollback floor (default: as before).")
+        int | None, typer.Option(min=0, help="Anti-rollback floor (default: the channel's).")
     ] = None,
     downgrade: Annotated[
         bool, typer.Option("--downgrade", help="May replace a newer version.")
@@ -196,6 +196,10 @@ def publish(
     ] = None,
     public: Annotated[
         Path | None, typer.Option(help="Public key of the --sign-command (NAME.pub.json).")
+    ] = None,
+    roots: Annotated[
+        Path | None,
+        typer.Option(help="Boards' key file: other keys in a keyring by its root count, too."),
     ] = None,
     passphrase_fd: Annotated[
         int | None, typer.Option(metavar="N", help="Read the passphrase from descriptor N.")
@@ -224,6 +228,7 @@ def publish(
     promote it: the release itself never changes.
     """
     from . import fleet_bases, images, trust_cli
+    from . import keys as key_files
     from . import publish as publishing
     from .fleet_http import Api
 
@@ -251,7 +256,11 @@ def publish(
     )
     signer = trust_cli.signer(key, sign_command, public, passphrase_fd)
     with _bar(as_json) as progress:
-        done = publishing.publish(image, spec, signer, site, progress)
+        known = key_files.load_trusted(roots)[0] if roots else None
+        done = publishing.publish(image, spec, signer, site, progress, known)
+    if done.ignored:
+        said = _plain(f"not gone on from: {done.ignored}")
+        talk.print(said, soft_wrap=True, markup=False)
     if as_json:
         _print_json(_published(done, spec, site) | {"fleet": [asdict(one) for one in running]})
     else:

@@ -144,7 +144,7 @@ def _play(story: _Story) -> dict[str, Any]:
 
     story.chapter("1.4.0 is signed by a stranger.")
     pointer.write_bytes(kept)
-    lab.publish(lab.firmware("1.4.0"), "1.4.0", key=lab.new_key("stranger"))
+    lab.publish(lab.firmware("1.4.0"), "1.4.0", key=lab.new_key("stranger"), security_version=0)
     _refused(story, "stranger", "signature")
 
     story.chapter("At the end:")

@@ -5,7 +5,6 @@ Which server, and as whom: see ``fleet_base``. ``--json`` prints the API's own a
 """
 
 import asyncio
-import base64
 import contextlib
 import json
 import os
@@ -209,13 +208,9 @@ def release_upload(
     as_json: Json = False,
 ) -> None:
     """Upload a release that publish has made."""
-    signed = site / product / "r" / f"{version}.jws"
-    part = signed.read_bytes().split(b".")[1]
-    manifest = json.loads(base64.urlsafe_b64decode(part + b"=" * (-len(part) % 4)))
-    files = [("release", signed)]
-    for image in manifest["images"]:
-        files += [("file", site / product / p["url"]) for p in image["payloads"]]
-    body, kind = multipart({"channel": channel}, files)
+    from . import publish
+
+    body, kind = multipart({"channel": channel}, publish.parts(site, product, version))
     found = context.obj.call("POST", "firmware/upload", raw=body, kind=kind)
     if pilot_ready:
         found = context.obj.call("PATCH", f"firmware/{found['id']}", {"pilot_ready": True})

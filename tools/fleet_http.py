@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from twinslot.release import SIZE_LIMIT
+
+from . import tree
+
 T = TypeVar("T")
+_ANSWER_LIMIT = 1 << 30  # bytes: an export of a million boards
+_PROBLEM_LIMIT = 65536
 
 
 class ApiError(ValueError):
@@ -46,16 +52,20 @@ class Api:
         return json.loads(content) if is_json else content.decode()
 
     def fetch(self, path: str) -> bytes:
-        """Return a file, wherever the server says it is; the token goes to the server only.
+        """Return an image, wherever on the web the server says it is; the token goes to the
+        server only.
 
         Raises:
-            ApiError: it can't be had.
+            ApiError: it can't be had, or is larger than an image.
         """
         url = f"{self._home()}api/v1/{path}"
         for _ in range(3):
             at_home = url.startswith(self._home())
+            if not at_home and urllib.parse.urlsplit(url).scheme not in ("https", "http"):
+                raise ApiError(f"{self.url}: moved to {url[:80]!r}")
             headers = {"Authorization": f"Bearer {self.token}"} if at_home else {}
-            content, _, moved = self._open(urllib.request.Request(url, headers=headers))
+            request = urllib.request.Request(url, headers=headers)
+            content, _, moved = self._open(request, SIZE_LIMIT)
             if not moved:
                 return content
             url = urllib.parse.urljoin(url, moved)
@@ -64,8 +74,11 @@ class Api:
     def _home(self) -> str:
         return f"{self.url.rstrip('/')}/"
 
-    def _open(self, request: urllib.request.Request) -> tuple[bytes, bool, str | None]:
-        """Send a request; return content, whether it is JSON, and where it says to go instead."""
+    def _open(
+        self, request: urllib.request.Request, limit: int = _ANSWER_LIMIT
+    ) -> tuple[bytes, bool, str | None]:
+        """Send a request; return content of at most ``limit`` bytes, whether it is JSON, and
+        where it says to go instead."""
         at_home = request.full_url.startswith(self._home())
         context = self.tls() if at_home else ssl.create_default_context()
         opener = urllib.request.build_opener(
@@ -74,7 +87,10 @@ class Api:
         try:
             with opener.open(request, timeout=60) as answer:
                 is_json = "json" in answer.headers.get("Content-Type", "")
-                return answer.read(), is_json, None
+                content = answer.read(limit + 1)
+                if len(content) > limit:
+                    raise ApiError(f"{self.url}: an answer of more than {limit} bytes")
+                return content, is_json, None
         except urllib.error.HTTPError as exc:
             with exc:
                 if 300 < exc.code < 400 and (moved := exc.headers.get("Location")):
@@ -99,9 +115,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 def _said(exc: urllib.error.HTTPError) -> str:
     try:
-        problem = json.loads(exc.read())
+        problem = json.loads(exc.read(_PROBLEM_LIMIT))
         return f"{problem['code']}: {problem['detail']}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return f"the server answered {exc.code}"
 
 
@@ -117,7 +133,7 @@ def multipart(fields: dict[str, str], files: list[tuple[str, Path]]) -> tuple[by
             f'--{mark}\r\nContent-Disposition: form-data; name="{name}";'
             f' filename="{path.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'
         )
-        parts.append(head.encode() + path.read_bytes() + b"\r\n")
+        parts.append(head.encode() + tree.image(path) + b"\r\n")
     return b"".join(parts) + f"--{mark}--\r\n".encode(), f"multipart/form-data; boundary={mark}"
 
 

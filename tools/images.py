@@ -12,7 +12,7 @@ from twinslot import espimage
 from twinslot.errors import ImageError
 from twinslot.release import SIZE_LIMIT
 
-from . import secure_boot
+from . import secure_boot, tree
 from .virtual_esp32.chip import image as chip_image
 
 _TABLE_FLASH_OFFSET = 0x8000
@@ -45,7 +45,7 @@ def load(path: Path) -> Firmware:
     if path.stat().st_size > SIZE_LIMIT:
         seen = f"{path.stat().st_size} bytes"
         raise ImageError(f"{path}: image size", seen, f"at most {SIZE_LIMIT}, as boards boot")
-    data = path.read_bytes()
+    data = tree.image(path)
     _refuse_combined(path, data)
     try:
         head = espimage.parse(data[: espimage.HEAD_LEN])

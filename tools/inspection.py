@@ -14,7 +14,7 @@ from twinslot import espimage, jws, keyring, keyset, release
 from twinslot.errors import FormatError, ImageError, OtaError, SignatureError
 from twinslot.sources import parse_offer
 
-from . import images, secure_boot
+from . import images, secure_boot, tree
 from .virtual_esp32.chip import image as chip_image
 from .virtual_esp32.chip import table
 from .virtual_esp32.layout import subtype_name, type_name
@@ -42,9 +42,7 @@ def inspect(
         FormatError: nothing known here.
         OSError: no such file.
     """
-    if path.stat().st_size > _LARGEST:
-        raise FormatError(f"{path}", f"{path.stat().st_size} bytes", f"at most {_LARGEST}")
-    data = path.read_bytes()
+    data = tree.read(path, _LARGEST)
     if data[:1] == b"\xe9" and images.find_table(data) is None:
         return _image(data)
     if data[:2] == b"\xaa\x50":

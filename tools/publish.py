@@ -7,12 +7,16 @@
 Each file appears whole or not at all, and the pointer moves only after the release on disk has
 passed the device's own code with the public key. A release never changes: publishing the same
 thing again just moves the pointer, which is how a rollout is widened or another channel fed.
+
+What lies in the tree already is anybody's word (`tree`). A release that goes on from another takes
+its security version, and its order, only from one that the signing key itself has signed, or a key
+of a keyring whose root the publisher knows: what the maker's key signs can't be unsigned.
 """
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
-import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Any
 
 from joserfc.jwk import RSAKey
 
-from twinslot import jws, release, semver
+from twinslot import jws, keyset, release, semver
 from twinslot.errors import (
     ChecksumError,
     ConfigError,
@@ -30,13 +34,11 @@ from twinslot.errors import (
     VersionError,
 )
 
-from . import images, keyrings, payloads
+from . import images, keyrings, payloads, tree
 from .files import CHUNK, Progress, quiet, whole_file, write_whole
 from .signing import Signer, document, signer_of
 
 TYPE = release.TYPE
-POLL_MAX_S = 7 * 86400  # the device's own bound
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _RESERVED_PRODUCTS = ("api",)  # the server's own paths start with it
 _DATE = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -69,10 +71,16 @@ class Published:
     kid: str
     new: bool  # False: this very release was there already
     packed: tuple[payloads.Payload, ...] = ()  # what was built for a new one, kept or not
+    ignored: str = ""  # what the channel named before, where nobody vouches for it
 
 
 def publish(
-    image: Path, spec: Spec, key: RSAKey | Signer, site: Path, progress: Progress = quiet
+    image: Path,
+    spec: Spec,
+    key: RSAKey | Signer,
+    site: Path,
+    progress: Progress = quiet,
+    roots: dict[str, bytes] | None = None,
 ) -> Published:
     """Check, sign, write and verify a release, then point its channel at it.
 
@@ -81,6 +89,8 @@ def publish(
         spec: what to say of it.
         key: private signing key, or whoever signs.
         site: root of the tree; made where there is none.
+        roots: of which one must have signed the product's keyring, whose keys then count as the
+            signing key does.
 
     Raises:
         OtaError: refused; nothing that a board looks at has changed.
@@ -88,25 +98,30 @@ def publish(
     """
     _check(spec)
     signer = signer_of(key)
-    ring = _keyring(site, spec.product, signer)
+    ring = _keyring(site, spec.product, signer, roots)
+    counted = signer.trusted
+    if ring and roots:
+        counted = counted | keyset.load({"keys": ring.keys}, demo=True)
     firmware = images.load(image)
     product = site / spec.product
-    channel = _Channel.read(product, spec.channel)
+    channel = _Channel.read(product, spec.channel, counted)
     path = product / "r" / f"{spec.version}.jws"
+    trusted = signer.trusted
+    existing = _existing(path, trusted)
+    if existing is None:
+        _check_inherited(spec, channel)
     manifest = _manifest(spec, firmware, channel)
-    existing = _read_release(path)
     if existing is not None:
         manifest = _same_release(path, existing, manifest, spec)
     _check_order(spec, manifest, channel)
     packed: list[payloads.Payload] = []
     if existing is None:
         bases = [_base(text, product, firmware) for text in spec.bases]
-        packed = payloads.build(firmware.path.read_bytes(), bases, progress)
+        packed = payloads.build(tree.image(firmware.path), bases, progress)
         manifest["images"][0]["payloads"] = [p.entry() for p in packed if p.kept]
-    token = _sign(manifest, signer) if existing is None else path.read_bytes()
-    trusted = signer.trusted
+    token = _sign(manifest, signer) if existing is None else tree.token(path)
     verify(token, trusted)  # before anything is written
-    for payload in packed or [payloads.Payload(firmware.path.read_bytes(), "identity")]:
+    for payload in packed or [payloads.Payload(tree.image(firmware.path), "identity")]:
         if payload.kept:
             _write_blob(payload.content, product / payload.url, progress)
     if existing is None:
@@ -119,7 +134,7 @@ def publish(
         raise
     offer = _offer(spec, channel)
     if ring:
-        offer["keyring"] = ring
+        offer["keyring"] = ring.version
     write_whole(channel.path, json.dumps(offer).encode() + b"\n")
     return Published(
         release=path.relative_to(site).as_posix(),
@@ -129,6 +144,7 @@ def publish(
         kid=signer.kid,
         new=existing is None,
         packed=tuple(packed),
+        ignored=channel.ignored,
     )
 
 
@@ -149,9 +165,9 @@ def verify_tree(
     Raises:
         OtaError: signature, manifest, size or hash don't hold.
     """
-    image = verify(path.read_bytes(), trusted).firmware
+    image = verify(tree.token(path), trusted).firmware
     for payload in image.payloads:
-        blob = product / payload.url
+        blob = tree.payload(product, payload.url)
         digest, size = _hash(blob, progress)
         # Whoever puts a payload in also proves it; here its content address is enough.
         wanted = image.sha256 if payload.encoding == "identity" else blob.name.split(".")[0]
@@ -165,13 +181,10 @@ def verify_tree(
 
 def _check(spec: Spec) -> None:
     """Refuse names and numbers that no device or no file system takes."""
-    for what, name in (
-        ("product", spec.product),
-        ("channel", spec.channel),
-        *(("hardware", name) for name in spec.hardware),
-    ):
-        if not _NAME.fullmatch(name):
-            raise ConfigError(what, repr(name[:80]), "1 to 64 of A-Z a-z 0-9 . _ -, no dot first")
+    tree.check_name("product", spec.product)
+    tree.check_name("channel", spec.channel)
+    for name in spec.hardware:
+        tree.check_name("hardware", name)
     if spec.product in _RESERVED_PRODUCTS:
         raise ConfigError("product", spec.product, "another name: the server's API lives there")
     if not spec.hardware:
@@ -179,8 +192,8 @@ def _check(spec: Spec) -> None:
     semver.parse(spec.version)
     if spec.rollout is not None and not 0 <= spec.rollout <= 100:
         raise ConfigError("rollout", spec.rollout, "0 to 100 percent")
-    if spec.poll is not None and not 1 <= spec.poll <= POLL_MAX_S:
-        raise ConfigError("poll", f"{spec.poll} s", f"1 to {POLL_MAX_S} s")
+    if spec.poll is not None and not 1 <= spec.poll <= tree.POLL_MAX_S:
+        raise ConfigError("poll", f"{spec.poll} s", f"1 to {tree.POLL_MAX_S} s")
 
 
 def _manifest(spec: Spec, firmware: images.Firmware, channel: "_Channel") -> dict[str, Any]:
@@ -216,23 +229,30 @@ def _manifest(spec: Spec, firmware: images.Firmware, channel: "_Channel") -> dic
 
 
 def _base(text: str, product: Path, firmware: images.Firmware) -> payloads.Base:
-    """Find the image that ``--from`` means: a file, or a version published here."""
-    path, name = Path(text), Path(text).name
+    """Find the image that ``--from`` means: a file, or a version published here.
+
+    Who signed that version doesn't matter, a revoked key least of all: a delta is proven, and made
+    of nothing but the new image and what the tree itself holds under the name of its digest.
+    """
+    path, name, digest = Path(text), Path(text).name, None
     if not path.is_file():
         path, name = _published_image(text, product), text
+        digest = path.stem
     base = images.load(path)
+    if digest not in (None, base.sha256):
+        raise ChecksumError(f"--from {text}: {path}", base.sha256, digest)
     if base.build == firmware.build:
         raise ConfigError(f"--from {text}: is the very image to publish")
     if base.chip_id != firmware.chip_id:
         raise ConfigError(f"--from {text}: chip", base.chip, firmware.chip)
-    return payloads.Base(name, base.build, path.read_bytes())
+    return payloads.Base(name, base.build, tree.image(path))
 
 
 def _published_image(version: str, product: Path) -> Path:
     """The plain image of an earlier release."""
     manifest = None
-    if "/" not in version:
-        manifest = _read_release(product / "r" / f"{version}.jws")
+    if tree.RELEASE_NAME.fullmatch(f"r/{version}.jws"):
+        manifest = _peek(product / "r" / f"{version}.jws")
     if manifest is None:
         seen = "neither an image file nor a version in this site"
         raise ConfigError(f"--from {version}", seen, "one of the two")
@@ -245,39 +265,61 @@ def _published_image(version: str, product: Path) -> Path:
 def _plain_image(manifest: dict[str, Any], product: Path) -> Path | None:
     """Where the plain image of a release lies, or None."""
     for payload in manifest["images"][0]["payloads"]:
-        path = product / payload["url"]
-        if payload["encoding"] == "identity" and "patch" not in payload and path.is_file():
-            return path
+        if payload["encoding"] == "identity" and "patch" not in payload:
+            with contextlib.suppress(ReleaseError):
+                path = tree.payload(product, payload["url"])
+                if path.is_file():
+                    return path
     return None
 
 
 def plain_images(site: Path, product: str, chip_id: int) -> dict[str, str]:
     """Versions, by build, of the releases for a chip whose plain image is in the site.
 
+    Nobody's signature is judged, see :func:`_base`.
+
     Raises:
         ReleaseError: a file among them is no release.
     """
     found = {}
     for path in sorted((site / product / "r").glob("*.jws")):
-        manifest = _read_release(path)
+        manifest = _peek(path)
         if manifest and _plain_image(manifest, site / product):
             image = manifest["images"][0]
             if image["chip_id"] == chip_id:
-                found[image["build"]] = manifest["version"]
+                found[image["build"]] = path.stem
     return found
 
 
-def _keyring(site: Path, product: str, signer: Signer) -> int:
-    """Version of the product's keyring, 0 for none. Refuse a key that it does not list."""
-    ring = keyrings.read(site, product)
-    if ring is None:
-        return 0
-    if signer.kid not in ring.kids:
+def parts(site: Path, product: str, version: str) -> list[tuple[str, Path]]:
+    """The files of a release, for an upload: ``("release", path)``, then ``("file", path)`` each.
+
+    Raises:
+        ReleaseError: there is no such release, or it names files that are not of this tree.
+    """
+    tree.check_name("product", product)
+    name = f"r/{version}.jws"
+    folder = site / product
+    manifest = _peek(folder / name) if tree.RELEASE_NAME.fullmatch(name) else None
+    if manifest is None:
+        raise ReleaseError(f"version {version} of {product} is not in {site}")
+    found = [("release", folder / name)]
+    for image in manifest["images"]:
+        found += [("file", tree.payload(folder, p["url"])) for p in image["payloads"]]
+    return found
+
+
+def _keyring(
+    site: Path, product: str, signer: Signer, roots: dict[str, bytes] | None
+) -> keyrings.Ring | None:
+    """The product's keyring, None for none. Refuse a key that it does not list."""
+    ring = keyrings.read(site, product, roots)
+    if ring is not None and signer.kid not in ring.kids:
         raise ConfigError(
             f"key {signer.kid} is not in keyring {ring.version} of {product}: boards would refuse"
             " what it signs; use one that is, or add it with  twinslot keyring"
         )
-    return ring.version
+    return ring
 
 
 def _sign(manifest: dict[str, Any], signer: Signer) -> bytes:
@@ -295,32 +337,60 @@ class _Channel:
 
     path: Path
     offer: dict[str, Any]
-    current: dict[str, Any] | None  # manifest of the release it names
+    current: dict[str, Any] | None  # manifest of the release it names, if that is vouched for
+    ignored: str = ""  # else: which one, and why not
 
     @classmethod
-    def read(cls, product: Path, name: str) -> "_Channel":
+    def read(cls, product: Path, name: str, trusted: dict[str, bytes]) -> "_Channel":
+        """Read a channel's pointer, and the release it names if one of these keys signed it."""
         path = product / f"{name}.json"
         try:
-            offer = json.loads(path.read_bytes())
-            current = _read_release(product / offer["release"])
+            offer = tree.pointer(path)
         except FileNotFoundError:
             return cls(path, {}, None)
-        except (ValueError, TypeError, KeyError) as exc:
-            raise ReleaseError(f"{path}: not a channel pointer: {exc!r}") from exc
-        if current is None:
-            raise ReleaseError(f"{path} names {offer['release']}, which is missing")
-        return cls(path, offer, current)
+        target = offer["release"]
+        said = _peek(product / target)
+        if said is None:
+            raise ReleaseError(f"{path} names {target}, which is missing")
+        try:
+            verify(tree.token(product / target), trusted)
+            if (said["product"], f"r/{said['version']}.jws") != (product.name, target):
+                raise ReleaseError(f"it is {said['version']} of {said['product']}")
+        except OtaError as exc:
+            seen = f"security version {said.get('security_version', 0)}, on nobody's word: {exc}"
+            return cls(path, offer, None, f"{path} names {target} ({seen})")
+        return cls(path, offer, said)
 
     @property
     def floor(self) -> int:
         """The security version that boards of this channel may have confirmed."""
-        return self.current["security_version"] if self.current else 0
+        return self.current.get("security_version", 0) if self.current else 0
 
 
-def _read_release(path: Path) -> dict[str, Any] | None:
-    """The manifest of a published release (whoever signed it), or None where there is none."""
+def _check_inherited(spec: Spec, channel: _Channel) -> None:
+    """Refuse to go on from a release that nobody vouches for, unless told the security version."""
+    if channel.ignored and spec.security_version is None:
+        raise SecurityVersionError(
+            f"{channel.ignored}: say --security-version yourself, or by --roots who has signed the"
+            " keyring with that key"
+        )
+
+
+def _existing(path: Path, trusted: dict[str, bytes]) -> dict[str, Any] | None:
+    """The manifest of a version that is published already, signed by one of these keys."""
     try:
-        payload = jws.b64url_decode(path.read_bytes().split(b".")[1])
+        verify(tree.token(path), trusted)
+    except FileNotFoundError:
+        return None
+    except OtaError as exc:
+        raise type(exc)(f"{path} is there already: {exc}") from exc
+    return _peek(path)
+
+
+def _peek(path: Path) -> dict[str, Any] | None:
+    """What a release says, whoever signed it, or None where there is none."""
+    try:
+        payload = jws.b64url_decode(tree.token(path).split(b".")[1])
         release.parse(payload)
     except FileNotFoundError:
         return None
@@ -400,20 +470,19 @@ def _offer(spec: Spec, channel: _Channel) -> dict[str, Any]:
 
 
 def _hash(path: Path, progress: Progress) -> tuple[str, int]:
+    content = tree.image(path)
     digest = hashlib.sha256()
-    total, done = path.stat().st_size, 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            progress("verifying", done, total)
-    return digest.hexdigest(), done
+    for at in range(0, len(content), CHUNK):
+        digest.update(content[at : at + CHUNK])
+        progress("verifying", min(at + CHUNK, len(content)), len(content))
+    return digest.hexdigest(), len(content)
 
 
 def _write_blob(content: bytes, path: Path, progress: Progress) -> None:
     """Write a payload to its content address, unless the same bytes lie there already."""
-    if path.exists() and path.read_bytes() == content:
-        return
+    with contextlib.suppress(FileNotFoundError, OtaError):
+        if tree.image(path) == content:
+            return
     with whole_file(path) as target:
         for at in range(0, len(content), CHUNK):
             target.write(content[at : at + CHUNK])

@@ -20,7 +20,7 @@ from joserfc.jwk import RSAKey
 from twinslot import jws, release, semver
 from twinslot.errors import OtaError
 
-from . import images, publish
+from . import images, publish, tree
 from .files import Progress, quiet
 from .remote import Device, RemoteError
 from .signing import Signer
@@ -195,7 +195,7 @@ def activate(
 def _peek(path: Path) -> release.Release:
     """The manifest of a release, whoever signed it."""
     try:
-        return release.parse(jws.b64url_decode(path.read_bytes().split(b".")[1]))
+        return release.parse(jws.b64url_decode(tree.token(path).split(b".")[1]))
     except (OtaError, ValueError, IndexError) as exc:
         raise RemoteError(f"{path}: not a release: {exc}") from exc
 
@@ -215,7 +215,7 @@ def _file(product: Path, url: str) -> bytes | None:
     path = (product / url).resolve()
     if not path.is_relative_to(product.resolve()) or not path.is_file():
         return None
-    return path.read_bytes()
+    return tree.image(path)
 
 
 def _refused(device: Device, state: dict[str, Any]) -> None:

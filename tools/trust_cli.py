@@ -13,7 +13,7 @@ from rich.console import Console
 from twinslot import jws, keyring, keyset, release
 from twinslot.errors import ConfigError, OtaError
 
-from . import keyrings, keys, passphrase, signing
+from . import keyring_record, keyrings, keys, passphrase, signing, tree
 from .files import write_whole
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -29,7 +29,8 @@ Public = Annotated[
     Path | None, typer.Option("--public", help="Public key of the --sign-command (NAME.pub.json).")
 ]
 
-_TYPES = {"release": release.TYPE, "keyring": keyring.TYPE}
+_DOCUMENT_LIMIT = 65536  # bytes, before it is signed; afterwards the device's own holds
+_TYPES = ("release", "keyring")
 talk = Console(stderr=True, highlight=False)
 
 
@@ -83,6 +84,21 @@ def keyring_command(
     roots: Annotated[
         Path | None, typer.Option(help="Key file with the root that signed the last one.")
     ] = None,
+    recorded: Annotated[
+        bool,
+        typer.Option("--recorded", help="Go on from what this root signed last."),
+    ] = False,
+    version: Annotated[
+        int | None, typer.Option(min=1, help="Of the new one (default: the next).")
+    ] = None,
+    reset_security_floor: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=keyrings.FLOOR_MAX,
+            help="Boards that take it set their security floor to this, once.",
+        ),
+    ] = None,
     sign_command: Command = None,
     public: Public = None,
     passphrase_fd: Fd = None,
@@ -91,13 +107,16 @@ def keyring_command(
     """Say who may sign releases: show, make, renew, extend or shorten a product's keyring.
 
     Each change is the next version. Boards take it with their next poll; from then on they refuse
-    what a revoked key has signed, old releases too.
+    what a revoked key has signed, old releases too. What a root signed last is kept beside it, in
+    NAME.keyrings.json; a site that has anything else is not gone on from.
     """
+    known = keys.load_trusted(roots)[0] if roots else None
     if root is None and sign_command is None:
-        if add or revoke:
+        if add or revoke or recorded or version or reset_security_floor is not None:
             raise typer.BadParameter("only a root can change a keyring", param_hint="--root")
-        _show(site, product, as_json)
+        _show(site, product, known, as_json)
         return
+    record = _record(root, public)
     who = signer(root, sign_command, public, passphrase_fd)
     done = keyrings.update(
         site,
@@ -106,8 +125,19 @@ def keyring_command(
         add=[jwk for path in add or [] for jwk in keys.load_jwks(path)],
         revoke=[kid for item in revoke or [] for kid in _kids(item)],
         expires=when(expires),
-        roots=keys.load_trusted(roots)[0] if roots else None,
+        roots=known,
+        record=record,
+        recorded=recorded,
+        version=version,
+        security_floor=reset_security_floor,
     )
+    if done.believed:
+        talk.print(
+            f"twinslot: {record} is new: keyring {done.believed.version} of the site was believed"
+            " to be the last one. If boards report a higher one, sign once more with --version",
+            soft_wrap=True,
+            markup=False,
+        )
     if as_json:
         _print_json(_described(product, done.ring) | _changes(done))
         return
@@ -119,6 +149,7 @@ def keyring_command(
         talk.print(
             f"twinslot: channel {channel}: boards now refuse {target}, whose signer was revoked:"
             " publish it again under a new version",
+            soft_wrap=True,
             markup=False,
         )
 
@@ -131,19 +162,28 @@ def _kids(item: str) -> list[str]:
     return [item]
 
 
-def _show(site: Path, product: str, as_json: bool) -> None:
-    ring = keyrings.read(site, product)
+def _record(root: Path | None, public: Path | None) -> Path | None:
+    """Where it is kept what the root has signed: beside its private file, or its public one."""
+    beside = root or public
+    return keyring_record.path_beside(beside) if beside else None
+
+
+def _show(site: Path, product: str, roots: dict[str, bytes] | None, as_json: bool) -> None:
+    ring = keyrings.read(site, product, roots)
     if ring is None:
         raise ConfigError(f"{product} has no keyring in {site}: make one with --root and --add")
     if as_json:
         _print_json(_described(product, ring))
         return
-    print(f"{product} keyring {ring.version}  signed by {ring.signed_by}")
+    doubt = "" if roots else "  (as it says itself: --roots judges it)"
+    print(f"{product} keyring {ring.version}  signed by {ring.signed_by}{doubt}")
     _list(ring, [])
 
 
 def _list(ring: keyrings.Ring, added: list[str]) -> None:
     print(f"  expires  {ring.expires or 'never'}")
+    if ring.security_floor is not None:
+        print(f"  resets   the security floor to {ring.security_floor}")
     for kid in ring.kids:
         print(f"  trusts   {kid}" + ("  (new)" if kid in added else ""))
 
@@ -155,6 +195,7 @@ def _described(product: str, ring: keyrings.Ring) -> dict:
         "expires": ring.expires,
         "keys": ring.kids,
         "signed_by": ring.signed_by,
+        "security_floor": ring.security_floor,
     }
 
 
@@ -176,17 +217,29 @@ def sign(
     """Sign a document made elsewhere, after a look at what boards would make of it."""
     if kind not in _TYPES:
         raise typer.BadParameter("release or keyring", param_hint="--type")
-    payload = file.read_bytes()
+    payload = tree.read(file, _DOCUMENT_LIMIT)
     who = signer(key, sign_command, public, passphrase_fd)
-    token = signing.document(payload, who, _TYPES[kind])
     if kind == "release":
         release.parse(payload)
+        token = signing.document(payload, who, release.TYPE)
     else:
-        keyring.parse(token, who.trusted, json.loads(payload).get("product"), demo=True)
+        product = _product(payload)
+        kept = keyring_record.Record.load(_record(key, public), product)
+        token = keyrings.sign(payload, who, product, kept, who.trusted)
     if out:
         write_whole(out, token)
     else:
         sys.stdout.write(token.decode() + "\n")
+
+
+def _product(payload: bytes) -> str:
+    """Whose keyring it is; one that is everybody's could not be told from an older one."""
+    try:
+        product = json.loads(payload)["product"]
+        tree.check_name("product", product)
+    except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        raise ConfigError(f"keyring: it needs the product that it is for: {exc!r}") from exc
+    return product
 
 
 def verify(
@@ -199,7 +252,7 @@ def verify(
 ) -> None:
     """Judge a release or keyring with the very code of a board (exit code 1: refused)."""
     roots, trusted = keys.load_trusted(key_file)
-    token = file.read_bytes().strip()
+    token = tree.token(file).strip()
     try:
         found = _judged(token, roots, trusted, ring)
     except OtaError as exc:
@@ -219,7 +272,7 @@ def _judged(
         version, _, listed = keyring.parse(token, roots, product, demo=True)
         return {"type": "keyring", "product": product, "version": version, "keys": list(listed)}
     if ring is not None:
-        trusted = keyring.parse(ring.read_bytes().strip(), roots, product, demo=True)[2]
+        trusted = keyring.parse(tree.token(ring).strip(), roots, product, demo=True)[2]
     manifest = release.parse(jws.verify(token, trusted, release.TYPE))
     return {
         "type": "release",

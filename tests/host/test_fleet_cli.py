@@ -268,7 +268,7 @@ def test_publish_makes_deltas_from_what_the_fleet_runs(tmp_path):
         fleet.client.close()
         command = ["publish", tmp_path / "2.0.0.bin", "--version", "2.0.0", "--product"]
         command += [servers.PRODUCT, "--hardware", servers.HARDWARE, "--key", tmp_path / "r.key"]
-        command += ["--to", site, "--from", "fleet"]
+        command += ["--to", site, "--from", "fleet", "--security-version", "0"]
         refused = call(running, *command, code=1, TWINSLOT_TOKEN="none")
         assert refused.startswith("twinslot: ") and "token" in refused
         assert not (site / servers.PRODUCT / "r" / "2.0.0.jws").exists()

@@ -302,7 +302,7 @@ def test_F97_publish_refuses_a_key_that_boards_no_longer_trust(site):
     keyrings.update(site, PRODUCT, root, revoke=[kid("first")])
     with pytest.raises(ConfigError, match="not in keyring 2"):
         release_into(site, "1.1.0", key("first"))
-    release_into(site, "1.1.0", key("second"))
+    release_into(site, "1.1.0", key("second"), security_version=0)
     assert pointer(site) == {"release": "r/1.1.0.jws", "keyring": 2}
 
 
@@ -362,7 +362,197 @@ def test_a_damaged_keyring_is_not_built_upon(site):
             release_into(site, "1.0.0", key("second"))
 
 
+# ---- what the root has signed last, against what lies in the site
+
+
+class Safe:
+    """A root with its record, and a site for which it signed keyrings 1 (first), 2 (second)."""
+
+    def __init__(self, site: Path):
+        self.site, self.ring = site, site / PRODUCT / "keyring.jws"
+        self.record = site.parent / "root.keyrings.json"
+        self.sign(add=[jwk("first")])
+        self.first = self.ring.read_bytes()
+        self.sign(add=[jwk("second")], revoke=[kid("first")])
+        self.second = self.ring.read_bytes()
+
+    def sign(self, signer="root", **options):
+        root = signing.signer_of(key(signer))
+        return keyrings.update(self.site, PRODUCT, root, record=self.record, **options)
+
+
+@pytest.fixture
+def safe(site):
+    return Safe(site)
+
+
+def other_second_keyring():
+    members = {"schema": 1, "product": PRODUCT, "version": 2, "keys": [jwk("first")]}
+    return signing.document(members, signing.signer_of(key("root")), rings.TYPE)
+
+
+@pytest.mark.parametrize("found", ["the one before", "another of its number", "none", "rubbish"])
+def test_F97_F76_a_keyring_that_the_site_s_holder_has_put_back_is_not_renewed(safe, found):
+    """Else its successors list the stolen key alone, under versions that boards have seen."""
+    contents = {
+        "the one before": safe.first,
+        "another of its number": other_second_keyring(),
+        "rubbish": b"x.y.z",
+    }
+    safe.ring.unlink()
+    if found in contents:
+        safe.ring.write_bytes(contents[found])
+    record = safe.record.read_bytes()
+    for options in ({}, {"version": 3}, {"add": [jwk("third")]}):
+        with pytest.raises(KeyringError, match=r"signed keyring 2 last|not a keyring"):
+            safe.sign(**options)
+    assert safe.record.read_bytes() == record
+    assert safe.ring.exists() == (found in contents), "nothing is written"
+    safe.sign(recorded=True)
+    version, _, trusted = ring_of(safe.site)
+    assert (version, set(trusted)) == (3, {kid("second")})
+
+
+def test_F97_a_key_that_was_revoked_is_never_listed_again(safe):
+    with pytest.raises(KeyringError, match="has been revoked"):
+        safe.sign(add=[jwk("first")])
+    safe.sign(add=[jwk("third")])
+    with pytest.raises(KeyringError, match="has been revoked"):
+        safe.sign(add=[jwk("first")])
+    assert ring_of(safe.site)[0] == 3
+
+
+def test_F98_what_a_spare_root_signed_meanwhile_is_gone_on_from_if_that_is_said(safe):
+    spare = signing.signer_of(key("spare root"))
+    for change in ({"roots": ROOT}, {"add": [jwk("first")]}):
+        keyrings.update(safe.site, PRODUCT, spare, **change)
+    with pytest.raises(KeyringError, match="--version 5"):
+        safe.sign(roots=spare.trusted)
+    with pytest.raises(KeyringError, match="has been revoked"):
+        safe.sign(roots=spare.trusted, version=5)
+    safe.sign(roots=spare.trusted, version=5, revoke=[kid("first")])
+    version, _, trusted = ring_of(safe.site)
+    assert (version, set(trusted)) == (5, {kid("second")})
+    safe.sign()
+    assert ring_of(safe.site)[0] == 6
+
+
+def test_the_record_of_another_root_s_keyring_does_not_make_the_next_one_older(safe):
+    spare = signing.signer_of(key("spare root"))
+    for _ in range(3):
+        keyrings.update(safe.site, PRODUCT, spare, roots=ROOT)
+    safe.sign(roots=spare.trusted, recorded=True)
+    assert ring_of(safe.site)[0] == 6
+
+
+def test_a_lost_record_is_begun_anew_with_a_version_that_boards_do_not_have_yet(safe):
+    safe.record.unlink()
+    safe.ring.write_bytes(safe.first)
+    with pytest.raises(ConfigError, match="version of the keyring: saw 1, expected higher than 1"):
+        safe.sign(version=1)
+    done = safe.sign(version=8, add=[jwk("second")], revoke=[kid("first")])
+    assert done.believed and done.believed.version == 1
+    assert ring_of(safe.site)[0] == 8
+    with pytest.raises(KeyringError, match="has been revoked"):
+        safe.sign(add=[jwk("first")])
+    assert safe.sign().believed is None
+    assert ring_of(safe.site)[0] == 9
+
+
+def test_the_record_is_there_before_anybody_can_see_what_it_tells_of(tmp_path):
+    """The site can't be written: the version is spent all the same."""
+    site, record = tmp_path / "site", tmp_path / "root.keyrings.json"
+    root = signing.signer_of(key("root"))
+    site.mkdir()
+    (site / PRODUCT).symlink_to("nowhere")
+    with pytest.raises(OSError):
+        keyrings.update(site, PRODUCT, root, add=[jwk("first")], record=record)
+    (site / PRODUCT).unlink()
+    with pytest.raises(KeyringError, match="keyring 1 last"):
+        keyrings.update(site, PRODUCT, root, add=[jwk("first")], record=record)
+    keyrings.update(site, PRODUCT, root, recorded=True, record=record)
+    assert ring_of(site)[0] == 2
+
+
+def test_products_share_a_record_and_nothing_in_it(safe):
+    root = signing.signer_of(key("root"))
+    keyrings.update(safe.site, "lamp", root, add=[jwk("first")], record=safe.record)
+    safe.sign()
+    keyrings.update(safe.site, "lamp", root, record=safe.record)
+    assert ring_of(safe.site)[0] == 3
+    assert rings.parse((safe.site / "lamp/keyring.jws").read_bytes(), ROOT, "lamp")[0] == 2
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{}x", '{"sensor-node": {}}', "forged"])
+def test_a_damaged_record_stops_the_root(safe, damage):
+    if damage == "forged":
+        entry = json.loads(safe.record.read_text())
+        entry[PRODUCT]["keyring"] = keyring("stranger").decode()
+        damage = json.dumps(entry)
+    safe.record.write_text(damage)
+    with pytest.raises(KeyringError, match=r"root\.keyrings\.json"):
+        safe.sign()
+
+
+def keyring(signer):
+    members = {"schema": 1, "product": PRODUCT, "version": 9, "keys": [jwk("first")]}
+    return signing.document(members, signing.signer_of(key(signer)), rings.TYPE)
+
+
+def test_a_keyring_resets_the_security_floor_once(safe):
+    def said():
+        return keyrings.read(safe.site, PRODUCT, ROOT).security_floor
+
+    safe.sign(security_floor=0)
+    assert said() == 0
+    safe.sign()
+    assert said() is None, "boards that raise their floor meanwhile keep it"
+    for wrong in (-1, 1 << 30):
+        with pytest.raises(ConfigError, match="security floor"):
+            safe.sign(security_floor=wrong)
+
+
 # ---- commands
+
+
+def test_the_record_lies_beside_the_root_and_every_signing_goes_by_it(tmp_path, site):
+    root, first = store(tmp_path, "root", root=True), store(tmp_path, "first")
+    base = ("keyring", site, "--product", PRODUCT, "--root", root)
+    assert "root.keyrings.json" not in run(*base, "--add", keys.public_path(first)).stderr
+    ring = site / PRODUCT / "keyring.jws"
+    old, record = ring.read_bytes(), tmp_path / "root.keyrings.json"
+    second = store(tmp_path, "second")
+    run(*base, "--add", keys.public_path(second), "--reset-security-floor", "3")
+    assert "resets   the security floor to 3" in run(*base[:4]).stdout
+    ring.write_bytes(old)
+    assert "--recorded" in run(*base, code=1).stderr
+    line = command(tmp_path, "root")
+    elsewhere = ("--sign-command", line, "--public", tmp_path / "root.pub.json")
+    assert "--recorded" in run(*base[:4], *elsewhere, code=1).stderr
+    for version, code in ((2, 1), (3, 0), (3, 1)):
+        made = {"schema": 1, "product": PRODUCT, "version": version, "keys": [jwk("second")]}
+        (tmp_path / "made.json").write_text(json.dumps(made))
+        run("sign", tmp_path / "made.json", "--type", "keyring", "--key", root, code=code)
+    assert "keyring 4" in run(*base, "--recorded").stdout
+    record.unlink()
+    assert f"{record} is new: keyring 4 of the site" in run(*base).stderr
+
+
+def test_a_keyring_that_is_everybody_s_is_not_signed(tmp_path):
+    root = store(tmp_path, "root", root=True)
+    made = {"schema": 1, "version": 1, "keys": [jwk("first")]}
+    (tmp_path / "made.json").write_text(json.dumps(made))
+    done = run("sign", tmp_path / "made.json", "--type", "keyring", "--key", root, code=1)
+    assert "product" in done.stderr
+
+
+def test_a_keyring_is_shown_as_judged_only_if_it_was(tmp_path, site):
+    root, other = store(tmp_path, "root", root=True), store(tmp_path, "other", root=True)
+    base = ("keyring", site, "--product", PRODUCT)
+    run(*base, "--root", root, "--add", keys.public_path(store(tmp_path, "first")))
+    assert "--roots judges it" in run(*base).stdout
+    assert "--roots" not in run(*base, "--roots", keys.public_path(root)).stdout
+    run(*base, "--roots", keys.public_path(other), code=1)
 
 
 def test_the_command_shows_makes_and_tells(tmp_path, site):
@@ -386,6 +576,7 @@ def test_the_command_shows_makes_and_tells(tmp_path, site):
         "expires": None,
         "keys": [kid("second")],
         "signed_by": kid("root"),
+        "security_floor": None,
     }
 
 

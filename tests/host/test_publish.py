@@ -23,7 +23,6 @@ from twinslot.errors import (
     OtaError,
     ReleaseError,
     SecurityVersionError,
-    VersionError,
 )
 from twinslot_tools import images, keys, publish
 
@@ -373,14 +372,16 @@ def test_a_broken_pointer_is_not_overwritten_blindly(site, pointer):
     assert (site / PRODUCT / "stable.json").read_bytes() == pointer
 
 
-def test_a_release_of_a_rotated_key_still_counts_for_the_order(site):
-    publish_version(site, "2.0.0")
-    path = site.parent / "old.bin"
+def test_after_a_rotation_the_security_version_is_said_once(site):
+    publish_version(site, "2.0.0", security_version=2)
+    path = site.parent / "new.bin"
     path.write_bytes(IMAGE)
-    with pytest.raises(VersionError, match=r"newer than 2\.0\.0"):
-        publish.publish(path, spec(), signing_key(1), site)
-    done = publish.publish(path, spec(version="2.1.0"), signing_key(1), site)
-    assert done.kid == signing_key(1).thumbprint()
+    with pytest.raises(SecurityVersionError, match=r"2, on nobody's word.*--security-version"):
+        publish.publish(path, spec(version="2.1.0"), signing_key(1), site)
+    done = publish.publish(path, spec(version="2.1.0", security_version=2), signing_key(1), site)
+    assert done.kid == signing_key(1).thumbprint() and "r/2.0.0.jws" in done.ignored
+    again = publish.publish(path, spec(version="2.2.0"), signing_key(1), site)
+    assert again.manifest["security_version"] == 2 and not again.ignored
 
 
 def test_an_existing_release_of_another_key_is_not_offered_under_this_one(site):

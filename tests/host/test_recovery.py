@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from servers import firmware
 from test_update import Answering
 
+from twinslot import keyring
 from twinslot_tools import keys
 from twinslot_tools.lab import Lab
 from twinslot_tools.virtual_esp32 import vfs
@@ -22,7 +24,7 @@ SECRET = "correct horse"
 
 def section(title: str) -> list[tuple[str, list[str]]]:
     """The commands of a section, each with the lines it is said to print."""
-    text = TEXT.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    text = re.split(r"\n##+ ", TEXT.split(f"# {title}\n")[1])[0]
     steps: list[tuple[str, list[str]]] = []
     for block in re.findall(r"^```console\n(.*?)^```", text, re.S | re.M):
         for line in block.splitlines():
@@ -33,8 +35,11 @@ def section(title: str) -> list[tuple[str, list[str]]]:
     return steps
 
 
-def follow(lab: Lab, title: str) -> str:
-    """Type the commands of a section where the lab's site is; return what went to stderr."""
+def follow(folder: Path, title: str) -> str:
+    """Type the commands of a section where ``site/`` is; return what went to stderr.
+
+    A command that is said to print ``twinslot: ...`` is one that is refused.
+    """
     said = ""
     steps = section(title)
     assert steps, title
@@ -43,22 +48,24 @@ def follow(lab: Lab, title: str) -> str:
             command + " --passphrase-fd 0",
             input=SECRET,
             shell=True,
-            cwd=lab.folder,
+            cwd=folder,
             env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
             capture_output=True,
             text=True,
             timeout=60,
             check=False,
         )
-        assert done.returncode == 0, (command, done.stderr)
+        refused = any(line.startswith("twinslot: ") for line in lines)
+        assert done.returncode == refused, (command, done.stderr)
         said += done.stderr
         position = 0
         for line in lines:
             pattern = r"\s+".join(
                 ".*?".join(re.escape(part) for part in word.split("…")) for word in line.split()
             )
-            match = re.compile(pattern).search(done.stdout, position)
-            assert match, (command, line, done.stdout)
+            shown = done.stderr if refused else done.stdout
+            match = re.compile(pattern).search(shown, position)
+            assert match, (command, line, shown)
             position = match.end()
     return said
 
@@ -72,18 +79,18 @@ def lab(tmp_path):
 
 
 def test_F97_stolen_and_lost_release_keys_are_survived_as_the_guide_says(lab):
-    follow(lab, "A root key and keyrings")
+    follow(lab.folder, "A root key and keyrings")
     key_file = (lab.folder / "root.pub.json").read_bytes()
     vfs.write_files(lab.flash, {"/ota/keys.json": key_file})
     lab.power_on(timeout=240)
     taken = [lab.wait(lambda e: e.name == "keyring").data]
     lab.wait(lambda e: e.name == "confirmed")
     marker = len(lab.events)
-    follow(lab, "Every year: renew")
+    follow(lab.folder, "Every year: renew")
     taken.append(lab.wait(lambda e: e.name == "keyring", start=marker).data)
 
     marker = len(lab.events)
-    warned = follow(lab, "The release key is stolen")
+    warned = follow(lab.folder, "The release key is stolen")
     assert "channel stable" in warned and "new version" in warned
     taken.append(lab.wait(lambda e: e.name == "keyring", start=marker).data)
     lab.wait(lambda e: e.name == "confirmed", start=marker)
@@ -97,22 +104,38 @@ def test_F97_stolen_and_lost_release_keys_are_survived_as_the_guide_says(lab):
     ring.unlink()
     pointer = lab.site / "sensor-node" / "stable.json"
     honest = pointer.read_bytes()
-    lab.publish(lab.firmware("9.0.0"), "9.0.0", key=thief)
+    lab.publish(lab.firmware("9.0.0"), "9.0.0", key=thief, security_version=1)
     refused = lab.wait(lambda e: e.name == "failed", start=marker).data
     assert refused["code"] == "signature" and "signing key" in refused["message"]
     ring.write_bytes(kept)
     pointer.write_bytes(honest)
 
     marker = len(lab.events)
-    follow(lab, "The release key is lost")
+    follow(lab.folder, "The release key is lost")
     lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "1.3.0", start=marker)
     lab.power_off()
     stored = vfs.read_files(lab.flash)["/ota/keyring.jws"]
     assert stored == ring.read_bytes()
 
 
+def test_F97_F76_a_keyring_put_back_and_a_lost_record_are_survived_as_the_guide_says(tmp_path):
+    for version in ("1.1.0", "1.2.0"):
+        (tmp_path / f"node-{version}.bin").write_bytes(firmware(version))
+    follow(tmp_path, "A root key and keyrings")
+    ring = tmp_path / "site" / "sensor-node" / "keyring.jws"
+    stolen = ring.read_bytes()
+    follow(tmp_path, "The release key is stolen")
+    ring.write_bytes(stolen)
+    follow(tmp_path, "The site has another keyring than the root")
+    (tmp_path / "root.keyrings.json").unlink()
+    assert "was believed" in follow(tmp_path, "The root's record is lost")
+    roots = keys.load_trusted(tmp_path / "root.pub.json")[0]
+    _, _, trusted = keyring.parse(ring.read_bytes(), roots, "sensor-node")
+    assert trusted == keys.load_public(tmp_path / "release-2.pub.json")
+
+
 def test_a_poll_with_nothing_new_stays_one_request(lab):
-    follow(lab, "A root key and keyrings")
+    follow(lab.folder, "A root key and keyrings")
     ota = json.loads(vfs.read_files(lab.flash)["/ota.json"])
     settings = {"source": "static", "token": ""}
     vfs.write_files(
