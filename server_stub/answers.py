@@ -318,6 +318,7 @@ class Rollout(_Answer):
     created: Date
     updated: Date
     counts: RolloutCounts
+    promotes: str | None  # the channel that points to the release in the end
     preview: list[int] = []
 
 

@@ -120,6 +120,7 @@ def shown(connection: Connection, rollout_id: int) -> dict[str, Any]:
         "in_flight": counts.in_flight,
         "waiting": counts.waiting,
     }
+    public["promotes"] = rollouts.promotes(row)
     if row.state == "draft":
         public["preview"] = rollouts.preview(connection, row)
     return with_dates(public)

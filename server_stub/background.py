@@ -204,9 +204,10 @@ class Background:
             {"state": row.state, "stage": row.stage, "why": why},
         )
         events.emit(connection, f"rollout.{row.state}", {"rollout": rollout_id, "why": why}, now)
-        if action == "complete" and rollouts.policy_of(row).promote:
+        if action == "complete" and (channel := rollouts.promotes(row)):
             release = releases.get(connection, row.release_id)
-            releases.point(self._parts.site, release, row.channel)
+            if releases.is_newer(connection, self._parts.site, release, channel):
+                releases.point(self._parts.site, release, channel)
         return action, why
 
     def deliver(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from sqlalchemy import Connection, select, update
 
-from twinslot import espimage, jws
+from twinslot import espimage, jws, semver
 from twinslot import release as rules
 from twinslot.errors import OtaError
 
@@ -333,6 +333,19 @@ def active_rollouts(connection: Connection, release_id: int) -> list[int]:
             )
         )
     )
+
+
+def is_newer(connection: Connection, site: Site, row: Any, channel: str) -> bool:
+    """True where a channel names an older release, this one, a blocked one, or none to offer."""
+    try:
+        version = site.channel(row.product, channel).release.version
+    except ChannelError:
+        return True
+    there = select(releases.c.blocked).where(
+        releases.c.product == row.product, releases.c.version == version
+    )
+    is_blocked = connection.execute(there).scalar() is not None
+    return is_blocked or semver.compare(row.version, version) >= 0
 
 
 def point(site: Site, row: Any, channel: str) -> dict[str, Any]:

@@ -162,6 +162,15 @@ def preview(connection: Connection, row: Any) -> list[int]:
     ]
 
 
+def promotes(row: Any) -> str | None:
+    """The channel that will point to the release when this rollout is complete, or None.
+
+    A rollout to some of the boards moves no channel: that would bring it to all others at once.
+    """
+    to_all = stages.goes_to_all(row.target, row.stages)
+    return row.channel if policy_of(row).promote and to_all else None
+
+
 def act(connection: Connection, rollout_id: int, action: str, why: str, now: int) -> Any:
     """Start, pause, resume, abort, or open the gate to the next stage.
 
@@ -177,6 +186,8 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
             raise Problem(409, "blocked", f"release {release.version} is blocked")
         if not (release.pilot_ready or release.stable):
             raise Problem(409, "not_ready", f"release {release.version} is not pilot_ready")
+        if not any(preview(connection, row)):
+            raise Problem(409, "nobody", f"rollout {rollout_id} is for no board that is known")
         _enter(connection, row, 0, now)
     elif action == "expand":
         _set(connection, row, now, gate_open=True, why=why)
@@ -328,15 +339,16 @@ def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
         )
         .group_by(state, alive, there)
     )
-    tally = {"members": 0, "confirmed": 0, "failed": 0, "rolledback": 0, "in_flight": 0}
+    tally = {field.name: 0 for field in dataclasses.fields(stages.Counts)}
     for what, is_alive, is_there, count in rows:
         if what in truth.OPEN:
             tally["in_flight"] += count
-        elif what in tally:
+        elif what in truth.ENDED:
             tally[what] += count
         elif is_there:
             tally["confirmed"] += count
         elif not is_alive:
+            tally["asleep"] += count
             continue
         tally["members"] += count
     return stages.Counts(**tally)
@@ -411,6 +423,7 @@ def _progress(connection: Connection, row: Any, now: int) -> stages.Progress:
         counts(connection, row, now),
         row.passed_at,
         row.gate_open,
+        "percent" in row.stages[row.stage],
     )
 
 

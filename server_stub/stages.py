@@ -33,7 +33,7 @@ class Policy:
     seen_within_s: int = 86400
     gate: bool = False  # each further stage waits for a person
     include_new: bool = False
-    promote: bool = True  # when complete, the channel points to the release
+    promote: bool = True  # when every board has it, so has the channel (``goes_to_all``)
     deadline_s: int = 0  # after so much of a stage its boards update outside windows too; 0: never
 
     # Of JSON: these members, these types, and no others.
@@ -55,11 +55,12 @@ class Policy:
 class Counts:
     """Boards of the stages so far: by their newest attempt in this rollout."""
 
-    members: int = 0  # seen lately, or with an attempt: sleepers do not count
+    members: int = 0  # seen lately, or with an attempt
     confirmed: int = 0
     failed: int = 0
     rolledback: int = 0
     in_flight: int = 0
+    asleep: int = 0  # not among the members: no stage waits for them
 
     @property
     def bad(self) -> int:
@@ -84,6 +85,7 @@ class Progress:
     counts: Counts
     passed_at: int | None = None
     gate_open: bool = False
+    is_share: bool = False  # the stage is a percentage, which may be too small for one board
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,11 @@ class Verdict:
 
 
 def judge(progress: Progress, policy: Policy, now: int) -> Verdict:
-    """Say how a running rollout goes on. Errors are looked at first."""
+    """Say how a running rollout goes on. Errors are looked at first.
+
+    Nothing passes that no board has run: a stage that has nobody, or whose boards all sleep, shows
+    nothing. Only a share too small for one board gives way to the next, larger one.
+    """
     counts = progress.counts
     if failing(counts, policy):
         return Verdict(
@@ -103,8 +109,13 @@ def judge(progress: Progress, policy: Policy, now: int) -> Verdict:
             f"{counts.bad} of {counts.finished} finished boards failed or rolled back"
             f" (more than {policy.failure_percent:g} %)",
         )
-    done = counts.confirmed * 100 >= policy.success_percent * counts.members
-    if not done:
+    is_last = progress.stage + 1 >= progress.stages
+    if not counts.members:
+        if counts.asleep or is_last or not progress.is_share:
+            return Verdict("hold", "no board has run it yet")
+        return _onward(progress, policy, "has no board")
+    enough = counts.confirmed * 100 >= policy.success_percent * counts.members
+    if not (counts.confirmed and enough):
         if counts.waiting == 0 and counts.in_flight == 0:
             return Verdict(
                 "pause",
@@ -121,11 +132,15 @@ def judge(progress: Progress, policy: Policy, now: int) -> Verdict:
     left = progress.passed_at + policy.bake_s - now
     if left > 0:
         return Verdict("hold", f"baking for another {left} s")
-    if progress.stage + 1 >= progress.stages:
+    if is_last:
         return Verdict("complete", "the last stage has passed")
+    return _onward(progress, policy, "has passed")
+
+
+def _onward(progress: Progress, policy: Policy, why: str) -> Verdict:
     if policy.gate and not progress.gate_open:
         return Verdict("hold", "waiting for a person to open the next stage")
-    return Verdict("advance", f"stage {progress.stage + 1} has passed")
+    return Verdict("advance", f"stage {progress.stage + 1} {why}")
 
 
 def failing(counts: Counts, policy: Policy) -> bool:
@@ -175,6 +190,11 @@ def _within(stage: Mapping[str, Any], place: int, drawn: int, labels: Mapping[st
     if "count" in stage:
         return place < stage["count"]
     return matches({"label": stage["label"]}, labels)
+
+
+def goes_to_all(target: Mapping[str, Any], stages: Sequence[Mapping[str, Any]]) -> bool:
+    """True where the last stage is every board there is, so that none is left for its channel."""
+    return not any(target.values()) and stages[-1].get("percent") == 100
 
 
 def check_stages(stages: Sequence[Mapping[str, Any]]) -> None:

@@ -369,6 +369,8 @@ def _show_rollout(found: dict[str, Any], as_json: bool) -> None:
     print(f"  {counts}")
     if "preview" in found:
         print(f"  stages will move {', '.join(map(str, found['preview']))} boards")
+        channel = found["promotes"]
+        print(f"  then channel {channel} offers it" if channel else "  no channel will offer it")
 
 
 @rollout.command("list")

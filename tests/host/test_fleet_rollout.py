@@ -7,12 +7,14 @@ import json
 import time
 
 import pytest
+import servers
 from fleet import Board, build_of, running
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinslot import release as rules
 from twinslot_server import offers, rollouts, schema, stages, windows
+from twinslot_server.background import Background
 from twinslot_server.stages import Counts, Policy, Progress
 from twinslot_server.windows import Window, WindowError
 
@@ -48,8 +50,8 @@ def test_each_stage_holds_those_before_it(ids, counts, seed):
 
 
 COUNTS = st.builds(
-    lambda c, f, r, i, w: Counts(c + f + r + i + w, c, f, r, i),
-    *[st.integers(0, 40)] * 5,
+    lambda c, f, r, i, w, z: Counts(c + f + r + i + w, c, f, r, i, z),
+    *[st.integers(0, 40)] * 6,
 )
 POLICY = st.builds(
     Policy,
@@ -62,21 +64,32 @@ POLICY = st.builds(
 )
 
 
-@given(COUNTS, POLICY, st.integers(0, 3), st.booleans(), st.integers(0, 200))
-def test_whatever_the_counts_the_verdict_is_safe(counts, policy, stage, gate_open, passed):
-    progress = Progress("expand", stage, 4, counts, passed or None, gate_open)
+NOBODY = st.just(Counts()) | st.builds(Counts, asleep=st.integers(1, 9))
+
+
+@given(
+    COUNTS | NOBODY, POLICY, st.integers(0, 3), st.booleans(), st.integers(0, 200), st.booleans()
+)
+def test_whatever_the_counts_the_verdict_is_safe(
+    counts, policy, stage, gate_open, passed, is_share
+):
+    progress = Progress("expand", stage, 4, counts, passed or None, gate_open, is_share)
     verdict = stages.judge(progress, policy, 150)
     bad_share = counts.bad / counts.finished * 100 if counts.finished else 0
     enough = counts.finished >= policy.min_sample
     if enough and bad_share > policy.failure_percent:
         assert verdict.action == "pause"
+    if verdict.action in ("advance", "complete"):
+        assert (verdict.action == "complete") == (stage == 3)
+        assert stage == 3 or not policy.gate or gate_open
+    if verdict.action == "advance" and is_share and counts == Counts():
+        return  # a share too small for one board, not even one that sleeps
     if verdict.action in ("advance", "complete", "passed"):
+        assert counts.confirmed > 0, "nobody has run it"
         assert counts.confirmed * 100 >= policy.success_percent * counts.members
         assert not (enough and bad_share > policy.failure_percent)
     if verdict.action in ("advance", "complete"):
         assert passed and passed + policy.bake_s <= 150
-        assert (verdict.action == "complete") == (stage == 3)
-        assert stage == 3 or not policy.gate or gate_open
     assert 0 <= stages.free_places(counts, policy) <= policy.max_concurrent
 
 
@@ -220,6 +233,104 @@ def test_a_rollout_goes_stage_by_stage_to_its_end(fleet):
     assert fleet.release("1.1.0")["stable"]
 
 
+def ticks(fleet, times=2):
+    """What the server's clock does to all rollouts; each look moves one step."""
+    clock = Background(fleet.parts, fleet.data)
+    for _ in range(times):
+        clock.tick()
+    clock._leader.release()
+
+
+def asleep(fleet, device_id):
+    table = schema.devices
+    change = table.update().where(table.c.device_id == device_id).values(last_seen=5)
+    fleet.store.write(lambda c: c.execute(change))
+
+
+def test_a_rollout_for_nobody_is_not_started(fleet):
+    all_boards = boards(fleet, 3)
+    plan = {"firmware_id": fleet.number, "target": {"label": ["site=hmoe"]}}
+    draft = fleet.api("POST", "rollouts", plan)
+    assert set(draft["preview"]) == {0}
+    for path, body in (
+        (f"rollouts/{draft['id']}/start", {}),
+        ("rollouts", {**plan, "start": True}),
+    ):
+        refused = fleet.api("POST", path, body)
+        assert (refused["status"], refused["code"]) == (409, "nobody")
+    assert state(fleet, draft["id"])["state"] == "draft"
+    assert not any(board.poll()["update_available"] for board in all_boards)
+
+
+@pytest.mark.parametrize("sleeper", [None, "board-000"], ids=["no such label", "all asleep"])
+def test_a_pilot_that_nobody_has_run_lets_nobody_else_have_it(fleet, sleeper):
+    """None of its boards has the label, or the only one that has it sleeps."""
+    all_boards = boards(fleet, 10)
+    if sleeper:
+        fleet.api("PATCH", f"devices/{sleeper}", {"labels": {"ring": "pilot"}})
+        asleep(fleet, sleeper)
+    number = rollout(fleet, [{"label": "ring=pilot"}, {"percent": 100}])
+    ticks(fleet, 4)
+    found = state(fleet, number)
+    assert (found["state"], found["stage"]) == ("pilot", 0)
+    assert found["why"] == "no board has run it yet"
+    assert not any(b.poll()["update_available"] for b in all_boards if b.device_id != sleeper)
+    if sleeper:  # it wakes, and all goes on
+        assert all_boards[0].update() == "1.1.0"
+        ticks(fleet)
+        assert all(board.update() == "1.1.0" for board in all_boards[1:])
+
+
+def test_a_share_too_small_for_one_board_gives_way_to_the_next(fleet):
+    all_boards = boards(fleet, 5)
+    plan = [{"percent": percent} for percent in (0.01, 0.02, 100)]
+    number = rollout(fleet, plan)
+    assert not any(board.poll()["update_available"] for board in all_boards)
+    ticks(fleet, 3)
+    assert state(fleet, number)["stage"] == 2, "and no further: nobody has run it"
+    assert all(board.update() == "1.1.0" for board in all_boards)
+    ticks(fleet)
+    assert state(fleet, number)["state"] == "complete"
+
+
+@pytest.mark.parametrize(
+    ("plan", "labels"),
+    [([{"percent": 100}], ["site=lab"]), ([{"percent": 50}], []), ([{"count": 1}], [])],
+    ids=["a label", "half", "one board"],
+)
+def test_a_rollout_to_some_boards_brings_it_to_no_other(fleet, plan, labels):
+    """Complete, it would point its channel to the release: for all boards, at once."""
+    meant, other = Board(fleet, "board-000", labels=["site=lab"]), Board(fleet, "board-001")
+    for board in (meant, other):
+        board.poll()
+    body = {"firmware_id": fleet.number, "stages": plan, "policy": QUICK, "seed": "s"}
+    draft = fleet.api("POST", "rollouts", {**body, "target": {"label": labels}})
+    assert (draft["preview"], draft["promotes"]) == ([1], None)
+    fleet.api("POST", f"rollouts/{draft['id']}/start", {})
+    took = [board for board in (meant, other) if board.update() == "1.1.0"]
+    ticks(fleet)
+    assert (len(took), state(fleet, draft["id"])["state"]) == (1, "complete")
+    for board in (meant, other):
+        assert board.poll()["reason"] == ("version" if board in took else "up_to_date")
+
+
+@pytest.mark.parametrize("blocked", [False, True], ids=["newer", "newer and blocked"])
+def test_a_complete_rollout_moves_no_channel_back(fleet, tmp_path, blocked):
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}])
+    assert state(fleet, number)["promotes"] == "stable"
+    newer = fleet.upload(tmp_path, "1.2.0").json()["id"]
+    fleet.api("PATCH", f"firmware/{newer}", {"stable": True})
+    fleet.api("POST", f"firmware/{newer}/promote", {"channel": "stable"})
+    assert board.update() == "1.1.0"
+    if blocked:
+        fleet.api("PATCH", f"firmware/{newer}", {"blocked": "burns the coffee"})
+    ticks(fleet)
+    assert state(fleet, number)["state"] == "complete"
+    pointer = json.loads((fleet.site_folder / servers.PRODUCT / "stable.json").read_bytes())
+    assert pointer["release"] == ("r/1.1.0.jws" if blocked else "r/1.2.0.jws")
+
+
 def test_many_rollouts_are_listed_in_pages(fleet):
     made = [fleet.api("POST", "rollouts", {"firmware_id": fleet.number})["id"] for _ in range(5)]
     found = fleet.api("GET", "rollouts?limit=2")["rollouts"]
@@ -333,14 +444,11 @@ def test_a_gate_waits_for_a_person_and_a_bake_for_time(fleet):
 
 
 def test_sleeping_boards_hold_nobody_up(fleet):
-    awake, asleep = boards(fleet, 2)
-    fleet.store.write(
-        lambda c: c.exec_driver_sql("UPDATE devices SET last_seen = 5 WHERE device_id='board-001'")
-    )
+    awake, sleeper = boards(fleet, 2)
+    asleep(fleet, sleeper.device_id)
     number = rollout(fleet, [{"percent": 100}])
     assert awake.update()
     assert tick(fleet, number, 2)[0] == "complete"
-    assert asleep.device_id == "board-001"
 
 
 def test_boards_that_are_pinned_or_newer_hold_nobody_up(fleet):
@@ -456,15 +564,10 @@ def test_blocking_a_release_pauses_its_rollouts(fleet):
 
 
 def test_complete_points_the_channel_at_the_release(fleet):
-    from twinslot_server.background import Background
-
     (board,) = boards(fleet, 1)
     number = rollout(fleet, [{"percent": 100}])
     board.update()
-    clock = Background(fleet.parts, fleet.data)
-    clock.tick()
-    clock.tick()
-    clock._leader.release()
+    ticks(fleet)
     assert state(fleet, number)["state"] == "complete"
     assert Board(fleet, "later").poll()["release"].endswith("/1.1.0.jws")
     last = fleet.api("GET", "audit")["audit"][0]
