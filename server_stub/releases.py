@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from sqlalchemy import Connection, select, update
 
-from twinslot import espimage, jws, semver
+from twinslot import base64url, espimage, jws, semver
 from twinslot import release as rules
 from twinslot.errors import OtaError
 
@@ -179,7 +179,7 @@ def check_upload(
         Problem: refused, and why.
     """
     try:
-        product = rules.parse(jws.b64url_decode(token.split(b".")[1])).product
+        product = rules.parse(base64url.b64url_decode(token.split(b".")[1])).product
         trusted = site.trusted(product)
         if trusted is None:
             raise Problem(409, "no_keys", "started without --keys, the server can't verify")

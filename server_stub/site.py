@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from twinslot import jws, keyring
+from twinslot import base64url, jws, keyring
 from twinslot.errors import OtaError, ReleaseError
 from twinslot.release import TYPE, Release, parse
 
@@ -96,7 +96,7 @@ class Site:
         """What a release in the tree says, verified or not. Raises OtaError."""
         token = read_bounded(path) or b""
         try:
-            return parse(jws.b64url_decode(token.split(b".")[1]))
+            return parse(base64url.b64url_decode(token.split(b".")[1]))
         except (IndexError, ValueError) as exc:
             raise ReleaseError("release file", str(exc), "a compact JWS") from exc
 
@@ -230,7 +230,9 @@ class Site:
         file = self.find(f"{product}/keyring.jws")
         try:
             content = file.content if file else None
-            version = json.loads(jws.b64url_decode((content or b"").split(b".")[1]))["version"]
+            version = json.loads(base64url.b64url_decode((content or b"").split(b".")[1]))[
+                "version"
+            ]
         except (ValueError, IndexError, KeyError, TypeError, RecursionError):
             return 0
         return version if type(version) is int and 0 < version < 1 << 30 else 0
@@ -295,7 +297,7 @@ def _payload(token: bytes, trusted: dict | None) -> bytes:
     if trusted is not None:
         return jws.verify(token, trusted, TYPE)
     try:
-        return jws.b64url_decode(token.split(b".")[1])
+        return base64url.b64url_decode(token.split(b".")[1])
     except (IndexError, ValueError) as exc:
         raise ReleaseError("release file", str(exc), "a compact JWS") from exc
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from twinslot import jws, keyring, release
+from twinslot import base64url, keyring, release
 
 from . import keyrings, keys, signing
 from .hostile import SiteServer
@@ -69,7 +69,7 @@ class Attacker:
     def genuine(self, version: str) -> dict[str, Any]:
         """The manifest of a release that the maker has signed."""
         token = (self.folder / "r" / f"{version}.jws").read_bytes()
-        return json.loads(jws.b64url_decode(token.split(b".")[1]))
+        return json.loads(base64url.b64url_decode(token.split(b".")[1]))
 
     def sign(self, manifest: dict[str, Any], key: Any = None) -> str:
         """A release that a signer's slip, or a stranger, has signed; return its place."""
@@ -136,7 +136,7 @@ def _stolen_server(a: Attacker) -> None:
 
 def _no_signature(a: Attacker) -> None:
     parts = [json.dumps({"alg": "none"}).encode(), json.dumps(a.genuine(NEXT[0])).encode(), b""]
-    a.point(a.put(b".".join(map(jws.b64url_encode, parts))))
+    a.point(a.put(b".".join(map(base64url.b64url_encode, parts))))
 
 
 def _wrong_product(a: Attacker) -> None:

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from twinslot import espimage, jws, keyring, keyset, release
+from twinslot import base64url, espimage, jws, keyring, keyset, release
 from twinslot.errors import FormatError, ImageError, OtaError, SignatureError
 from twinslot.sources import parse_offer
 
@@ -155,8 +155,8 @@ def _signed(
     header, payload, _ = token.split(b".")
     found: dict[str, Any] = {"kind": "release", "ok": False}
     try:
-        found["header"] = json.loads(jws.b64url_decode(header))
-        raw = jws.b64url_decode(payload)
+        found["header"] = json.loads(base64url.b64url_decode(header))
+        raw = base64url.b64url_decode(payload)
         content = json.loads(raw)
     except (ValueError, RecursionError) as exc:
         return {**found, "signature": "bad", "why": f"not a JWS around JSON: {exc}"}

@@ -14,7 +14,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from twinslot import jws
+from twinslot import base64url
 from twinslot.errors import KeyringError, OtaError
 
 from . import tree
@@ -70,7 +70,7 @@ def _read(path: Path) -> dict[str, dict]:
     try:
         found = json.loads(tree.read(path, _LIMIT))
         for entry in found.values():
-            jws.b64url_decode(entry["keyring"].encode().split(b".")[1])
+            base64url.b64url_decode(entry["keyring"].encode().split(b".")[1])
             if not all(isinstance(kid, str) for kid in entry["revoked"]):
                 raise ValueError("a key id is no text")
     except FileNotFoundError:

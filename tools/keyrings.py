@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twinslot import jws, keyring, keyset, release
+from twinslot import base64url, jws, keyring, keyset, release
 from twinslot.errors import ConfigError, KeyringError, OtaError
 
 from . import tree
@@ -84,8 +84,8 @@ def read(site: Path, product: str, roots: dict[str, bytes] | None = None) -> Rin
 def _ring(where: str, token: bytes, product: str, roots: dict[str, bytes] | None) -> Ring:
     try:
         header, payload, _ = token.split(b".")
-        obj = json.loads(jws.b64url_decode(payload))
-        kid = json.loads(jws.b64url_decode(header))["kid"]
+        obj = json.loads(base64url.b64url_decode(payload))
+        kid = json.loads(base64url.b64url_decode(header))["kid"]
         members = (obj["version"], obj.get("expires"), obj["keys"], kid)
         ring = Ring(*members, obj.get("security_floor"), token)
         keyset.load(obj, demo=True)

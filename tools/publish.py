@@ -24,7 +24,7 @@ from typing import Any
 
 from joserfc.jwk import RSAKey
 
-from twinslot import jws, keyset, release, semver
+from twinslot import base64url, jws, keyset, release, semver
 from twinslot.errors import (
     ChecksumError,
     ConfigError,
@@ -390,7 +390,7 @@ def _existing(path: Path, trusted: dict[str, bytes]) -> dict[str, Any] | None:
 def _peek(path: Path) -> dict[str, Any] | None:
     """What a release says, whoever signed it, or None where there is none."""
     try:
-        payload = jws.b64url_decode(tree.token(path).split(b".")[1])
+        payload = base64url.b64url_decode(tree.token(path).split(b".")[1])
         release.parse(payload)
     except FileNotFoundError:
         return None

@@ -17,7 +17,7 @@ from typing import Any
 
 from joserfc.jwk import RSAKey
 
-from twinslot import jws, release, semver
+from twinslot import base64url, release, semver
 from twinslot.errors import OtaError
 
 from . import images, publish, tree
@@ -195,7 +195,7 @@ def activate(
 def _peek(path: Path) -> release.Release:
     """The manifest of a release, whoever signed it."""
     try:
-        return release.parse(jws.b64url_decode(tree.token(path).split(b".")[1]))
+        return release.parse(base64url.b64url_decode(tree.token(path).split(b".")[1]))
     except (OtaError, ValueError, IndexError) as exc:
         raise RemoteError(f"{path}: not a release: {exc}") from exc
 

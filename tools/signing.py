@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding
 from joserfc.jwk import RSAKey
 
-from twinslot import jws, keyset
+from twinslot import base64url, jws, keyset
 from twinslot.errors import ConfigError, SignatureError
 
 from . import keys
@@ -119,7 +119,7 @@ def document(payload: bytes | dict, signer: Signer, typ: str) -> bytes:
     if isinstance(payload, dict):
         payload = json.dumps(payload, separators=(",", ":")).encode()
     header = json.dumps({"alg": "PS256", "kid": signer.kid, "typ": typ}, separators=(",", ":"))
-    signed = jws.b64url_encode(header.encode()) + b"." + jws.b64url_encode(payload)
-    token = signed + b"." + jws.b64url_encode(signer.sign(signed))
+    signed = base64url.b64url_encode(header.encode()) + b"." + base64url.b64url_encode(payload)
+    token = signed + b"." + base64url.b64url_encode(signer.sign(signed))
     jws.verify(token, signer.trusted, typ)
     return token

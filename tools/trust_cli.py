@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from twinslot import jws, keyring, keyset, release
+from twinslot import base64url, jws, keyring, keyset, release
 from twinslot.errors import ConfigError, OtaError
 
 from . import keyring_record, keyrings, keys, passphrase, signing, tree
@@ -285,7 +285,7 @@ def _judged(
 def _peek(token: bytes) -> tuple[dict, dict]:
     """What an unverified document says of itself; {} where it says nothing readable."""
     try:
-        parts = [json.loads(jws.b64url_decode(part)) for part in token.split(b".")[:2]]
+        parts = [json.loads(base64url.b64url_decode(part)) for part in token.split(b".")[:2]]
     except (ValueError, RecursionError):
         parts = []
     header, payload = [*parts, {}, {}][:2]

@@ -18,8 +18,11 @@ _HOME = {
     "status": "console",
 }
 _RARE = (
+    "base64url",
     "config",
     "espimage",
+    "handshake",
+    "head",
     "health",
     "jws",
     "keyring",
@@ -31,6 +34,7 @@ _RARE = (
     "sources.server",
     "sources.static",
     "strict",
+    "walk",
 )
 
 

@@ -24,17 +24,7 @@ import time
 
 from . import __version__, errors, guard, unload
 from .clock import BUILD_FLOOR, Clock
-from .errors import (
-    BusyError,
-    HealthError,
-    HttpError,
-    NetworkError,
-    OtaError,
-    RefusedError,
-    SpaceError,
-    TlsError,
-    UnreachableError,
-)
+from .errors import OtaError
 from .journal import REASON, Journal
 from .slot import FirmwareSlot
 from .trust import Trust
@@ -230,9 +220,11 @@ class Agent:
 
     async def _send(self, report):
         if self._client is not self._trust.client:
-            raise TlsError("reports go over a verified connection only")
+            raise errors.TlsError("reports go over a verified connection only")
         if self._base != self._settings["url"]:
-            raise UnreachableError("reports go to the server itself, and that was not reached")
+            raise errors.UnreachableError(
+                "reports go to the server itself, and that was not reached"
+            )
         await self._ask_source().report(self._client, self.facts(), report)
 
     async def _deliver(self):
@@ -240,7 +232,7 @@ class Agent:
         for report in self._journal.get("reports", list):
             try:
                 await self._send(report)
-            except HttpError as exc:
+            except errors.HttpError as exc:
                 print("twinslot: report refused:", exc)
                 # 4xx: the server will never take it (429 and 408: not now).
                 if not 400 <= exc.status < 500 or exc.status in (408, 429):
@@ -337,7 +329,7 @@ class Agent:
         )
         try:
             await trial.prove()
-        except HealthError as exc:
+        except errors.HealthError as exc:
             self._emit("rolledback", version=self.version(), **exc.report())
             self._machine.reset()
         except OtaError as exc:
@@ -352,10 +344,10 @@ class Agent:
         try:
             await self._clock.ensure()
             await self._ask_source().poll(self._client, self.facts())
-        except HttpError as exc:
+        except errors.HttpError as exc:
             if not exc.status:
                 raise
-        except TlsError as exc:
+        except errors.TlsError as exc:
             if not exc.dates:  # a calendar is no fault of the image
                 raise
         return True
@@ -378,7 +370,7 @@ class Agent:
         try:
             task = asyncio.current_task()
             if self._updating not in (None, task) and not self._updating.done():
-                raise BusyError("an update is under way")
+                raise errors.BusyError("an update is under way")
             self._updating = task
             try:
                 await self._once(force)
@@ -402,7 +394,7 @@ class Agent:
             forget = getattr(self._source, "forget", None)
             if forget:
                 forget()
-            if isinstance(exc, TlsError):
+            if isinstance(exc, errors.TlsError):
                 self._clock.doubt()  # perhaps the date is to blame: ask again
             if isinstance(exc, errors.InternalError):
                 self._log_once(exc)
@@ -433,7 +425,7 @@ class Agent:
         for mirror in mirrors:
             try:
                 return await self._update(force)
-            except NetworkError as exc:
+            except errors.NetworkError as exc:
                 print("twinslot: %s; asking %s" % (exc, mirror))
                 self._base = mirror
                 self._slot.abandon()
@@ -444,7 +436,7 @@ class Agent:
         self._emit("checking")
         try:
             self._preflight()
-        except BusyError as exc:
+        except errors.BusyError as exc:
             self._log_once(exc)
             raise
         await self._clock.ensure()
@@ -593,12 +585,14 @@ class Agent:
         unload()
         gc.collect()
         if gc.mem_free() < _HEAP_NEED:
-            raise BusyError("heap", "%d bytes free" % gc.mem_free(), "%d or more" % _HEAP_NEED)
+            raise errors.BusyError(
+                "heap", "%d bytes free" % gc.mem_free(), "%d or more" % _HEAP_NEED
+            )
         import esp32
 
         largest = max(h[2] for h in esp32.idf_heap_info(esp32.HEAP_DATA))
         if largest < _TLS_NEED:
-            raise BusyError(
+            raise errors.BusyError(
                 "IDF heap", "largest block %d" % largest, "%d for a TLS connection" % _TLS_NEED
             )
 
@@ -622,7 +616,7 @@ class Agent:
             source = self._ask_source() if at_home else self._tree()
             offer = await source.poll(self._client, self.facts())
             self._trust.verified()
-        except TlsError as exc:
+        except errors.TlsError as exc:
             self._client = self._trust.regardless(exc, at_home)
             self._clock.doubt()
             self._emit("failed", **exc.report())
@@ -682,7 +676,7 @@ class Agent:
                 print("twinslot: on_install:", type(exc).__name__, exc)
                 answer = 60
             if answer is False:
-                raise RefusedError("the application refuses release " + manifest.version)
+                raise errors.RefusedError("the application refuses release " + manifest.version)
             if answer is True or left <= 0:
                 return
             seconds = answer if type(answer) in (int, float) and answer > 0 else 60
@@ -696,7 +690,7 @@ class Agent:
         if not self._slot.is_settled():
             if self._slot.status()["inactive_build"] == self._journal.get("trial").get("build"):
                 self._machine.reset()  # activated, and then something kept us from it
-            raise BusyError("otadata names a slot that does not run; reset the board first")
+            raise errors.BusyError("otadata names a slot that does not run; reset the board first")
         self._emit("staging", version=manifest.version, size=image.size)
         await self._report(report, "staging")
         start = time.ticks_ms()
@@ -712,7 +706,7 @@ class Agent:
         self._journal.set_fetching(_mark(manifest.version + image.build))
         try:
             await download.run(image, url[: at + 1] if at > 0 else url, self._running["build"])
-        except NetworkError:
+        except errors.NetworkError:
             self._fetching = not download.further  # what the next poll goes on from is no failure
             raise
         finally:
@@ -737,7 +731,7 @@ class Agent:
         """Keep in the journal what an update can do without."""
         try:
             self._journal.update(**changes)
-        except SpaceError as exc:
+        except errors.SpaceError as exc:
             print("twinslot: not kept:", exc)
 
     def _spend(self, n):
@@ -751,7 +745,7 @@ class Agent:
         if n:
             self._note(spent=[day, spent])
         if spent >= budget:
-            raise BusyError("bytes today", spent, "less than the budget of %d" % budget)
+            raise errors.BusyError("bytes today", spent, "less than the budget of %d" % budget)
 
     def _activate(self, attempt, manifest):
         """Write down what is about to be tried, then make it boot. Never returns."""
@@ -838,7 +832,7 @@ def foreseen(exc):
         return exc
     if isinstance(exc, MemoryError):
         gc.collect()
-        return BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
+        return errors.BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
     sys.print_exception(exc)
     return errors.InternalError("%s: %s" % (type(exc).__name__, exc))
 

@@ -42,7 +42,8 @@ import time
 
 from micropython import const
 
-from .errors import ClockError, ConfigError, OtaError
+from . import errors
+from .errors import OtaError
 from .url import decimal
 
 BUILD_FLOOR = 1767225600  # 2026-01-01; raised with each release of this package
@@ -100,7 +101,7 @@ class Clock:
         host, colon, port = (ntp or "").partition(":")
         number = decimal(port.encode(), 65535) if colon else _NTP_PORT
         if not number or (colon and not host):
-            raise ConfigError("ntp", ntp, "host or host:port")
+            raise errors.ConfigError("ntp", ntp, "host or host:port")
         self._ntp = host
         self._ntp_port = number
         self._read = read or _read_rtc
@@ -221,7 +222,7 @@ class Clock:
             self._kissed = self._time()
             raise
         if not self._is_plausible(unix):
-            raise ClockError(
+            raise errors.ClockError(
                 "ntp: time from %s" % self._ntp,
                 unix,
                 "%d to %d" % (self._bound, self._bound + _WINDOW),

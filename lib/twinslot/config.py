@@ -12,7 +12,7 @@ below. Times are in seconds. ``http://`` needs ``allow_http``, and never carries
 import json
 import sys
 
-from .errors import ConfigError
+from . import errors
 
 DEFAULTS = {
     "source": "static",  # or "server"
@@ -50,7 +50,7 @@ def check(config):
         ConfigError: names the member, what was seen and what is expected.
     """
     if not isinstance(config, dict):
-        raise ConfigError("configuration", type(config).__name__, "a JSON object")
+        raise errors.ConfigError("configuration", type(config).__name__, "a JSON object")
     full = dict(DEFAULTS)
     for name, value in config.items():
         if name in _REQUIRED:
@@ -59,21 +59,25 @@ def check(config):
             kind = type(DEFAULTS[name])
         else:
             known = ", ".join(sorted(list(DEFAULTS) + list(_REQUIRED)))
-            raise ConfigError("configuration member", name, "one of " + known)
+            raise errors.ConfigError("configuration member", name, "one of " + known)
         if type(value) is not kind:  # not the value: it may be a secret
-            raise ConfigError("configuration member " + name, type(value).__name__, kind.__name__)
+            raise errors.ConfigError(
+                "configuration member " + name, type(value).__name__, kind.__name__
+            )
         if kind is int and value < 0:
-            raise ConfigError("configuration member " + name, value, "0 or more")
+            raise errors.ConfigError("configuration member " + name, value, "0 or more")
         full[name] = value
     for name in _REQUIRED:
         if not full.get(name):
-            raise ConfigError("configuration member " + name, "nothing", "a value")
+            raise errors.ConfigError("configuration member " + name, "nothing", "a value")
     if full["source"] not in ("static", "server"):
-        raise ConfigError("configuration member source", full["source"], "static or server")
+        raise errors.ConfigError("configuration member source", full["source"], "static or server")
     if not full["hardware"]:
         full["hardware"] = getattr(sys.implementation, "_build", "")
         if not full["hardware"]:
-            raise ConfigError("configuration member hardware", "nothing", "the board's name")
+            raise errors.ConfigError(
+                "configuration member hardware", "nothing", "the board's name"
+            )
     _check_watchdogs(full)
     _check_wifi(full["wifi"])
     _check_hosts(full["allow_hosts"])
@@ -85,7 +89,7 @@ def check(config):
 
 def _base(url):
     if type(url) is not str or not url:
-        raise ConfigError("a base URL", url, "text")
+        raise errors.ConfigError("a base URL", url, "text")
     return url if url.endswith("/") else url + "/"
 
 
@@ -93,7 +97,7 @@ def _check_watchdogs(full):
     # Fed once a second; the hardware one also has to wait for set_boot, which hashes an image.
     for name, least in (("hang", 3), ("wdt", 10)):
         if full[name] and full[name] < least:
-            raise ConfigError(
+            raise errors.ConfigError(
                 "configuration member " + name, full[name], "0, or %d and more" % least
             )
 
@@ -102,15 +106,17 @@ def _check_wifi(wifi):
     for name, value in wifi.items():
         kind = {"ssid": str, "password": str, "ap_password": str, "ap_after": int}.get(name)
         if kind is None:
-            raise ConfigError(
+            raise errors.ConfigError(
                 "member of wifi", name, "one of ssid, password, ap_password, ap_after"
             )
         if type(value) is not kind:
-            raise ConfigError("member of wifi: " + name, type(value).__name__, kind.__name__)
+            raise errors.ConfigError(
+                "member of wifi: " + name, type(value).__name__, kind.__name__
+            )
     if wifi and not wifi.get("ssid"):
-        raise ConfigError("member of wifi: ssid", "nothing", "the network's name")
+        raise errors.ConfigError("member of wifi: ssid", "nothing", "the network's name")
     if wifi.get("ap_password") and len(wifi["ap_password"]) < 8:
-        raise ConfigError(
+        raise errors.ConfigError(
             "member of wifi: ap_password",
             "%d characters" % len(wifi["ap_password"]),
             "8 or more, as WPA2 wants",
@@ -120,7 +126,9 @@ def _check_wifi(wifi):
 def _check_hosts(hosts):
     for host in hosts:
         if type(host) is not str or not host or "/" in host or host != host.lower():
-            raise ConfigError("member of allow_hosts", host, "a host as in cdn.example:8443")
+            raise errors.ConfigError(
+                "member of allow_hosts", host, "a host as in cdn.example:8443"
+            )
 
 
 def _check_transport(full):
@@ -128,15 +136,15 @@ def _check_transport(full):
         scheme = url.split(":")[0]
         if scheme == "http":
             if not full["allow_http"]:
-                raise ConfigError("url", "http://", "https://, or allow_http set to true")
+                raise errors.ConfigError("url", "http://", "https://, or allow_http set to true")
             if full["token"] and url == full["url"]:
-                raise ConfigError("a token never goes over http: use an https:// url")
+                raise errors.ConfigError("a token never goes over http: use an https:// url")
         elif scheme != "https":
-            raise ConfigError("url", url[:64], "https://...")
+            raise errors.ConfigError("url", url[:64], "https://...")
         elif not full["ca"] and not full["fingerprint"]:
-            raise ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
+            raise errors.ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
     if bool(full["client_cert"]) != bool(full["client_key"]):
-        raise ConfigError("client_cert and client_key go together")
+        raise errors.ConfigError("client_cert and client_key go together")
 
 
 def load(path):
@@ -147,10 +155,10 @@ def load(path):
     """
     try:
         return _load(path)
-    except ConfigError as exc:
+    except errors.ConfigError as exc:
         try:
             good = _load(path + _GOOD)
-        except ConfigError:
+        except errors.ConfigError:
             raise exc
         print("twinslot: %s; using the last one that worked" % exc)
         return good
@@ -161,9 +169,9 @@ def _load(path):
         with open(path) as f:
             return check(json.load(f))
     except OSError as exc:
-        raise ConfigError("configuration %s can't be read: %s" % (path, exc))
+        raise errors.ConfigError("configuration %s can't be read: %s" % (path, exc))
     except ValueError:
-        raise ConfigError("configuration %s is not JSON" % path)
+        raise errors.ConfigError("configuration %s is not JSON" % path)
 
 
 def keep(path):
@@ -182,10 +190,10 @@ def keep(path):
         try:
             if read(path + _GOOD) == text:
                 return
-        except ConfigError:
+        except errors.ConfigError:
             pass
         with open(path + ".new", "wb") as f:
             f.write(text)
         os.rename(path + ".new", path + _GOOD)
-    except (OSError, ValueError, ConfigError) as exc:
+    except (OSError, ValueError, errors.ConfigError) as exc:
         print("twinslot: no copy of the configuration:", exc)

@@ -13,8 +13,8 @@ connection costs is at most that much, and what was already under way.
 
 import gc
 
-from . import payload
-from .errors import BusyError, HttpError, NetworkError, OtaError, RefusedError
+from . import errors, payload, unload
+from .errors import OtaError
 from .url import resolve
 
 # For all else that happens meanwhile: reads, events, checkpoints, and holes between objects. What
@@ -62,7 +62,7 @@ class Download:
         kept = self._journal.checkpoint(self._slot.block())
         if kept.get("build") != image.build:
             kept = {}
-        error = RefusedError("release has no payload this device can apply")
+        error = errors.RefusedError("release has no payload this device can apply")
         mark = self._journal.fetching()
         for chosen in self._choose(image, build, kept):
             try:
@@ -72,7 +72,9 @@ class Download:
                 self._journal.save_checkpoint()  # done with
                 return
             except Exception as exc:  # also a slip of ours: another payload may get by without it
-                if isinstance(exc, (NetworkError, BusyError)) and not _is_missing(exc):
+                if isinstance(exc, (errors.NetworkError, errors.BusyError)) and not _is_missing(
+                    exc
+                ):
                     raise  # another payload would come over the same network, or not now either
                 error = exc
             print("twinslot: payload %s:" % (chosen.patch or chosen.encoding), error)
@@ -81,7 +83,7 @@ class Download:
             self._slot.abandon()
             gc.collect()
         if isinstance(error, MemoryError):
-            error = BusyError("out of memory: %s; %d bytes free" % (error, gc.mem_free()))
+            error = errors.BusyError("out of memory: %s; %d bytes free" % (error, gc.mem_free()))
         raise error
 
     def _choose(self, image, build, kept):
@@ -116,7 +118,7 @@ class Download:
             if state and response.status == 200:  # no Range there, or another file by now
                 state, offset = None, await self._slot.begin(image)
             elif response.status != (206 if state else 200):
-                raise HttpError(
+                raise errors.HttpError(
                     "payload",
                     response.status,
                     "200",
@@ -125,7 +127,10 @@ class Download:
                 )
             left = chosen.size - (state[0] if state else 0)
             if response.length not in (None, left):
-                raise HttpError("payload length", response.length, left, status=response.status)
+                raise errors.HttpError(
+                    "payload length", response.length, left, status=response.status
+                )
+            unload()  # what has read the head of the answer
             writer = payload.Writer(self._slot, image.size, offset, self._slot.block())
             stage = payload.open_stage(chosen, response, self._slot.base(), image.size, state)
             await payload.pump(stage, writer, self._boundary(image, chosen, response))
@@ -133,7 +138,7 @@ class Download:
             self.fetched += response.received
             try:
                 self._book(response)
-            except BusyError:
+            except errors.BusyError:
                 pass  # what is here is here
             await response.close()
 
@@ -167,7 +172,7 @@ class Download:
 
 def _is_missing(error):
     """True for an answer that speaks of this one file: not there, moved away, of another size."""
-    if not isinstance(error, HttpError):
+    if not isinstance(error, errors.HttpError):
         return False
     if error.status in (408, 429):
         return False

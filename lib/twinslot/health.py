@@ -15,7 +15,8 @@ Source: design section 5; ESP-IDF esp_ota_ops.c; rules C.4, C.5, C.6, C.14 of th
 import asyncio
 import time
 
-from .errors import HealthError, OtaError, RollbackError, SpaceError
+from . import errors
+from .errors import OtaError
 
 TRIES = 3  # failures of a build that may not be its own fault before it counts as bad
 _PWRON = 1  # machine.PWRON_RESET: also brown-out
@@ -72,7 +73,7 @@ def failed_builds(journal):
 def _fail(journal, trial, reason, tries, status="rolledback", **changes):
     """Record that a build failed here, and the report that says so."""
     build, version = trial.get("build", ""), trial.get("version", "")
-    error = HealthError(reason).report()
+    error = errors.HealthError(reason).report()
     kept = []
     for f in journal.get("failed", list):
         if f[0] == build:
@@ -144,12 +145,12 @@ def _on_trial(slot, journal, trial, reset_cause):
         # A second boot of an image on trial: the bootloader's rollback was not armed.
         try:
             give_up(slot, journal, *_end_of_trial(reset_cause))
-        except RollbackError:
+        except errors.RollbackError:
             return "idle"
         return "rejected"
     try:
         journal.update(trial=dict(trial, boots=boots))
-    except SpaceError as exc:
+    except errors.SpaceError as exc:
         print("twinslot: boot not counted:", exc)  # the watchdog and the checks matter more
     return "trial"
 
@@ -241,7 +242,7 @@ def reject(slot, journal, reason, tries=TRIES):
     slot.reject()
     try:
         _fail(journal, _subject(slot, journal), reason, tries)
-    except SpaceError as exc:
+    except errors.SpaceError as exc:
         print("twinslot: failure not recorded:", exc)  # the way back matters more
 
 
@@ -254,7 +255,7 @@ def give_up(slot, journal, reason, tries):
     """
     try:
         reject(slot, journal, reason, tries)
-    except RollbackError as exc:
+    except errors.RollbackError as exc:
         trial = _subject(slot, journal)
         reason = "%s; %s" % (reason, exc.message)
         _fail(journal, trial, reason, tries, "failed", confirmed=trial["build"])
@@ -311,7 +312,7 @@ class Trial:
         # An unreachable server need not be the image's fault: it may be offered again.
         tries = 1 if complaint.startswith("check 'source'") else TRIES
         give_up(self._slot, self._journal, complaint, tries)
-        raise HealthError(complaint)
+        raise errors.HealthError(complaint)
 
     async def _keep_feeding(self):
         while True:

@@ -16,7 +16,7 @@ Every error that leaves is an OtaError: TimeoutError_, TlsError, HttpError, Netw
 UnreachableError, FormatError (a URL), ConfigError, BusyError. A token is in none of them, nor
 is the query of a URL (it may be a signature). After any error the connection is closed.
 
-Source: RFC 9110 (fields, Range, dates), RFC 9112 (message framing).
+Source: RFC 9110, RFC 9112 section 7 (chunks).
 """
 
 import json
@@ -25,64 +25,17 @@ from time import ticks_add, ticks_diff, ticks_ms
 
 from micropython import const
 
+from . import errors
 from .certs import Tls  # noqa: F401 (for users)
-from .errors import (
-    BusyError,
-    ConfigError,
-    FormatError,
-    HttpError,
-    NetworkError,
-    TimeoutError_,
-    UnreachableError,
-)
 from .link import HEAD_MAX, LINE_MAX, Link, longer, lookup
-from .url import decimal, hexadecimal, host_of, parse, resolve, shown
+from .url import hexadecimal, host_of, parse, resolve, shown
 
 _EXTENSION_MAX = const(128)  # a chunk-size line
-_LENGTH_MAX = const(0x7FFFFFFF)
-_RETRY_AFTER_MAX = const(21600)  # 6 h: no server may silence a device for longer
+LENGTH_MAX = 0x7FFFFFFF
 _FIELD_MAX = const(512)
 _ETAG_MAX = const(128)
 _ADDRESSES_MAX = const(4)
 _DEADLINE_MAX_MS = const(0x1FFFFFFF)  # half the period of ticks_ms on 32-bit ports: 6.2 days
-
-_DAYS = b"MonTueWedThuFriSatSun"
-_MONTHS = b"JanFebMarAprMayJunJulAugSepOctNovDec"
-
-
-def http_date(text):
-    """Return the Unix seconds of an HTTP date (bytes), or None where it is not one.
-
-    Only IMF-fixdate, ``Sun, 06 Nov 1994 08:49:37 GMT``, the one form that may be sent
-    (RFC 9110 section 5.6.7). Computed without the time module: its epoch differs by port.
-    """
-    if len(text) != 29 or text[3:5] != b", " or text[25:] != b" GMT":
-        return None
-    if text[7:8] + text[11:12] + text[16:17] + text[19:20] + text[22:23] != b"   ::":
-        return None
-    month = _MONTHS.find(text[8:11])
-    weekday = _DAYS.find(text[:3])
-    day = decimal(text[5:7], 31)
-    year = decimal(text[12:16], 9999)
-    hour = decimal(text[17:19], 23)
-    minute = decimal(text[20:22], 59)
-    second = decimal(text[23:25], 60)
-    if month < 0 or month % 3 or weekday < 0 or weekday % 3 or not day:
-        return None
-    if year is None or year < 1970 or hour is None or minute is None or second is None:
-        return None
-    month = month // 3 + 1
-    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
-    longest = (31, 29 if leap else 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)[month - 1]
-    if day > longest:
-        return None
-    # Days since 1970-01-01 with years that begin in March (leap day last).
-    y = year - (month <= 2)
-    m = (month + 9) % 12
-    days = 365 * y + y // 4 - y // 100 + y // 400 + (153 * m + 2) // 5 + day - 719469
-    if (days + 3) % 7 != weekday // 3:
-        return None
-    return days * 86400 + hour * 3600 + minute * 60 + second
 
 
 class Response:
@@ -103,8 +56,6 @@ class Response:
     def __init__(self, link, client, status, minor, found, start, if_range):
         self.status = status
         self.secure = link.origin[0] == "https"
-        self.start = 0
-        self.total = None
         self._client = client
         self._link = link
         self._chunked = False
@@ -112,93 +63,19 @@ class Response:
         self.received = 0
         self._waited_ms = self._arrived = 0
         self._pause = self._since = 0  # ms of the next pause, and when the first one began
-        self._keep = minor == 1 and b"close" not in found.get(b"connection", b"").lower()
-        self._read_head(found)
-        self._frame(found, minor)
-        if status == 206:
-            self._check_range(found, start, if_range)
-        elif status == 416:
-            self.total = decimal(found.get(b"content-range", b"").split(b"/")[-1], _LENGTH_MAX)
+        self._keep = False
+        self.start = self.length = 0
+        self.etag = self.location = self.date = self.retry_after = self.total = None
+        from . import head
+
+        head.tell(self, found, minor, start, if_range)
         link.owner = self
         self._left = self.length or 0  # of the body, or of the current chunk
         if not self._chunked and not self._left:
             self._end()
 
-    def _read_head(self, found):
-        etag = found.get(b"etag")
-        self.etag = etag.decode() if etag and _is_visible(etag) else None
-        location = found.get(b"location")
-        self.location = location.decode() if location and _is_visible(location) else None
-        self.date = http_date(found.get(b"date", b""))
-        wish = found.get(b"retry-after", b"")
-        after = None
-        if wish.isdigit():
-            after = decimal(wish.lstrip(b"0")[:10] or b"0", 9999999999)
-        elif self.date is not None:
-            until = http_date(wish)
-            after = None if until is None else max(0, until - self.date)
-        self.retry_after = None if after is None else min(after, _RETRY_AFTER_MAX)
-        if self.date is not None:
-            self.date += decimal(found.get(b"age", b""), _LENGTH_MAX) or 0
-
-    def _frame(self, found, minor):
-        """Decide how long the body is (RFC 9112 section 6.3); what is ambiguous is refused."""
-        length = found.get(b"content-length")
-        coding = found.get(b"transfer-encoding")
-        self.length = 0
-        if coding is not None and length is not None:
-            raise self._refuse("Content-Length and Transfer-Encoding together")
-        if length is not None:
-            self.length = decimal(length, _LENGTH_MAX)
-            if self.length is None:
-                raise self._refuse("Content-Length", _clip(length), "0 to %d" % _LENGTH_MAX)
-        if self.status in (204, 304):
-            # No body, whatever the fields say; a server that sends one has spoiled the stream.
-            self._keep = self._keep and not coding and (self.status == 304 or not self.length)
-            self.length = 0
-            return
-        if coding is not None:
-            if coding.lower() != b"chunked" or minor == 0:
-                raise self._refuse("Transfer-Encoding", _clip(coding), "chunked, of HTTP/1.1")
-            self._chunked = True
-            self.length = None
-        elif length is None:
-            if self.status < 300:
-                raise self._refuse("no Content-Length: the end of the body would be a guess")
-            self._keep = False  # the status says enough; its body is not read
-        coding = found.get(b"content-encoding", b"identity")
-        if coding.lower() != b"identity" and self.status < 300:
-            raise self._refuse("Content-Encoding", _clip(coding), "identity")
-
-    def _check_range(self, found, start, if_range):
-        field = found.get(b"content-range")
-        if not start or field is None:
-            raise self._refuse("206 without %s" % ("Content-Range" if start else "being asked"))
-        unit, _, rest = field.partition(b" ")
-        span, _, total = rest.partition(b"/")
-        first, _, last = span.partition(b"-")
-        first = decimal(first, _LENGTH_MAX)
-        last = decimal(last, _LENGTH_MAX)
-        if total != b"*":
-            self.total = decimal(total, _LENGTH_MAX)
-        if (
-            unit.lower() != b"bytes"
-            or first is None
-            or last is None
-            or last < first
-            or (total != b"*" and (self.total is None or last >= self.total))
-        ):
-            raise self._refuse("Content-Range", _clip(field))
-        if first != start:
-            raise self._refuse("Content-Range starts elsewhere", first, start)
-        if self.length is not None and self.length != last - first + 1:
-            raise self._refuse("Content-Length of the range", self.length, last - first + 1)
-        if if_range and self.etag and self.etag != if_range:
-            raise self._refuse("206 of another version", self.etag, if_range)
-        self.start = first
-
     def _refuse(self, message, seen=None, expected=None):
-        return HttpError(message, seen, expected, status=self.status)
+        return errors.HttpError(message, seen, expected, status=self.status)
 
     def _end(self):
         link = self._link
@@ -236,7 +113,7 @@ class Response:
         if link is None:
             return None
         if link.owner not in (self, None):
-            raise NetworkError("body: the client has given this answer up")
+            raise errors.NetworkError("body: the client has given this answer up")
         n = min(n, self._left)
         if not n:
             return 0
@@ -245,7 +122,7 @@ class Response:
             if got is None:
                 return 0
             if not got:
-                raise NetworkError(
+                raise errors.NetworkError(
                     "the body ends early", self.received, self.length or "more in its chunk"
                 )
         except BaseException:
@@ -286,7 +163,9 @@ class Response:
     def _check_rate(self, client):
         rate = self._arrived * 1000 // self._waited_ms
         if rate < client.min_rate:
-            raise TimeoutError_("body too slow", "%d B/s" % rate, "%d B/s" % client.min_rate)
+            raise errors.TimeoutError_(
+                "body too slow", "%d B/s" % rate, "%d B/s" % client.min_rate
+            )
         self._waited_ms = self._arrived = 0
 
     async def _next_chunk(self, link, since):
@@ -295,13 +174,15 @@ class Response:
         if self._in_chunk and await link.line(since, limit_ms, "chunk"):
             raise self._refuse("chunk: data goes on past its size")
         line = await link.line(since, limit_ms, "chunk")
-        size = hexadecimal(line.split(b";")[0].rstrip(b" \t"), _LENGTH_MAX)
+        size = hexadecimal(line.split(b";")[0].rstrip(b" \t"), LENGTH_MAX)
         if size is None or len(line) > _EXTENSION_MAX:
-            raise self._refuse("chunk size", _clip(line))
+            raise self._refuse("chunk size", clip(line))
         self._in_chunk = True
         self._left = size
         if not size:
-            await link.fields(since, limit_ms, "trailer", HEAD_MAX)
+            from .head import fields
+
+            await fields(link, since, limit_ms, "trailer", HEAD_MAX)
             self._end()
 
     async def read(self, limit):
@@ -340,7 +221,7 @@ class Response:
             link.close()
 
 
-def _is_visible(value):
+def is_visible(value):
     if len(value) > _FIELD_MAX:
         return False
     for c in value:
@@ -349,7 +230,7 @@ def _is_visible(value):
     return True
 
 
-def _clip(value):
+def clip(value):
     # What a server sent, for a message: short and printable.
     return "".join(chr(c) if 32 <= c <= 126 else "?" for c in value[:40])
 
@@ -398,9 +279,9 @@ class Client:
         self._token_for = None
         if token:
             if not origin or parse(origin).scheme != "https":
-                raise ConfigError("a token needs the https origin it belongs to")
-            if not _is_visible(token.encode()):
-                raise ConfigError("token: only visible ASCII characters")
+                raise errors.ConfigError("a token needs the https origin it belongs to")
+            if not is_visible(token.encode()):
+                raise errors.ConfigError("token: only visible ASCII characters")
             self._token = token
             self._token_for = parse(origin)[:3]
         self._buf = bytearray(LINE_MAX)
@@ -444,7 +325,7 @@ class Client:
         answer = await self._request("GET", url, extra, None, deadline, start, if_range)
         if answer.status in (301, 302, 303, 307, 308):
             await answer.close()
-            raise HttpError("redirected twice", status=answer.status)
+            raise errors.HttpError("redirected twice", status=answer.status)
         return answer
 
     async def post_json(self, url, obj, deadline_ms=None):
@@ -468,11 +349,11 @@ class Client:
 
     def _redirect(self, url, answer):
         if not answer.location:
-            raise HttpError("redirect without a usable Location", status=answer.status)
+            raise errors.HttpError("redirect without a usable Location", status=answer.status)
         try:
             return parse(resolve(url, answer.location, self._allow_hosts))
-        except FormatError as e:
-            raise HttpError("redirect refused: %s" % e.message, status=answer.status)
+        except errors.FormatError as e:
+            raise errors.HttpError("redirect refused: %s" % e.message, status=answer.status)
 
     def _head(self, method, url, extra):
         lines = [
@@ -487,13 +368,13 @@ class Client:
 
     async def _request(self, method, url, extra, body, deadline, start=None, if_range=None):
         if url.scheme != "https" and not self._allow_http:
-            raise ConfigError("plain http is not allowed here", shown(url), "https")
+            raise errors.ConfigError("plain http is not allowed here", shown(url), "https")
         if url.scheme == "https" and self._tls is None:
-            raise ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
+            raise errors.ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
         task = current_task()
         # The task and not a mark: a mark could be left behind, and close the client for ever.
         if self._asker not in (None, task) and not self._asker.done():
-            raise BusyError("the client waits for another answer")
+            raise errors.BusyError("the client waits for another answer")
         data = self._head(method, url, extra) + (body or b"")
         try:
             self._asker = task
@@ -526,10 +407,12 @@ class Client:
             link.heard = False
             try:
                 await link.send(data, since, limit_ms)
-                return await link.head(ticks_ms(), self.read_timeout_ms)
-            except NetworkError as e:
+                from . import head
+
+                return await head.read(link, ticks_ms(), self.read_timeout_ms)
+            except errors.NetworkError as e:
                 # A kept connection that the server closed meanwhile: once more on a new one.
-                if not kept or link.heard or isinstance(e, TimeoutError_):
+                if not kept or link.heard or isinstance(e, errors.TimeoutError_):
                     raise
                 kept = False
 
@@ -551,7 +434,7 @@ class Client:
             try:
                 await link.dial(address, now, share)
                 break
-            except (UnreachableError, TimeoutError_):
+            except (errors.UnreachableError, errors.TimeoutError_):
                 self._drop()
                 if i + 1 == len(addresses):
                     self._addresses = (None, None)  # the name may lead elsewhere next time
@@ -566,6 +449,8 @@ def _deadline(ms):
 
 def _field(value):
     # A header injected through a stored ETag would be a request of somebody else's making.
-    if not _is_visible(value.encode()) or len(value) > _ETAG_MAX:
-        raise FormatError("ETag", _clip(value.encode()), "visible characters, %d" % _ETAG_MAX)
+    if not is_visible(value.encode()) or len(value) > _ETAG_MAX:
+        raise errors.FormatError(
+            "ETag", clip(value.encode()), "visible characters, %d" % _ETAG_MAX
+        )
     return value

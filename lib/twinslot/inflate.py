@@ -12,7 +12,7 @@ import gc
 import deflate
 from micropython import RingIO, const
 
-from .errors import FormatError
+from . import errors
 from .payload import AHEAD, SLICE
 
 _IDLE_MEMBERS = const(16)  # without content, in a row
@@ -78,17 +78,19 @@ class Inflate:
         self._place = bytearray(1 << self._window)
         self._idle += 1
         if self._idle >= _IDLE_MEMBERS:
-            raise FormatError("gzip", "%d members without content" % _IDLE_MEMBERS, "an image")
+            raise errors.FormatError(
+                "gzip", "%d members without content" % _IDLE_MEMBERS, "an image"
+            )
 
     def _read(self, view, n):
         try:
             return self._member.readinto(view, n if n < SLICE else SLICE)
         except EOFError:
-            raise FormatError("gzip: the payload is cut short")
+            raise errors.FormatError("gzip: the payload is cut short")
         except OSError as exc:
             # EINVAL: malformed, a checksum, or a window larger than announced. EAGAIN: no
             # honest encoder needs so much input for so little output.
-            raise FormatError("gzip: malformed payload (error %s)" % exc.args[0])
+            raise errors.FormatError("gzip: malformed payload (error %s)" % exc.args[0])
 
     async def boundary(self):
         while not self._filled():

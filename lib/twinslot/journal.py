@@ -28,7 +28,7 @@ import json
 import struct
 import time
 
-from .errors import SpaceError
+from . import errors
 
 REASON = 80  # characters of a reason in the log
 LIMIT = 2048  # bytes of the whole blob; the smallest NVS we ship holds about 12 KB
@@ -126,7 +126,9 @@ class Journal:
                     data[key] = data[key][1:]
                     break
             else:
-                raise SpaceError("journal", "%d bytes" % (len(body) + 5), "at most %d" % LIMIT)
+                raise errors.SpaceError(
+                    "journal", "%d bytes" % (len(body) + 5), "at most %d" % LIMIT
+                )
             body = json.dumps(data).encode()
         self._store(_KEY, body)
         self._data = data
@@ -137,7 +139,7 @@ class Journal:
             self._nvs.set_blob(key, blob)
             self._nvs.commit()
         except OSError as exc:
-            full = SpaceError("the journal can't be written: %s" % exc)
+            full = errors.SpaceError("the journal can't be written: %s" % exc)
             full.retry = True  # others share NVS, and may make room
             raise full
 
@@ -218,5 +220,5 @@ class Journal:
             body = json.dumps({"log": entries}).encode()
         try:
             self._store(_LOG, body)
-        except SpaceError as exc:
+        except errors.SpaceError as exc:
             print("twinslot: not logged:", exc)

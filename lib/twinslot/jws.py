@@ -12,60 +12,33 @@ holds.
 Source: RFC 8017 sections 8.1.2, 9.1.2 and B.2.1.
 """
 
-import binascii
 import hashlib
 
-from .errors import SignatureError
+from . import errors
+from .base64url import b64url_decode
 
 TOKEN_LIMIT = 12288  # characters of a whole JWS: a manifest of 8 KiB and a 4096-bit signature
 _HEADER_LIMIT = 512
 _HASH_LEN = 32
 _SALT_LEN = 32
-_PIECE = 256  # characters; a multiple of 4
-
-
-def b64url_decode(text):
-    """Decode unpadded base64url ``bytes``; ValueError unless it is the canonical spelling."""
-    view = memoryview(text)
-    raw = bytearray(len(view) * 3 // 4)
-    at = 0
-    for start in range(0, len(view), _PIECE):  # in pieces, to be sparing with memory
-        piece = bytes(view[start : start + _PIECE])
-        part = binascii.a2b_base64(
-            piece.replace(b"-", b"+").replace(b"_", b"/") + b"===="[: -len(piece) % 4]
-        )
-        # Lenient decoders skip strange characters and ignore loose bits: compare the way back.
-        if b64url_encode(part) != piece:
-            raise ValueError("not canonical base64url")
-        raw[at : at + len(part)] = part
-        at += len(part)
-    return bytes(raw)
-
-
-def b64url_encode(raw):
-    """Encode ``bytes`` as unpadded base64url ``bytes``."""
-    text = binascii.b2a_base64(raw).strip().replace(b"+", b"-").replace(b"/", b"_")
-    while text[-1:] == b"=":
-        text = text[:-1]
-    return text
 
 
 def _header(text):
     if len(text) > _HEADER_LIMIT:
-        raise SignatureError("JWS header", "%d characters" % len(text), "at most 512")
+        raise errors.SignatureError("JWS header", "%d characters" % len(text), "at most 512")
     from . import strict
 
     try:
         header = strict.loads(b64url_decode(text))
     except ValueError as exc:
-        raise SignatureError("JWS header: %s" % exc)
+        raise errors.SignatureError("JWS header: %s" % exc)
     if not isinstance(header, dict):
-        raise SignatureError("JWS header", type(header).__name__, "an object")
+        raise errors.SignatureError("JWS header", type(header).__name__, "an object")
     for name in header:
         if name not in ("alg", "kid", "typ"):
-            raise SignatureError("JWS header member", name, "alg, kid and typ only")
+            raise errors.SignatureError("JWS header member", name, "alg, kid and typ only")
     if header.get("alg") != "PS256":
-        raise SignatureError("JWS algorithm", header.get("alg"), "PS256")
+        raise errors.SignatureError("JWS algorithm", header.get("alg"), "PS256")
     return header
 
 
@@ -85,27 +58,29 @@ def verify(token, keys, typ=None):
     payload's size.
     """
     if len(token) > TOKEN_LIMIT:
-        raise SignatureError("JWS", "%d bytes" % len(token), "at most %d" % TOKEN_LIMIT)
+        raise errors.SignatureError("JWS", "%d bytes" % len(token), "at most %d" % TOKEN_LIMIT)
     token = bytes(token)
     dots = token.count(b".")
     if dots != 2:
-        raise SignatureError("JWS", "%d parts" % (dots + 1), "header.payload.signature")
+        raise errors.SignatureError("JWS", "%d parts" % (dots + 1), "header.payload.signature")
     first, last = token.find(b"."), token.rfind(b".")
     view = memoryview(token)
     header = _header(view[:first])
     if typ is not None and header.get("typ") != typ:
-        raise SignatureError("JWS type", str(header.get("typ"))[:48], typ)
+        raise errors.SignatureError("JWS type", str(header.get("typ"))[:48], typ)
     kid = header.get("kid")
     modulus = keys.get(kid) if isinstance(kid, str) else None
     if modulus is None:
-        raise SignatureError("signing key", str(kid)[:48], "one of %d trusted" % len(keys))
+        raise errors.SignatureError("signing key", str(kid)[:48], "one of %d trusted" % len(keys))
     digest = hashlib.sha256(view[:last]).digest()
     try:
         if not _pss_holds(modulus, view[last + 1 :], digest):
-            raise SignatureError("the signature does not belong to this document and key %s" % kid)
+            raise errors.SignatureError(
+                "the signature does not belong to this document and key %s" % kid
+            )
         return b64url_decode(view[first + 1 : last])
     except ValueError as exc:
-        raise SignatureError("JWS: %s" % exc)
+        raise errors.SignatureError("JWS: %s" % exc)
 
 
 def _pss_holds(modulus, signature, digest):

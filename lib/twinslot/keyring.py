@@ -26,7 +26,8 @@ a module, so that those can be unloaded meanwhile.
 
 import os
 
-from .errors import ConfigError, KeyringError, OtaError, SignatureError, SpaceError
+from . import errors
+from .errors import OtaError
 
 TYPE = "twinslot-keyring+jws"
 _VERSION_MAX = (1 << 30) - 1
@@ -81,12 +82,12 @@ class Keyring:
         version, expires, keys = self._stored()
         if version < floor or not keys:
             self._known[0] = 0  # wanted again
-            raise KeyringError("keyring", "none on the board", "version %d" % max(floor, 1))
+            raise errors.KeyringError("keyring", "none on the board", "version %d" % max(floor, 1))
         if version > floor:  # the power failed between file and journal
             self._journal.update(keyring=version)
             self._known[0] = version
         if expires is not None and now is not None and now >= expires:
-            raise KeyringError(
+            raise errors.KeyringError(
                 "keyring %d expired %d s ago: publish its successor" % (version, now - expires)
             )
         return keys
@@ -105,13 +106,13 @@ class Keyring:
         # The file knows, too: a lost journal must not open the door to a revoked key.
         known = max(self._journal.get("keyring", int), self._stored()[0])
         if version <= self.version or version < known:
-            raise KeyringError("keyring version", version, "higher than %d" % known)
+            raise errors.KeyringError("keyring version", version, "higher than %d" % known)
         try:
             with open(self._path + ".new", "wb") as f:
                 f.write(token)
             os.rename(self._path + ".new", self._path)
         except OSError as exc:
-            raise SpaceError("the keyring can't be written: %s" % exc)
+            raise errors.SpaceError("the keyring can't be written: %s" % exc)
         self._journal.update(keyring=version)
         self._known[0] = version
 
@@ -131,10 +132,10 @@ class Keyring:
     def _parse(self, token):
         try:
             return parse(token, self._roots, self._product, self._demo)
-        except KeyringError:
+        except errors.KeyringError:
             raise
-        except (ConfigError, SignatureError) as exc:
-            raise KeyringError("keyring: %s" % exc.message)
+        except (errors.ConfigError, errors.SignatureError) as exc:
+            raise errors.KeyringError("keyring: %s" % exc.message)
 
 
 def read(path):
@@ -147,7 +148,7 @@ def read(path):
         with open(path, "rb") as f:
             return f.read()
     except OSError as exc:
-        raise ConfigError("file %s can't be read: %s" % (path, exc))
+        raise errors.ConfigError("file %s can't be read: %s" % (path, exc))
 
 
 def load(text, demo=False):
@@ -159,16 +160,16 @@ def load(text, demo=False):
     from . import keyset, strict
 
     if len(text) > _FILE_MAX:
-        raise ConfigError("key file", "%d bytes" % len(text), "at most %d" % _FILE_MAX)
+        raise errors.ConfigError("key file", "%d bytes" % len(text), "at most %d" % _FILE_MAX)
     try:
         obj = strict.loads(text)
     except ValueError as exc:
-        raise ConfigError("key file: %s" % exc)
+        raise errors.ConfigError("key file: %s" % exc)
     if not isinstance(obj, dict) or "root" not in obj:
         return {}, keyset.load(obj, demo)
     roots = keyset.load({"keys": obj["root"]}, demo)
     if len(roots) > _ROOTS_MAX:
-        raise ConfigError("roots", len(roots), "1 to %d" % _ROOTS_MAX)
+        raise errors.ConfigError("roots", len(roots), "1 to %d" % _ROOTS_MAX)
     keys = keyset.load(obj, demo) if "keys" in obj else {}
     _keep_apart(roots, keys)
     return roots, keys
@@ -177,7 +178,7 @@ def load(text, demo=False):
 def _keep_apart(roots, keys):
     for kid in keys:
         if kid in roots:
-            raise ConfigError("key %s is a root, and a root signs keyrings only" % kid)
+            raise errors.ConfigError("key %s is a root, and a root signs keyrings only" % kid)
 
 
 def parse(token, roots, product, demo=False):
@@ -202,25 +203,25 @@ def parse(token, roots, product, demo=False):
     try:
         obj = strict.loads(payload)
     except ValueError as exc:
-        raise KeyringError("keyring: %s" % exc)
+        raise errors.KeyringError("keyring: %s" % exc)
     if not isinstance(obj, dict):
-        raise KeyringError("keyring", type(obj).__name__, "an object")
+        raise errors.KeyringError("keyring", type(obj).__name__, "an object")
     schema = obj.get("schema")
     if type(schema) is not int or schema != 1:
-        raise KeyringError("keyring schema", schema, "1; update the agent first")
+        raise errors.KeyringError("keyring schema", schema, "1; update the agent first")
     if obj.get("product", product) != product:
-        raise KeyringError("keyring of product", str(obj["product"])[:64], product)
+        raise errors.KeyringError("keyring of product", str(obj["product"])[:64], product)
     version = obj.get("version")
     if type(version) is not int or not 0 < version <= _VERSION_MAX:
-        raise KeyringError("keyring version", version, "1 to %d" % _VERSION_MAX)
+        raise errors.KeyringError("keyring version", version, "1 to %d" % _VERSION_MAX)
     expires = obj.get("expires")
     if expires is not None:
         try:
             expires = parse_time(expires)
         except OtaError as exc:
-            raise KeyringError("keyring: expires: %s" % exc.message)
+            raise errors.KeyringError("keyring: expires: %s" % exc.message)
     keys = keyset.load(obj, demo)
     if len(keys) > _KEYS_MAX:
-        raise KeyringError("keys of the keyring", len(keys), "1 to %d" % _KEYS_MAX)
+        raise errors.KeyringError("keys of the keyring", len(keys), "1 to %d" % _KEYS_MAX)
     _keep_apart(roots, keys)
     return version, expires, keys

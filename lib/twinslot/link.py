@@ -20,14 +20,10 @@ from time import ticks_diff, ticks_ms
 
 from micropython import const
 
-from .certs import tls_error
-from .errors import HttpError, NetworkError, TimeoutError_, TlsError, UnreachableError
-from .url import decimal
+from . import errors
 
 LINE_MAX = 1024  # a header line with its CRLF; the size of a link's buffer
 HEAD_MAX = 8192
-_LINES_MAX = const(64)
-_INTERIM_MAX = const(8)  # 1xx answers before the real one
 _PAUSE_MAX_MS = const(15)
 _LOOKUP_STACK = const(8192)
 
@@ -64,7 +60,7 @@ async def lookup(host, port, kind=socket.SOCK_STREAM, limit_ms=10000):
         await sleep_ms(10)
         if ticks_diff(ticks_ms(), since) >= limit_ms:
             _asking = [()]  # it may have died, and must not stand in the way for ever
-            raise TimeoutError_("name lookup: the one before still hangs")
+            raise errors.TimeoutError_("name lookup: the one before still hangs")
     if threaded:
         import _thread
 
@@ -81,12 +77,12 @@ async def lookup(host, port, kind=socket.SOCK_STREAM, limit_ms=10000):
     while answer[0] is None:
         await sleep_ms(10)
         if ticks_diff(ticks_ms(), since) >= limit_ms:
-            raise TimeoutError_("name lookup of %s: no answer in %d ms" % (host, limit_ms))
+            raise errors.TimeoutError_("name lookup of %s: no answer in %d ms" % (host, limit_ms))
     found = answer[0]
     if isinstance(found, MemoryError):
         raise found
     if isinstance(found, Exception) or not found:
-        raise UnreachableError("name lookup of %s failed (%s)" % (host, found))
+        raise errors.UnreachableError("name lookup of %s failed (%s)" % (host, found))
     return found
 
 
@@ -119,9 +115,9 @@ class Link:
     def check(self, since, limit_ms, doing):
         now = ticks_ms()
         if self.deadline is not None and ticks_diff(self.deadline, now) <= 0:
-            raise TimeoutError_("%s: the deadline passed" % doing)
+            raise errors.TimeoutError_("%s: the deadline passed" % doing)
         if ticks_diff(now, since) >= limit_ms:
-            raise TimeoutError_("%s: gave up after %d ms" % (doing, limit_ms))
+            raise errors.TimeoutError_("%s: gave up after %d ms" % (doing, limit_ms))
 
     def close(self):
         # After a failed handshake the TLS socket no longer closes the one below: close both.
@@ -136,18 +132,20 @@ class Link:
     def _open(self):
         # Another task may have closed the client while this one slept.
         if self._sock is None:
-            raise NetworkError("the connection was closed by this side")
+            raise errors.NetworkError("the connection was closed by this side")
         return self._sock
 
     def _error(self, e, doing):
         if self._tls and not self.greeted:
+            from .handshake import tls_error
+
             return tls_error(e, self.origin[1], self._tls)
         code = e.args[0] if e.args else e
         if code == _SSL_CONN_EOF:
-            return NetworkError("%s: the connection closed" % doing)
+            return errors.NetworkError("%s: the connection closed" % doing)
         if isinstance(code, int) and code < 0:
-            return TlsError("%s: TLS failed (%s)" % (doing, e.args[-1]))
-        return NetworkError("%s: the connection broke (error %s)" % (doing, code))
+            return errors.TlsError("%s: TLS failed (%s)" % (doing, e.args[-1]))
+        return errors.NetworkError("%s: the connection broke (error %s)" % (doing, code))
 
     async def dial(self, address, since, limit_ms):
         """Connect to one address of getaddrinfo. Raises UnreachableError, TimeoutError_."""
@@ -174,7 +172,7 @@ class Link:
                 sock.read(1)  # raises the reason
                 raise OSError(0)
         except OSError as e:
-            raise UnreachableError(
+            raise errors.UnreachableError(
                 "no connection to %s:%d (error %s)" % (self.origin[1], self.origin[2], e.args[0])
             )
 
@@ -190,7 +188,7 @@ class Link:
             except (OSError, ValueError) as e:
                 raise self._error(e, "TLS handshake")
             if got is not None and not tls.pinned:
-                raise TlsError("the server spoke before its certificate was checked")
+                raise errors.TlsError("the server spoke before its certificate was checked")
             self.check(since, limit_ms, "TLS handshake")
             await sleep_ms(pause)
             pause = longer(pause)
@@ -250,17 +248,17 @@ class Link:
                     line = bytes(self._mv[self._from : at - 1])
                     self._from = at
                     if not line.endswith(b"\r") or line.find(b"\r") != len(line) - 1:
-                        raise HttpError("%s: a line that does not end with CRLF" % doing)
+                        raise errors.HttpError("%s: a line that does not end with CRLF" % doing)
                     return line[:-1]
                 if (c < 32 and c not in (9, 13)) or c == 127:
-                    raise HttpError("%s: control character" % doing, c)
+                    raise errors.HttpError("%s: control character" % doing, c)
             if self._from:
                 kept = self._to - self._from
                 self._mv[:kept] = self._mv[self._from : self._to]
                 self._from = 0
                 self._to = at = kept
             if self._to == LINE_MAX:
-                raise HttpError("%s: line too long" % doing, "more", "%d bytes" % LINE_MAX)
+                raise errors.HttpError("%s: line too long" % doing, "more", "%d bytes" % LINE_MAX)
             got = self.read(self._mv[self._to :], LINE_MAX - self._to, doing)
             if got:
                 self.heard = True
@@ -271,57 +269,4 @@ class Link:
                 await sleep_ms(pause)
                 pause = longer(pause)
             else:
-                raise NetworkError("%s: the connection closed" % doing)
-
-    async def fields(self, since, limit_ms, doing, room, wanted=()):
-        """Read header fields up to the empty line: ({wanted name: value}, room left).
-
-        A wanted field that is repeated is refused, all others are only counted.
-        """
-        found = {}
-        for _ in range(_LINES_MAX + 1):
-            line = await self.line(since, limit_ms, doing)
-            room -= len(line) + 2
-            if room < 0:
-                raise HttpError("%s: too long" % doing, "more", "%d bytes" % HEAD_MAX)
-            if not line:
-                return found, room
-            name, colon, value = line.partition(b":")
-            if not colon or not name or b" " in name or b"\t" in name:
-                raise HttpError("%s: not a field" % doing)
-            name = name.lower()
-            if name in wanted:
-                if name in found:
-                    raise HttpError("%s: field twice" % doing, name.decode())
-                found[name] = value.strip(b" \t")
-        raise HttpError("%s: too many fields" % doing, "more", _LINES_MAX)
-
-    async def head(self, since, limit_ms):
-        """Return (status, minor version, fields) of the answer; 1xx are passed over."""
-        room = HEAD_MAX
-        for _ in range(_INTERIM_MAX + 1):
-            line = await self.line(since, limit_ms, "header")
-            room -= len(line) + 2
-            status = decimal(line[9:12], 599)
-            if line[:7] != b"HTTP/1." or line[7:9] not in (b"0 ", b"1 ") or line[12:13].strip():
-                status = None
-            if not status or status < 100 or status == 101:
-                raise HttpError("not an HTTP/1.1 answer")
-            found, room = await self.fields(since, limit_ms, "header", room, _WANTED)
-            if status >= 200:
-                return status, line[7] - 48, found
-        raise HttpError("interim answers", "more", _INTERIM_MAX)
-
-
-_WANTED = (
-    b"age",
-    b"connection",
-    b"content-encoding",
-    b"content-length",
-    b"content-range",
-    b"date",
-    b"etag",
-    b"location",
-    b"retry-after",
-    b"transfer-encoding",
-)
+                raise errors.NetworkError("%s: the connection closed" % doing)

@@ -1,4 +1,4 @@
-"""The loops over single bytes, in native code. ``payload`` and ``espimage`` hold their twins in
+"""The loops over single bytes, in native code. ``patch`` and ``walk`` hold their twins in
 plain Python.
 
 Alone in this module because compiling it fails where a port has no native code emitter, and

@@ -16,14 +16,14 @@ from asyncio import sleep_ms
 
 from micropython import const
 
-from .errors import ClockError
+from . import errors
 from .link import lookup
 
 _TRIES = const(2)
 _UNIX = const(2208988800)  # seconds from 1900 to 1970
 
 
-class KissError(ClockError):
+class KissError(errors.ClockError):
     """The NTP server has sent a kiss of death (RFC 5905 section 7.4)."""
 
 
@@ -40,16 +40,16 @@ def parse(reply, nonce):
     """
     leap, version, mode = reply[0] >> 6, reply[0] >> 3 & 7, reply[0] & 7
     if mode != 4 or version not in (3, 4):
-        raise ClockError("ntp: mode and version", (mode, version), "(4, 4)")
+        raise errors.ClockError("ntp: mode and version", (mode, version), "(4, 4)")
     if bytes(reply[24:32]) != nonce:
-        raise ClockError("ntp: the reply is not to this question")
+        raise errors.ClockError("ntp: the reply is not to this question")
     if not reply[1]:
         raise KissError("ntp: the server declines", bytes(reply[12:16]))
     if reply[1] > 15 or leap == 3:
-        raise ClockError("ntp: the server is not synchronised")
+        raise errors.ClockError("ntp: the server is not synchronised")
     seconds = int.from_bytes(reply[40:44], "big")
     if not seconds:
-        raise ClockError("ntp: no time in the reply")
+        raise errors.ClockError("ntp: no time in the reply")
     if seconds < 0x80000000:  # era 1: 2036-02-07 and later
         seconds += 1 << 32
     return seconds - _UNIX
@@ -70,7 +70,7 @@ async def ask(host, port, timeout_ms):
         unix = await _exchange(found[i % len(found)], timeout_ms)
         if unix is not None:
             return unix
-    raise ClockError("ntp: no answer from %s" % host)
+    raise errors.ClockError("ntp: no answer from %s" % host)
 
 
 async def _exchange(address, timeout_ms):
@@ -94,7 +94,7 @@ async def _exchange(address, timeout_ms):
                     return parse(reply, nonce)
                 except KissError:
                     raise
-                except ClockError:
+                except errors.ClockError:
                     pass
     except OSError:
         pass  # refused, unreachable, no network: no answer

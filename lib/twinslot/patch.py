@@ -8,7 +8,7 @@ Source: detools, create.py and apply.py.
 
 from micropython import const
 
-from .errors import FormatError
+from . import errors
 from .payload import SLICE
 
 
@@ -69,7 +69,7 @@ class Patch:
                 return 0
         n = stage.take(view, min(n, self._left, SLICE))
         if n is None:
-            raise FormatError("patch: cut short")
+            raise errors.FormatError("patch: cut short")
         if n and self._next == _EXTRA:
             # More than is needed, where the base goes on: a slice would be a new object.
             whole = self._position + SLICE <= self._base_size
@@ -86,16 +86,16 @@ class Patch:
         False where there is none yet."""
         n = self._stage.take(self._byte, 1)
         if n is None:
-            raise FormatError("patch: cut short")
+            raise errors.FormatError("patch: cut short")
         if not n:
             return False
         self._digits += 1
         if self._digits > _DIGITS:
-            raise FormatError("patch", "%d bytes without content" % _DIGITS, "an image")
+            raise errors.FormatError("patch", "%d bytes without content" % _DIGITS, "an image")
         byte = self._byte[0]
         if self._next == _TYPE:
             if byte:
-                raise FormatError("patch type", byte, "0: sequential, not compressed")
+                raise errors.FormatError("patch type", byte, "0: sequential, not compressed")
             self._next = _IMAGE_SIZE
             return True
         if self._shift == 0:
@@ -106,7 +106,7 @@ class Patch:
             self._value |= (byte & 0x7F) << self._shift
             self._shift += 7
         if self._shift > 34 or self._value >= 1 << 30:
-            raise FormatError("patch: a number above 30 bits")
+            raise errors.FormatError("patch: a number above 30 bits")
         if not byte & 0x80:
             self._shift = 0
             self._number(-self._value if self._negative else self._value)
@@ -117,17 +117,17 @@ class Patch:
         if self._next == _SEEK:
             self._position += n
             if not 0 <= self._position <= self._base_size:
-                raise FormatError("patch: leaves the base image")
+                raise errors.FormatError("patch: leaves the base image")
             self._next = _DIFF
             return
         if n < 0:
-            raise FormatError("patch: a size", n, "0 or more")
+            raise errors.FormatError("patch: a size", n, "0 or more")
         if self._next == _IMAGE_SIZE and n != self._size:
-            raise FormatError("patch: size of its image", n, self._size)
+            raise errors.FormatError("patch: size of its image", n, self._size)
         if self._next == _FORMAT and n:
-            raise FormatError("patch: a data format is not supported")
+            raise errors.FormatError("patch: a data format is not supported")
         if self._next == _DIFF and self._position + n > self._base_size:
-            raise FormatError("patch: reads beyond the base image")
+            raise errors.FormatError("patch: reads beyond the base image")
         if self._next in (_DIFF, _EXTRA):
             self._left = n
         self._next += 1

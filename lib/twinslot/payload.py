@@ -25,7 +25,8 @@ The stages that are not always needed are in ``inflate`` and ``patch``.
 
 import asyncio
 
-from .errors import FormatError, OtaError
+from . import errors
+from .errors import OtaError
 from .slot import BLOCK
 
 BOUNDARY = 65536  # of the image; payload builders end gzip members and patch chunks there
@@ -134,7 +135,9 @@ async def pump(stage, writer, boundary):
         space = writer.space()
         n = stage.take(space, len(space))
         if n is None:
-            raise FormatError("payload", "%d bytes missing" % writer.left(), "the whole image")
+            raise errors.FormatError(
+                "payload", "%d bytes missing" % writer.left(), "the whole image"
+            )
         if not n:
             await stage.wait()
             continue
@@ -174,11 +177,11 @@ def open_stage(payload, response, base, size, state=None):
 
         stage = Inflate(response, payload.window, offset)
     elif payload.encoding != "identity":
-        raise FormatError("payload encoding", payload.encoding, "identity or gzip")
+        raise errors.FormatError("payload encoding", payload.encoding, "identity or gzip")
     if payload.patch is None:
         return stage
     if payload.patch != "detools":
-        raise FormatError("payload patch", payload.patch, "detools")
+        raise errors.FormatError("payload patch", payload.patch, "detools")
     from .patch import Patch
 
     return Patch(stage, base, size, None if state is None else position)

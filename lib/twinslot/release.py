@@ -11,7 +11,6 @@ Unknown members are ignored: a later tool may say more, never something that mus
 from collections import namedtuple
 
 from . import errors
-from .errors import ReleaseError
 
 SCHEMA = 1
 TYPE = "twinslot-release+jws"  # of the JWS around it
@@ -77,7 +76,7 @@ def parse_time(text):
         ok = 2000 <= year < 2200 and 1 <= month <= 12 and 1 <= day <= 31
         ok = ok and hour < 24 and minute < 60 and second < 60
     if not ok:
-        raise ReleaseError("date", str(text)[:32], "as in 2026-11-20T09:00:00Z")
+        raise errors.ReleaseError("date", str(text)[:32], "as in 2026-11-20T09:00:00Z")
     return unix_time(year, month, day, hour, minute, second)
 
 
@@ -86,14 +85,14 @@ def _field(obj, name, kind, default=None):
     value = obj.get(name, default)
     if type(value) is not kind:
         seen = "nothing" if value is None else type(value).__name__
-        raise ReleaseError("member " + name, seen, kind.__name__)
+        raise errors.ReleaseError("member " + name, seen, kind.__name__)
     return value
 
 
 def _integer(obj, name, low, high, default=None):
     value = _field(obj, name, int, default)
     if not low <= value <= high:
-        raise ReleaseError("member " + name, value, "%d to %d" % (low, high))
+        raise errors.ReleaseError("member " + name, value, "%d to %d" % (low, high))
     return value
 
 
@@ -105,7 +104,7 @@ def _name(text, what):
             if not ("0" <= c <= "9" or "a" <= c <= "z" or "A" <= c <= "Z" or c in "._-"):
                 ok = False
     if not ok:
-        raise ReleaseError(what, str(text)[:_NAME_LIMIT], "1 to 64 of A-Z a-z 0-9 . _ -")
+        raise errors.ReleaseError(what, str(text)[:_NAME_LIMIT], "1 to 64 of A-Z a-z 0-9 . _ -")
     return text
 
 
@@ -121,23 +120,23 @@ def hexdigest(text, name):
             if not ("0" <= c <= "9" or "a" <= c <= "f"):
                 ok = False
     if not ok:
-        raise ReleaseError("member " + name, str(text)[:70], "64 lower-case hex digits")
+        raise errors.ReleaseError("member " + name, str(text)[:70], "64 lower-case hex digits")
     return text
 
 
 def _payload(obj, size):
     if type(obj) is not dict:
-        raise ReleaseError("payload", type(obj).__name__, "an object")
+        raise errors.ReleaseError("payload", type(obj).__name__, "an object")
     url = _field(obj, "url", str)
     if not 0 < len(url) <= 512:
-        raise ReleaseError("payload url", "%d characters" % len(url), "1 to 512")
+        raise errors.ReleaseError("payload url", "%d characters" % len(url), "1 to 512")
     encoding = _field(obj, "encoding", str)
     length = _integer(obj, "size", 1, SIZE_LIMIT)
     window = 0
     if encoding == "gzip":
         window = _integer(obj, "window", 8, 15)
     elif encoding == "identity" and length != size:
-        raise ReleaseError("payload size", length, "%d, as the image" % size)
+        raise errors.ReleaseError("payload size", length, "%d, as the image" % size)
     patch = obj.get("patch")
     base = hexdigest(obj.get("base"), "base") if patch is not None else None
     return Payload(url, encoding, length, window, patch, base)
@@ -145,11 +144,11 @@ def _payload(obj, size):
 
 def _image(obj):
     if type(obj) is not dict:
-        raise ReleaseError("image", type(obj).__name__, "an object")
+        raise errors.ReleaseError("image", type(obj).__name__, "an object")
     size = _integer(obj, "size", 1, SIZE_LIMIT)
     payloads = _field(obj, "payloads", list)
     if not 0 < len(payloads) <= 16:
-        raise ReleaseError("payloads", len(payloads), "1 to 16")
+        raise errors.ReleaseError("payloads", len(payloads), "1 to 16")
     return Image(
         _field(obj, "slot", str),
         _integer(obj, "chip_id", 0, 0xFFFF),
@@ -173,28 +172,32 @@ def parse(payload):
     from . import semver, strict
 
     if len(payload) > MANIFEST_LIMIT:
-        raise ReleaseError("manifest", "%d bytes" % len(payload), "at most %d" % MANIFEST_LIMIT)
+        raise errors.ReleaseError(
+            "manifest", "%d bytes" % len(payload), "at most %d" % MANIFEST_LIMIT
+        )
     try:
         obj = strict.loads(payload)
     except ValueError as exc:
-        raise ReleaseError("manifest: %s" % exc)
+        raise errors.ReleaseError("manifest: %s" % exc)
     if type(obj) is not dict:
-        raise ReleaseError("manifest", type(obj).__name__, "an object")
+        raise errors.ReleaseError("manifest", type(obj).__name__, "an object")
     schema = _field(obj, "schema", int)
     if schema != SCHEMA:
-        raise ReleaseError("manifest schema", schema, "%d; update the agent first" % SCHEMA)
+        raise errors.ReleaseError("manifest schema", schema, "%d; update the agent first" % SCHEMA)
     version = _field(obj, "version", str)
     semver.parse(version)
     hardware = _field(obj, "hardware", list)
     if not 0 < len(hardware) <= 32:
-        raise ReleaseError("hardware", "%d names" % len(hardware), "1 to 32")
+        raise errors.ReleaseError("hardware", "%d names" % len(hardware), "1 to 32")
     notes = _field(obj, "notes", str, "")
     if len(notes) > _NOTES_LIMIT:
-        raise ReleaseError("notes", "%d characters" % len(notes), "at most %d" % _NOTES_LIMIT)
+        raise errors.ReleaseError(
+            "notes", "%d characters" % len(notes), "at most %d" % _NOTES_LIMIT
+        )
     images = [_image(image) for image in _field(obj, "images", list)]
     firmware = [image for image in images if image.slot == "firmware"]
     if len(firmware) != 1 or len(images) > 2:
-        raise ReleaseError("firmware images", len(firmware), "1")
+        raise errors.ReleaseError("firmware images", len(firmware), "1")
     expires = obj.get("expires")
     return Release(
         _name(obj.get("product"), "product"),

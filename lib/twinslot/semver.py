@@ -6,7 +6,7 @@ Build metadata (``+...``) is accepted and ignored in the order.
 Source: https://semver.org/spec/v2.0.0.html, items 2, 9, 10 and 11.
 """
 
-from .errors import ReleaseError
+from . import errors
 
 # Nine digits stay below 2**30, the largest small integer of a 32-bit MicroPython.
 _MAX_DIGITS = 9
@@ -15,9 +15,9 @@ _MAX_LEN = 64
 
 def _number(text, version):
     if not _is_digits(text) or (len(text) > 1 and text[0] == "0"):
-        raise ReleaseError("version", version, "SemVer, as in 1.4.0 or 1.4.0-rc.1")
+        raise errors.ReleaseError("version", version, "SemVer, as in 1.4.0 or 1.4.0-rc.1")
     if len(text) > _MAX_DIGITS:
-        raise ReleaseError("version", version, "numbers of at most %d digits" % _MAX_DIGITS)
+        raise errors.ReleaseError("version", version, "numbers of at most %d digits" % _MAX_DIGITS)
     return int(text)
 
 
@@ -33,10 +33,12 @@ def _identifiers(text, version):
     parts = text.split(".")
     for part in parts:
         if not part:
-            raise ReleaseError("version", version, "no empty identifier")
+            raise errors.ReleaseError("version", version, "no empty identifier")
         for c in part:
             if not ("0" <= c <= "9" or "a" <= c <= "z" or "A" <= c <= "Z" or c == "-"):
-                raise ReleaseError("version", version, "identifiers of letters, digits and -")
+                raise errors.ReleaseError(
+                    "version", version, "identifiers of letters, digits and -"
+                )
     return parts
 
 
@@ -50,14 +52,16 @@ def parse(version):
             more than nine digits.
     """
     if not isinstance(version, str) or len(version) > _MAX_LEN:
-        raise ReleaseError("version", str(version)[:_MAX_LEN], "SemVer of at most 64 characters")
+        raise errors.ReleaseError(
+            "version", str(version)[:_MAX_LEN], "SemVer of at most 64 characters"
+        )
     core, plus, metadata = version.partition("+")
     if plus:
         _identifiers(metadata, version)
     core, dash, pre = core.partition("-")
     numbers = core.split(".")
     if len(numbers) != 3:
-        raise ReleaseError("version", version, "three numbers: major.minor.patch")
+        raise errors.ReleaseError("version", version, "three numbers: major.minor.patch")
     prerelease = ()
     if dash:
         prerelease = tuple(

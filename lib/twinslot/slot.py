@@ -25,14 +25,7 @@ import hashlib
 import struct
 
 from . import errors, unload
-from .errors import (
-    BusyError,
-    ImageError,
-    OtaError,
-    PartitionError,
-    RollbackError,
-    SpaceError,
-)
+from .errors import OtaError
 
 BLOCK = 4096
 _PIECE = 512  # bytes compared at a time: a block that differs mostly does so in the first
@@ -72,9 +65,11 @@ class FirmwareSlot:
         try:
             self._target = self._running.get_next_update()
         except OSError:
-            raise PartitionError("this board has no OTA slots; its partition table has none")
+            raise errors.PartitionError(
+                "this board has no OTA slots; its partition table has none"
+            )
         if self._target.get_next_update().info() == self._target.info():
-            raise PartitionError("this board has one OTA slot; an update needs two")
+            raise errors.PartitionError("this board has one OTA slot; an update needs two")
         self.abandon()
 
     @property
@@ -123,7 +118,7 @@ class FirmwareSlot:
             return espimage.identify(
                 lambda offset, buf: part.readblocks(0, buf, offset), part.info()[3]
             )[1]
-        except ImageError:
+        except errors.ImageError:
             return ""
 
     def _running_head(self):
@@ -133,7 +128,7 @@ class FirmwareSlot:
         self._running.readblocks(0, head, 0)
         try:
             return espimage.parse(head)
-        except ImageError:  # it runs all the same
+        except errors.ImageError:  # it runs all the same
             return {"version": "", "secure_version": 0}
 
     def _version(self):
@@ -146,6 +141,13 @@ class FirmwareSlot:
         except OtaError:
             return ""
 
+    def _boot(self):
+        """Label of the slot that otadata names."""
+        try:
+            return self._partition(self._partition.BOOT).info()[4]  # pyright: ignore
+        except OSError:
+            return ""
+
     def status(self):
         """Facts, read from flash now.
 
@@ -156,14 +158,10 @@ class FirmwareSlot:
             there is no image), ``version`` (of the running image's app descriptor, "" unless it
             is SemVer: stock MicroPython leaves it empty).
         """
-        try:
-            boot = self._partition(self._partition.BOOT).info()[4]  # pyright: ignore
-        except OSError:
-            boot = ""
         return {
             "running": self._running.info()[4],
             "inactive": self._target.info()[4],
-            "boot": boot,
+            "boot": self._boot(),
             "state": self._state(self._running),
             "inactive_state": self._state(self._target),
             "build": self._build(self._running),
@@ -204,9 +202,9 @@ class FirmwareSlot:
             PartitionError: flash can't be read.
         """
         if self._state(self._running) == "pending":
-            raise BusyError("the running image is on trial; the other slot is its way back")
+            raise errors.BusyError("the running image is on trial; the other slot is its way back")
         if image.size > self.size:
-            raise SpaceError("image size", image.size, "at most %d, the slot" % self.size)
+            raise errors.SpaceError("image size", image.size, "at most %d, the slot" % self.size)
         self._image = image
         self._ready = False
         self._pos = 0
@@ -219,7 +217,7 @@ class FirmwareSlot:
             elif checkpoint:  # also behind a header that was torn: the same is programmed over it
                 await self._resume(checkpoint)
         except OSError as exc:
-            raise PartitionError("flash can't be read: %s" % exc)
+            raise errors.PartitionError("flash can't be read: %s" % exc)
         unload()  # what has looked at the image that was there
         self._piece = memoryview(bytearray(_PIECE))
         return self._pos
@@ -265,14 +263,14 @@ class FirmwareSlot:
         if self._image is None or self._pos % BLOCK or n > BLOCK:
             raise ValueError("write blocks of %d after begin()" % BLOCK)
         if self._pos + n > self._image.size:
-            raise ImageError("image", "%d bytes" % (self._pos + n), self._image.size)
+            raise errors.ImageError("image", "%d bytes" % (self._pos + n), self._image.size)
         try:
             if self._pos == 0:
                 self._first(buf)
             else:
                 self._rest(self._pos // BLOCK, buf)
         except OSError as exc:
-            raise PartitionError("flash write at %d failed: %s" % (self._pos, exc))
+            raise errors.PartitionError("flash write at %d failed: %s" % (self._pos, exc))
         self._crc = binascii.crc32(buf, self._crc)
         self._pos += n
 
@@ -287,7 +285,7 @@ class FirmwareSlot:
                 espimage.chip_name(self.chip_id),
             )
         if not head["hash_appended"]:
-            raise ImageError("the image has no appended SHA-256, so its checksum is 8 bits")
+            raise errors.ImageError("the image has no appended SHA-256, so its checksum is 8 bits")
         # Where the bootloader's own anti-rollback is on, its eFuse stands at what runs, or below.
         least = self._running_head()["secure_version"]
         del espimage
@@ -356,24 +354,26 @@ class FirmwareSlot:
         """
         image = self._image
         if image is None or self._pos != image.size:
-            raise ImageError("image", "%d bytes" % self._pos, image.size if image else "begin()")
+            raise errors.ImageError(
+                "image", "%d bytes" % self._pos, image.size if image else "begin()"
+            )
         self._free()  # what compared blocks
-        from . import espimage
+        from .walk import Walk
 
         try:
-            walk = espimage.Walk()
+            walk = Walk()
             seen = await self._digest(walk)
             if seen != image.sha256:
                 # Half of each is enough to tell them apart in a log.
                 raise errors.ChecksumError("SHA-256 of the slot", seen[:32], image.sha256[:32])
             build = walk.finish()
             if build != image.build:
-                raise ImageError("build of the image", build[:32], image.build[:32])
+                raise errors.ImageError("build of the image", build[:32], image.build[:32])
             if self._header is not None:
                 self._target.writeblocks(0, self._header, 0)
             self._check_build()
         except OSError as exc:
-            raise PartitionError("flash failed while verifying: %s" % exc)
+            raise errors.PartitionError("flash failed while verifying: %s" % exc)
         self._ready = True
         self._block = None
 
@@ -385,7 +385,7 @@ class FirmwareSlot:
 
         build = espimage.identify(self._read, self._image.size)[1]
         if build != self._image.build:
-            raise ImageError("build of the image", build[:32], self._image.build[:32])
+            raise errors.ImageError("build of the image", build[:32], self._image.build[:32])
 
     def abandon(self):
         """Forget the update that was begun and give its buffers back."""
@@ -410,9 +410,9 @@ class FirmwareSlot:
             ChecksumError: the image in flash no longer verifies.
         """
         if not self._ready:
-            raise PartitionError("activate() needs an image that finish() has verified")
+            raise errors.PartitionError("activate() needs an image that finish() has verified")
         if not self.is_settled():
-            raise PartitionError("otadata names a slot that does not run; settle() first")
+            raise errors.PartitionError("otadata names a slot that does not run; settle() first")
         self._check_build()
         try:
             self._target.set_boot()
@@ -421,8 +421,7 @@ class FirmwareSlot:
 
     def is_settled(self):
         """True unless otadata names another slot than the one that runs (after a fall-back)."""
-        status = self.status()
-        return status["boot"] == status["running"]
+        return self._boot() == self._running.info()[4]
 
     def settle(self):
         """Make the running slot the one otadata names again, and confirm it.
@@ -437,7 +436,9 @@ class FirmwareSlot:
             try:
                 self._running.set_boot()
             except OSError as exc:
-                raise PartitionError("the running slot can't be made the boot slot: %s" % exc)
+                raise errors.PartitionError(
+                    "the running slot can't be made the boot slot: %s" % exc
+                )
         self.confirm()
 
     def confirm(self):
@@ -447,7 +448,9 @@ class FirmwareSlot:
             PartitionError: otadata names another slot, whose entry would be marked instead.
         """
         if not self.is_settled():
-            raise PartitionError("otadata names a slot that does not run; it stays unconfirmed")
+            raise errors.PartitionError(
+                "otadata names a slot that does not run; it stays unconfirmed"
+            )
         state = self._state(self._running)
         if state in ("valid", ""):
             return
@@ -458,7 +461,7 @@ class FirmwareSlot:
                 self._running.set_boot()
             self._partition.mark_app_valid_cancel_rollback()
         except OSError as exc:
-            raise PartitionError("confirm failed: %s" % exc)
+            raise errors.PartitionError("confirm failed: %s" % exc)
 
     def reject(self):
         """Prepare the way back: after this, machine.reset() boots another image.
@@ -473,12 +476,12 @@ class FirmwareSlot:
         back, valid = self._way_back()
         if self._state(self._running) == "pending" and self.is_settled() and valid:
             if not self._build(back):
-                raise RollbackError("no image to roll back to in " + back.info()[4])
+                raise errors.RollbackError("no image to roll back to in " + back.info()[4])
             return
         try:
             back.set_boot()
         except OSError as exc:
-            raise RollbackError("no image to roll back to: %s" % exc)
+            raise errors.RollbackError("no image to roll back to: %s" % exc)
 
     def _way_back(self):
         """Return ``(partition, valid)``: what to return to, and whether the bootloader goes there

@@ -16,12 +16,17 @@ it goes for a download.
 
 import gc
 
-from . import http, unload
-from .certs import Tls, tls_error
-from .errors import HttpError
+from micropython import const
+
+from . import errors, http, unload
+from .certs import Tls
 from .url import parse, shown
 
 _PATIENCE = 3  # polls that fail on dates alone before they are looked over
+# As in sources, jws and release, which are not loaded for it.
+_DEADLINE_MS = const(120000)
+_TOKEN_LIMIT = const(12288)
+_TYPE = "twinslot-release+jws"
 
 
 class _Anybody:
@@ -38,6 +43,8 @@ class _Anybody:
         try:
             return context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
         except (OSError, ValueError) as e:
+            from .handshake import tls_error
+
             raise tls_error(e, host, self)
 
 
@@ -134,10 +141,8 @@ class Trust:
         # Without its module first: mostly there is nothing to do.
         if version <= self._known[0] or not self._keyring().wants(version):
             return None
-        from .jws import TOKEN_LIMIT
-
         url = base + self._settings["product"] + "/keyring.jws"
-        token = await self._fetch(client, url, TOKEN_LIMIT)
+        token = await self._fetch(client, url)
         keyring = self._keyring()
         keyring.take(token)
         return keyring.version
@@ -150,20 +155,17 @@ class Trust:
             SignatureError: not by a key that signs releases; KeyringError: there is none now.
             ReleaseError: it is no release.
         """
-        from .jws import TOKEN_LIMIT
-        from .release import TYPE
-
         # One after the other, the connection beside them: this is where the heap is fullest.
         unload()
         gc.collect()
-        token = await self._fetch(client, url, TOKEN_LIMIT)
+        token = await self._fetch(client, url)
         now = self._clock.now() if self._clock.trusted else None
         keys = self._keyring().keys(now)
         unload()
         gc.collect()
         from . import jws
 
-        payload = jws.verify(token, keys, TYPE)
+        payload = jws.verify(token, keys, _TYPE)
         del token, keys, jws
         unload()
         gc.collect()
@@ -175,19 +177,17 @@ class Trust:
         self._clock.at_least(manifest.issued)
         return manifest
 
-    async def _fetch(self, client, url, limit):
-        from .sources import DEADLINE_MS
-
-        response = await client.get(url, deadline_ms=DEADLINE_MS)
+    async def _fetch(self, client, url):
+        response = await client.get(url, deadline_ms=_DEADLINE_MS)
         try:
             if response.status != 200:
-                raise HttpError(
+                raise errors.HttpError(
                     shown(parse(url)),
                     response.status,
                     "200",
                     status=response.status,
                     retry_after=response.retry_after,
                 )
-            return await response.read(limit)
+            return await response.read(_TOKEN_LIMIT)
         finally:
             await response.close()

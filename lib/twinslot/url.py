@@ -8,7 +8,7 @@ Source: RFC 3986 (section 5 for references), RFC 9110 section 4.2.
 
 from collections import namedtuple
 
-from .errors import FormatError
+from . import errors
 
 _URL_MAX = 512
 
@@ -17,12 +17,12 @@ Url = namedtuple("Url", ("scheme", "host", "port", "path"))
 
 def _check_text(text):
     if not isinstance(text, str) or not text:
-        raise FormatError("URL", type(text).__name__ if text else "nothing", "text")
+        raise errors.FormatError("URL", type(text).__name__ if text else "nothing", "text")
     if len(text) > _URL_MAX:
-        raise FormatError("URL too long", len(text), "at most %d characters" % _URL_MAX)
+        raise errors.FormatError("URL too long", len(text), "at most %d characters" % _URL_MAX)
     for c in text:
         if not "!" <= c <= "~" or c in '\\"<>^`{|}#':
-            raise FormatError("URL with a forbidden character", "code %d" % ord(c))
+            raise errors.FormatError("URL with a forbidden character", "code %d" % ord(c))
 
 
 def _check_path(path):
@@ -31,7 +31,7 @@ def _check_path(path):
     plain = plain.replace("%2e", ".").replace("%2f", "/").replace("%5c", "/")
     for segment in plain.split("/"):
         if segment in ("..", "."):
-            raise FormatError("URL with a dot segment", segment)
+            raise errors.FormatError("URL with a dot segment", segment)
 
 
 def parse(url):
@@ -45,7 +45,7 @@ def parse(url):
     scheme = scheme.lower()
     if not mark or scheme not in ("http", "https"):
         # What stands before a stray "@" could be a password: not shown.
-        raise FormatError("URL scheme", scheme.split(":")[0][:16], "https")
+        raise errors.FormatError("URL scheme", scheme.split(":")[0][:16], "https")
     end = len(rest)
     for c in "/?":
         at = rest.find(c)
@@ -57,27 +57,27 @@ def parse(url):
         path = "/" + path
     _check_path(path)
     if "@" in authority:
-        raise FormatError("URL with a user name or password")
+        raise errors.FormatError("URL with a user name or password")
     if authority.startswith("["):
         host, mark, port = authority[1:].partition("]")
         allowed = "0123456789abcdef:."
         if not mark or (port and not port.startswith(":")):
-            raise FormatError("URL with a malformed IPv6 address")
+            raise errors.FormatError("URL with a malformed IPv6 address")
     else:
         host, mark, port = authority.partition(":")
         port = mark + port
         allowed = "abcdefghijklmnopqrstuvwxyz0123456789-._"
     if not host or len(host) > 253:
-        raise FormatError("URL with a host of %d characters" % len(host))
+        raise errors.FormatError("URL with a host of %d characters" % len(host))
     for c in host:
         if c not in allowed:
-            raise FormatError("URL host", host[:64])
+            raise errors.FormatError("URL host", host[:64])
     if not port:
         number = 443 if scheme == "https" else 80
     else:
         number = decimal(port[1:].encode(), 65535)
         if not number:
-            raise FormatError("URL port", port[1:17], "1 to 65535")
+            raise errors.FormatError("URL port", port[1:17], "1 to 65535")
     return Url(scheme, host, number, path)
 
 
@@ -112,11 +112,11 @@ def resolve(base, reference, allow_hosts=()):
         parse(text_of(url))
         return text_of(url)
     if url.scheme != base.scheme:
-        raise FormatError("URL scheme", url.scheme, base.scheme)
+        raise errors.FormatError("URL scheme", url.scheme, base.scheme)
     if url[:3] != base[:3] and not (
         url.host in allow_hosts or "%s:%d" % (url.host, url.port) in allow_hosts
     ):
-        raise FormatError("URL on a foreign host", host_of(url), host_of(base))
+        raise errors.FormatError("URL on a foreign host", host_of(url), host_of(base))
     return text_of(url)
 
 

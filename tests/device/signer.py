@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-from twinslot.jws import b64url_encode
+from twinslot.base64url import b64url_encode
 from twinslot.keyset import thumbprint
 
 # Keys made for these tests; no board trusts them. As in RFC 8017 section 3.2: p, q, dP, dQ, qInv.

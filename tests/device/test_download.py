@@ -17,6 +17,7 @@ from twinslot.errors import (
     NetworkError,
     OtaError,
     RefusedError,
+    SpaceError,
     TimeoutError_,
     UnreachableError,
 )
@@ -403,7 +404,7 @@ async def test_a_checkpoint_that_can_not_be_kept_does_not_end_a_download():
     save = board.journal._store
 
     def full(key, body):
-        raise bench.journal.SpaceError("full")
+        raise SpaceError("full")
 
     board.journal._store = full
     try:

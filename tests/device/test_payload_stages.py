@@ -13,7 +13,7 @@ from binascii import unhexlify
 import micropython
 from harness import Skip, raises
 
-from twinslot import espimage, patch, payload, release
+from twinslot import patch, payload, release, walk
 from twinslot.errors import FormatError
 from twinslot.payload import BOUNDARY
 
@@ -71,8 +71,8 @@ def test_the_native_checksum_is_the_plain_one():
         raise Skip("no native code here")
     data = memoryview(os.urandom(4096))
     for n in (0, 1, 2, 255, 256, 257, 1023, 4095, 4096):
-        assert xor(data, n) == espimage.plain_xor(data, n)
-        assert xor(data[4096 - n :], n) == espimage.plain_xor(data[4096 - n :], n)
+        assert xor(data, n) == walk.plain_xor(data, n)
+        assert xor(data[4096 - n :], n) == walk.plain_xor(data[4096 - n :], n)
 
 
 def _number(n):
@@ -616,11 +616,11 @@ def test_encodings_of_a_port_with_deflate_and_without():
 def test_the_native_loops_are_used_where_they_can_be_loaded():
     add = _native()
     assert patch._adder() is add
-    assert espimage._native_xor() not in (None, espimage.plain_xor)
+    assert walk._native_xor() not in (None, walk.plain_xor)
 
 
 def test_where_the_native_loop_can_not_be_loaded_the_plain_one_adds():
     for error in (ImportError("left out"), SyntaxError("no emitter"), ValueError("architecture")):
         with Without("native", error):
             assert patch._adder() is patch.plain_add
-            assert espimage._native_xor() is espimage.plain_xor
+            assert walk._native_xor() is walk.plain_xor

@@ -403,17 +403,17 @@ def test_the_connection_that_proves_nothing_is_open_to_anybody():
 
 def test_F42_a_handshake_without_memory_is_told_apart():
     """By errno.h, and mbedTLS's ssl.h, x509.h and pk.h: MBEDTLS_ERR_..._ALLOC_FAILED."""
-    from twinslot import certs
+    from twinslot.handshake import tls_error
 
     class Tls:
         _seen = None
 
     for code in (12, -0x7F00, -0x2880, -0x3F80):
-        error = certs.tls_error(OSError(code, "alloc"), "tree.example", Tls)
+        error = tls_error(OSError(code, "alloc"), "tree.example", Tls)
         assert type(error) is TlsError and not error.dates
         assert "out of memory" in error.message and "40 KB" in error.message
     for code in (104, -0x7780, -0x7280, -0x2700):
-        error = certs.tls_error(OSError(code, "else"), "tree.example", Tls)
+        error = tls_error(OSError(code, "else"), "tree.example", Tls)
         assert "memory" not in error.message
 
 

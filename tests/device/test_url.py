@@ -3,7 +3,7 @@
 import harness
 
 from twinslot.errors import FormatError
-from twinslot.http import http_date
+from twinslot.head import http_date
 from twinslot.url import decimal, hexadecimal, parse, resolve, shown, text_of
 
 BASE = "https://updates.example:8443/fleet/sensor/stable.json?x=/../y"

@@ -144,13 +144,14 @@ def _offer(seeds):
 
 def _image(seeds):
     from twinslot import espimage
+    from twinslot.walk import Walk
 
     def case(raw):
         def read(offset, buf):
             piece = raw[offset : offset + len(buf)]
             buf[: len(piece)] = piece
 
-        walk = espimage.Walk()
+        walk = Walk()
         step = random.choice((1, 33, 256, 1000, 4096))
         if len(raw) < 2000 or step > 200:
             for at in range(0, len(raw), step):

@@ -406,7 +406,7 @@ def test_esp32_rtc_is_set_with_its_weekday_and_its_epoch(tmp_path):
 HTTP_DATES = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from twinslot.http import http_date
+from twinslot.head import http_date
 for line in open(sys.argv[2]):
     print(http_date(line.strip().encode()))
 """

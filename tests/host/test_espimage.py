@@ -11,6 +11,7 @@ import pytest
 
 from twinslot import espimage
 from twinslot.errors import ImageError
+from twinslot.walk import Walk
 from twinslot_tools import images
 from twinslot_tools.virtual_esp32.firmware import make_bootloader, make_firmware
 
@@ -200,7 +201,7 @@ def test_texts_and_numbers_of_a_head_are_read_to_their_last_byte():
 
 
 def walked(data, piece=4096):
-    walk = espimage.Walk()
+    walk = Walk()
     for at in range(0, len(data), piece):
         walk.feed(data[at : at + piece])
     return walk.finish()
@@ -287,7 +288,7 @@ def test_a_segment_no_bootloader_takes_ends_the_walk(length):
 
 
 def test_nothing_is_raised_before_the_end():
-    walk = espimage.Walk()
+    walk = Walk()
     walk.feed(b"no image at all" * 100)
     walk.feed(b"")
     with pytest.raises(ImageError, match="first bytes"):

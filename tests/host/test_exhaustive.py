@@ -17,7 +17,7 @@ from test_slot_rules import described, firmware
 from trust import PRODUCT, jwk, keyring, kid, sign
 
 import twinslot
-from twinslot import health, jws, keyset, release
+from twinslot import base64url, health, jws, keyset, release
 from twinslot import keyring as rings
 from twinslot.errors import OtaError
 from twinslot_tools.virtual_esp32.chip import otadata
@@ -82,13 +82,13 @@ def text_flips(token):
 
 def decoded_flips(token):
     """Flips of the bytes that the three parts stand for, spelt anew as they should be."""
-    parts = [jws.b64url_decode(part) for part in token.split(b".")]
+    parts = [base64url.b64url_decode(part) for part in token.split(b".")]
     for number, part in enumerate(parts):
         for at in range(len(part)):
             for bit in range(8):
                 changed = part[:at] + bytes([part[at] ^ 1 << bit]) + part[at + 1 :]
                 spelt = [*parts[:number], changed, *parts[number + 1 :]]
-                yield (number, at, bit), b".".join(map(jws.b64url_encode, spelt))
+                yield (number, at, bit), b".".join(map(base64url.b64url_encode, spelt))
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)

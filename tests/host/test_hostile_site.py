@@ -15,7 +15,7 @@ from servers import HARDWARE, PRODUCT, firmware, publish_version, signing_key
 from test_incidents import HOSTILE
 from trust import jwk, key
 
-from twinslot import jws, keyset, release
+from twinslot import base64url, jws, keyset, release
 from twinslot.errors import KeyringError, OtaError, ReleaseError, SecurityVersionError
 from twinslot_server import site as served
 from twinslot_tools import fleet_http, images, inspection, keyrings, publish, push, signing, tree
@@ -50,9 +50,9 @@ def signed_floor(site, trusted):
 def plant(site, version="1.0.1", **changes):
     """A release that nobody has signed, in the channel."""
     token = (site / PRODUCT / "r" / "1.0.0.jws").read_bytes()
-    manifest = json.loads(jws.b64url_decode(token.split(b".")[1]))
+    manifest = json.loads(base64url.b64url_decode(token.split(b".")[1]))
     manifest |= {"version": version, "security_version": FLOOR, **changes}
-    parts = [jws.b64url_encode(json.dumps(o).encode()) for o in ({"alg": "none"}, manifest)]
+    parts = [base64url.b64url_encode(json.dumps(o).encode()) for o in ({"alg": "none"}, manifest)]
     (site / PRODUCT / "r" / f"{version}.jws").write_bytes(b".".join([*parts, b"AAAA"]))
     write_pointer(site, release=f"r/{version}.jws")
 

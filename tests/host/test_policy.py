@@ -23,7 +23,7 @@ import pytest
 from onboard import BASE, Cut, Device, installed
 from trust import PRODUCT, jwk, kid, sign
 
-from twinslot import jws, release
+from twinslot import base64url, release
 from twinslot.errors import OtaError, PolicyError
 from twinslot_tools.virtual_esp32 import bootloader
 from twinslot_tools.virtual_esp32.firmware import make_firmware
@@ -395,7 +395,7 @@ def test_I10_F83_the_floor_rises_with_the_confirmation_and_not_before(config):
 
 
 def test_I15_F80_firmware_for_another_model_is_refused_whatever_else_fits():
-    manifest = json.loads(jws.b64url_decode(make(random.Random(3)).token.split(b".")[1]))
+    manifest = json.loads(base64url.b64url_decode(make(random.Random(3)).token.split(b".")[1]))
     manifest |= {"product": PRODUCT, "hardware": ["MODEL_7000i"], "version": "99.0.0"}
     board = release.Board(PRODUCT, "MODEL_6000i", 0, "1.0.0", "", 0, NOW, (), 1 << 20)
     with pytest.raises(PolicyError) as refused:

@@ -83,7 +83,7 @@ def test_F38_only_dates_count_as_only_dates(tmp_path):
     script = tmp_path / "kinds.py"
     script.write_text(
         "import sys, json\nsys.path.insert(0, sys.argv[1])\n"
-        "from twinslot.certs import tls_error\n"
+        "from twinslot.handshake import tls_error\n"
         "class T: _seen = None\n"
         f"for text, _, _ in {KINDS!r}:\n"
         "    e = tls_error(ValueError(text), 'host', T)\n"

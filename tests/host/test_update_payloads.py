@@ -241,11 +241,11 @@ def only(lab, found, form):
     """Leave one payload in the release: sign it again."""
     entry = found[form]
     path = lab.site / PRODUCT / "r" / "1.1.0.jws"
-    from twinslot import jws
+    from twinslot import base64url
     from twinslot_tools import publish as publishing
     from twinslot_tools.signing import document, signer_of
 
-    manifest = json.loads(jws.b64url_decode(path.read_bytes().split(b".")[1]))
+    manifest = json.loads(base64url.b64url_decode(path.read_bytes().split(b".")[1]))
     manifest["images"][0]["payloads"] = [entry]
     body = json.dumps(manifest, separators=(",", ":")).encode()
     path.write_bytes(document(body, signer_of(lab.key), publishing.TYPE))

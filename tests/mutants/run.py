@@ -55,11 +55,13 @@ class Tests:
 MODULES = {
     "strict": Tests(("test_strict.py",)),
     "jws": Tests(("test_jws.py", "test_vectors.py", "test_keyring.py")),
+    "base64url": Tests(("test_jws.py", "test_vectors.py")),
     "keyset": Tests(("test_jws.py", "test_vectors.py", "test_keyring.py")),
     "keyring": Tests(("test_keyring.py",)),
     "release": Tests(("test_release.py", "test_incidents.py", "test_policy.py", "test_semver.py")),
     "semver": Tests(("test_semver.py", "test_release.py")),
     "espimage": Tests(("test_espimage.py", "test_slot_rules.py"), ("test_payload_stages.py",)),
+    "walk": Tests(("test_espimage.py", "test_slot_rules.py"), ("test_payload_stages.py",)),
     "slot": Tests(("test_slot_rules.py",), ("test_slot.py", "test_health.py")),
     "journal": Tests((), ("test_journal.py",)),
     "payload": Tests(("test_release.py",), ("test_payload.py", "test_payload_stages.py")),

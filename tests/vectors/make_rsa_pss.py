@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from twinslot import jws, keyset
+from twinslot import base64url, keyset
 
 HERE = Path(__file__).parent
 EIGHT = bytes(8)
@@ -41,12 +41,12 @@ class Key:
         numbers = rsa.generate_private_key(65537, bits).private_numbers()
         self.n, self.d = numbers.public_numbers.n, numbers.d
         modulus = self.n.to_bytes(self.size, "big")
-        self.jwk = {"kty": "RSA", "n": jws.b64url_encode(modulus).decode(), "e": "AQAB"}
+        self.jwk = {"kty": "RSA", "n": base64url.b64url_encode(modulus).decode(), "e": "AQAB"}
         self.kid = keyset.thumbprint(self.jwk["n"], "AQAB")
 
     def message(self, payload: bytes) -> bytes:
         header = json.dumps({"alg": "PS256", "kid": self.kid}, separators=(",", ":")).encode()
-        return jws.b64url_encode(header) + b"." + jws.b64url_encode(payload)
+        return base64url.b64url_encode(header) + b"." + base64url.b64url_encode(payload)
 
     def raw(self, encoded: bytes | int) -> int:
         """The private key's operation, whatever it is applied to."""
@@ -230,7 +230,7 @@ def main() -> None:
             {
                 "comment": comment,
                 "message": message.decode(),
-                "signature": jws.b64url_encode(signature).decode(),
+                "signature": base64url.b64url_encode(signature).decode(),
                 "valid": valid,
             }
             for valid, cases in ((True, good(key)), (False, bad(key)))

@@ -14,7 +14,7 @@ wait, or poll at another pace, never run anything.
 
 from collections import namedtuple
 
-from ..errors import FormatError
+from .. import errors
 
 DOCUMENT_LIMIT = 2048  # bytes of a pointer or an answer
 DEADLINE_MS = 120000  # for one question and its whole answer
@@ -43,31 +43,35 @@ def parse_offer(obj, base, resolve):
         FormatError: a member of the wrong type, or a URL that leads elsewhere.
     """
     if not isinstance(obj, dict):
-        raise FormatError("offer", type(obj).__name__, "an object")
+        raise errors.FormatError("offer", type(obj).__name__, "an object")
     release = obj.get("release")
     if release is not None:
         if not isinstance(release, str) or not release:
-            raise FormatError("member release of the offer", type(release).__name__, "a URL")
+            raise errors.FormatError(
+                "member release of the offer", type(release).__name__, "a URL"
+            )
         release = resolve(base, release)
     poll = obj.get("poll")
     if poll is not None:
         if type(poll) is not int:
-            raise FormatError("member poll of the offer", type(poll).__name__, "seconds")
+            raise errors.FormatError("member poll of the offer", type(poll).__name__, "seconds")
         poll = min(max(poll, _POLL_MIN), _POLL_MAX)
     rollout = obj.get("rollout")
     percent, seed = 100, ""
     if rollout is not None:
         if not isinstance(rollout, dict):
-            raise FormatError("member rollout of the offer", type(rollout).__name__, "an object")
+            raise errors.FormatError(
+                "member rollout of the offer", type(rollout).__name__, "an object"
+            )
         percent, seed = rollout.get("percent", -1), rollout.get("seed")
         if type(percent) not in (int, float) or not 0 <= percent <= 100:
-            raise FormatError("percent of the rollout", percent, "0 to 100")
+            raise errors.FormatError("percent of the rollout", percent, "0 to 100")
         if not isinstance(seed, str):
-            raise FormatError("seed of the rollout", type(seed).__name__, "text")
+            raise errors.FormatError("seed of the rollout", type(seed).__name__, "text")
     keyring = obj.get("keyring", 0)
     if type(keyring) is not int or not 0 <= keyring <= _KEYRING_MAX:
-        raise FormatError("member keyring of the offer", str(keyring)[:32], "its version")
+        raise errors.FormatError("member keyring of the offer", str(keyring)[:32], "its version")
     install = obj.get("install", 0)
     if type(install) is not int or install < 0:
-        raise FormatError("member install of the offer", str(install)[:32], "seconds")
+        raise errors.FormatError("member install of the offer", str(install)[:32], "seconds")
     return Offer(release, poll, percent, seed, keyring, min(install, _POLL_MAX))

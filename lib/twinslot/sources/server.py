@@ -2,7 +2,7 @@
 
 import json
 
-from ..errors import FormatError, HttpError
+from .. import errors
 from ..journal import Journal
 from ..url import parse, resolve, shown
 from . import DEADLINE_MS, DOCUMENT_LIMIT, parse_offer
@@ -19,7 +19,7 @@ class Server:
         response = await client.post_json(url, obj, DEADLINE_MS)
         try:
             if response.status != 200:
-                raise HttpError(
+                raise errors.HttpError(
                     shown(parse(url)),
                     response.status,
                     "200",
@@ -32,13 +32,13 @@ class Server:
         try:
             return json.loads(body)
         except ValueError:
-            raise FormatError("the answer of %s is not JSON" % shown(parse(url)))
+            raise errors.FormatError("the answer of %s is not JSON" % shown(parse(url)))
 
     async def poll(self, client, facts):
         """Return the server's offer for this device."""
         answer = await self._post(client, self._check, facts)
         if not isinstance(answer, dict) or type(answer.get("update_available")) is not bool:
-            raise FormatError("the answer of the server has no update_available")
+            raise errors.FormatError("the answer of the server has no update_available")
         if not answer["update_available"]:
             answer.pop("release", None)
         return parse_offer(answer, self._check, resolve)

@@ -2,7 +2,7 @@
 
 import json
 
-from ..errors import FormatError, HttpError
+from .. import errors
 from ..url import resolve
 from . import DEADLINE_MS, DOCUMENT_LIMIT, parse_offer
 
@@ -22,7 +22,7 @@ class Static:
             if response.status == 304 and self._offer:
                 return self._offer
             if response.status != 200:
-                raise HttpError(
+                raise errors.HttpError(
                     "channel " + self._url,
                     response.status,
                     "200",
@@ -36,10 +36,10 @@ class Static:
         try:
             found = json.loads(body)
         except ValueError:
-            raise FormatError("channel %s is not JSON" % self._url)
+            raise errors.FormatError("channel %s is not JSON" % self._url)
         self._offer = parse_offer(found, self._url, resolve)
         if not any(name in found for name in ("release", "poll", "rollout", "keyring")):
-            raise FormatError("channel %s holds no offer" % self._url)  # a portal's JSON
+            raise errors.FormatError("channel %s holds no offer" % self._url)  # a portal's JSON
         self._etag = etag
         return self._offer
 
