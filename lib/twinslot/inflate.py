@@ -31,33 +31,35 @@ class Inflate:
         self._response = response
         self._window = window
         self._ring = RingIO(AHEAD + SLICE)
-        self._buf = memoryview(bytearray(SLICE))
+        self.spare = memoryview(bytearray(SLICE))  # in use while the ring is filled
         self._offset = offset
         self._ended = False
         self._member = None
         self._place = None  # keeps that of the last window for the next one
         self._idle = 0
-        self._spare = memoryview(bytearray(1))
-        self._kept = False  # while _spare holds a byte that boundary() had to look at
+        self._byte = memoryview(bytearray(1))
+        self._kept = False  # while _byte holds a byte that boundary() had to look at
         self.wait = response.wait
 
     def _filled(self):
         """Fill the ring with what is there; True when it holds enough for a slice."""
         ring = self._ring
         while not self._ended and ring.any() < AHEAD:
-            n = self._response.take(self._buf, SLICE)
+            n = self._response.take(self.spare, SLICE)
             if n is None:
                 self._ended = True
             elif not n:
                 return False
             else:
-                ring.write(self._buf, n)  # pyright: ignore (not in the stubs)
+                ring.write(self.spare, n)  # pyright: ignore (not in the stubs)
         return True
 
-    def take(self, view, n):
+    def take(self, view, at, n):
+        if at:
+            view = view[at:]
         if self._kept:
             self._kept = False
-            view[0] = self._spare[0]
+            view[0] = self._byte[0]
             return 1
         while self._filled():
             if self._member is None:
@@ -95,7 +97,7 @@ class Inflate:
     async def boundary(self):
         while not self._filled():
             await self.wait()
-        if self._member is not None and self._read(self._spare, 1):
+        if self._member is not None and self._read(self._byte, 1):
             self._kept = True
             return None
         return self._offset + self._response.received - self._ring.any(), 0

@@ -9,10 +9,11 @@ import micropython
 
 
 @micropython.viper
-def add(out: ptr8, base: ptr8, n: int):  # noqa: F821 # pyright: ignore
-    """``out[i] += base[i]`` modulo 256 for ``n`` bytes, in place. No bounds are checked."""
+def add(out: ptr8, at: int, diff: ptr8, base: ptr8, mask: int, n: int):  # noqa: F821 # pyright: ignore
+    """``out[at + i] = diff[i] + (base[i] & mask)`` modulo 256 for ``n`` bytes. No bounds are
+    checked."""
     for i in range(n):
-        out[i] = out[i] + base[i]
+        out[at + i] = diff[i] + (base[i] & mask)
 
 
 @micropython.viper

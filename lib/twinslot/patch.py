@@ -12,10 +12,11 @@ from . import errors
 from .payload import SLICE
 
 
-def plain_add(out, base, n):
-    """``out[i] += base[i]`` modulo 256 for ``n`` bytes, in place: the twin of ``native.add``."""
+def plain_add(out, at, diff, base, mask, n):
+    """``out[at + i] = diff[i] + (base[i] & mask)`` modulo 256 for ``n`` bytes: the twin of
+    ``native.add``."""
     for i in range(n):
-        out[i] = (out[i] + base[i]) & 0xFF
+        out[at + i] = (diff[i] + (base[i] & mask)) & 0xFF
 
 
 def _adder():
@@ -53,7 +54,8 @@ class Patch:
         self._stage = stage
         self.wait = stage.wait
         self._base, self._base_size = base
-        self._buf = memoryview(bytearray(SLICE))
+        self._diff = memoryview(bytearray(SLICE))
+        self._old = stage.spare or memoryview(bytearray(SLICE))
         self._byte = memoryview(bytearray(1))
         self._size = size
         self._position = position or 0
@@ -62,29 +64,31 @@ class Patch:
         self._value = self._shift = 0  # of the number that is being read
         self._digits = 0  # since the last byte of the image
 
-    def take(self, view, n):
-        stage = self._stage
+    def take(self, view, at, n):
         while not self._left:
             if not self._digit():
                 return 0
-        n = stage.take(view, min(n, self._left, SLICE))
+        n = self._stage.take(self._diff, 0, min(n, self._left, SLICE))
         if n is None:
             raise errors.FormatError("patch: cut short")
-        if n and self._next == _EXTRA:
+        if not n:
+            return 0
+        mask = 0
+        if self._next == _EXTRA:
             # More than is needed, where the base goes on: a slice would be a new object.
             whole = self._position + SLICE <= self._base_size
-            self._base(self._position, self._buf if whole else self._buf[:n])
-            self._add(view, self._buf, n)  # pyright: ignore (viper)
+            self._base(self._position, self._old if whole else self._old[:n])
             self._position += n
+            mask = 0xFF
+        self._add(view, at, self._diff, self._old, mask, n)  # pyright: ignore (viper)
         self._left -= n
-        if n:
-            self._digits = 0
+        self._digits = 0
         return n
 
     def _digit(self):
         """Act on a byte of a signed number: sign and 6 bits first, then 7 bits each, least first.
         False where there is none yet."""
-        n = self._stage.take(self._byte, 1)
+        n = self._stage.take(self._byte, 0, 1)
         if n is None:
             raise errors.FormatError("patch: cut short")
         if not n:

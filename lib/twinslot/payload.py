@@ -3,12 +3,13 @@
     stage = payload.open_stage(chosen, response, base, size, state)
     await payload.pump(stage, writer, boundary)
 
-A stage has ``take(view, n)``, which puts up to n image bytes straight into the free part of the
-one block buffer and returns their number, 0 where ``await wait()`` has to come first, None at the
-end. It never waits and, in the steady state, allocates nothing. ``await boundary()``, asked at
-every 64 KiB of the image, returns the stage's state, two small integers from which a download
-that was cut goes on, or None where it can't. Nothing else is kept of what went before: a gzip
-member, and a chunk of a patch, end there. The body has ``take``, ``wait`` and ``received``, as
+A stage has ``take(view, at, n)``, which puts up to n image bytes straight to ``view[at:]``, a
+part of the one block buffer, and returns their number, 0 where ``await wait()`` has to come first,
+None at the end. It never waits and, in the steady state, allocates nothing. ``await boundary()``,
+asked at every 64 KiB of the image, returns the stage's state, two small integers from which a
+download that was cut goes on, or None where it can't. Nothing else is kept of what went before: a
+gzip member, and a chunk of a patch, end there. ``spare`` is a buffer of 1 KiB that it does not
+need between two ``take``, or None. The body has ``take``, ``wait`` and ``received``, as
 ``http.Response``.
 
     state    (offset in the payload, position in the base image)
@@ -93,29 +94,30 @@ class Writer:
         self._rests = [block[at:] if at else block for at in range(0, BLOCK, SLICE)]
         self._fill = 0
         self.offset = offset  # image bytes handed to the slot
+        self._aim()
 
     def left(self):
         """Image bytes still wanted."""
         return self._size - self.offset - self._fill
 
-    def space(self):
-        """Return the free part of the block as a memoryview, never more than the image wants."""
+    def _aim(self):
+        """Say where the next bytes go: ``room`` of them to ``view[at:]``. No new object."""
         fill = self._fill
-        end = self._size - self.offset
-        if end < BLOCK:
-            return self._block[fill:end]
-        if fill % SLICE:  # up to where those begin that are made already
-            return self._block[fill : fill - fill % SLICE + SLICE]
-        return self._rests[fill // SLICE]  # the usual case: no new object
+        self.view = self._rests[fill // SLICE]
+        self.at = fill % SLICE
+        room = SLICE - self.at if self.at else BLOCK - fill  # then on to those made already
+        self.room = min(room, self._size - self.offset - fill)
 
     def advance(self, n):
-        """Count ``n`` bytes put into ``space()``; True when that completed a block."""
+        """Count ``n`` bytes put there; True when that completed a block."""
         self._fill += n
         if self._fill < BLOCK and self.offset + self._fill < self._size:
+            self._aim()
             return False
         self._slot.write(self._block if self._fill == BLOCK else self._block[: self._fill])
         self.offset += self._fill
         self._fill = 0
+        self._aim()
         return True
 
 
@@ -131,9 +133,8 @@ async def pump(stage, writer, boundary):
         NetworkError: from the response; ImageError, PartitionError: from the slot.
     """
     reads = 0
-    while writer.left():
-        space = writer.space()
-        n = stage.take(space, len(space))
+    while writer.room:
+        n = stage.take(writer.view, writer.at, writer.room)
         if n is None:
             raise errors.FormatError(
                 "payload", "%d bytes missing" % writer.left(), "the whole image"
@@ -190,11 +191,15 @@ def open_stage(payload, response, base, size, state=None):
 class _Plain:
     """The body as it is."""
 
+    spare = None
+
     def __init__(self, response, offset):
         self._response = response
         self._offset = offset
-        self.take = response.take
         self.wait = response.wait
+
+    def take(self, view, at, n):
+        return self._response.take(view[at:] if at else view, n)
 
     async def boundary(self):
         return self._offset + self._response.received, 0

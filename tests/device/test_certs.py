@@ -13,7 +13,7 @@ from binascii import a2b_base64, b2a_base64, hexlify
 import tls
 from harness import raises
 
-from twinslot import certs
+from twinslot import handshake
 from twinslot.certs import Tls
 from twinslot.errors import ConfigError, TlsError
 
@@ -141,7 +141,7 @@ def reach(board, name="server", host=NAME, client_ca=None):
         try:
             sent = sent or client.write(b"hello")
         except (OSError, ValueError) as exc:
-            error = certs.tls_error(exc, host, board)
+            error = handshake.tls_error(exc, host, board)
             error.heard = heard
             raise error
         try:
@@ -398,7 +398,7 @@ def test_each_way_to_fail_has_its_remedy():
         _seen = None
 
     def said(exc):
-        error = certs.tls_error(exc, NAME, Board)
+        error = handshake.tls_error(exc, NAME, Board)
         assert type(error) is TlsError
         return error
 

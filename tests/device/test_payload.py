@@ -6,7 +6,7 @@ from harness import raises
 
 from twinslot import payload, release
 from twinslot.errors import FormatError, NetworkError
-from twinslot.payload import BOUNDARY, Writer
+from twinslot.payload import BOUNDARY, SLICE, Writer
 
 HEAP = "4M"
 BLOCK = 4096
@@ -111,11 +111,11 @@ async def test_boundaries_are_told_and_the_end():
 
 def test_the_writer_offers_no_more_than_the_image_wants():
     writer = Writer(Sink(), BLOCK + 10)
-    assert len(writer.space()) == BLOCK and writer.left() == BLOCK + 10
+    assert writer.room == len(writer.view) == BLOCK and writer.left() == BLOCK + 10
     assert writer.advance(BLOCK - 1) is False
-    assert len(writer.space()) == 1
+    assert (writer.at, writer.room) == (SLICE - 1, 1)
     assert writer.advance(1) is True
-    assert len(writer.space()) == 10
+    assert (writer.at, writer.room) == (0, 10)
     assert writer.advance(10) is True
     assert writer.left() == 0
 

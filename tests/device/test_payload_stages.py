@@ -29,11 +29,11 @@ def _native():
     return add
 
 
-def _both(add, out, base, n):
-    native, plain = bytearray(out), bytearray(out)
-    add(native, base, n)
-    patch.plain_add(plain, base, n)
-    assert native == plain, (out, base, n)
+def _both(add, diff, base, n, at=0, mask=0xFF):
+    native, plain = bytearray(b"\xa5" * (at + len(diff))), bytearray(b"\xa5" * (at + len(diff)))
+    add(native, at, diff, base, mask, n)
+    patch.plain_add(plain, at, diff, base, mask, n)
+    assert native == plain, (diff, base, n, at, mask)
     return bytes(plain)
 
 
@@ -44,13 +44,22 @@ def test_the_native_loop_adds_as_the_plain_one():
         result = _both(add, bytes([k] * 256), every, 256)
         assert result[1] == (k + 1) % 256
     for n in (0, 1, 2, 3, 255, 1023, 1024):
-        _both(add, os.urandom(1024), os.urandom(1024), n)
+        for at in (0, 1, 1023):
+            _both(add, os.urandom(1024), os.urandom(1024), n, at)
+
+
+def test_what_is_not_masked_in_is_taken_as_it_is():
+    add = _native()
+    diff = os.urandom(300)
+    assert _both(add, diff, os.urandom(300), 300, 7, 0) == b"\xa5" * 7 + diff
 
 
 def test_the_native_loop_touches_no_byte_beyond_its_count():
     add = _native()
     for n in range(9):
-        assert _both(add, b"\xff" * 8, b"\x01" * 8, n)[n:] == b"\xff" * (8 - n)
+        for at in (0, 3):
+            result = _both(add, b"\xff" * 8, b"\x01" * 8, n, at)
+            assert result == b"\xa5" * at + bytes(n) + b"\xa5" * (8 - n)
 
 
 def test_the_native_loop_works_within_larger_buffers():
@@ -58,9 +67,11 @@ def test_the_native_loop_works_within_larger_buffers():
     for at in range(9):
         out = memoryview(bytearray(range(40)))
         base = memoryview(bytearray(range(100, 140)))
-        add(out[at:], base[9 - at :], 20)
+        diff = bytes(range(200, 220))
+        add(out[2:], at, diff, base[9 - at :], 0xFF, 20)
         for i in range(40):
-            expected = i + (100 + 9 - at + i - at if at <= i < at + 20 else 0)
+            k = i - 2 - at
+            expected = diff[k] + base[9 - at + k] if 0 <= k < 20 else i
             assert out[i] == expected % 256, (at, i)
 
 
