@@ -34,6 +34,7 @@ _RARE = (
     "sources.server",
     "sources.static",
     "strict",
+    "url",
     "walk",
 )
 

@@ -444,6 +444,7 @@ class Agent:
         await self._deliver()
         self._remember_time()
         if self._path:
+            self._let_go()
             from . import config
 
             config.keep(self._path)
@@ -831,6 +832,7 @@ def foreseen(exc):
     if isinstance(exc, OtaError):
         return exc
     if isinstance(exc, MemoryError):
+        unload()  # what comes now has to find room: a report, a line in the log
         gc.collect()
         return errors.BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
     sys.print_exception(exc)

@@ -44,7 +44,6 @@ from micropython import const
 
 from . import errors
 from .errors import OtaError
-from .url import decimal
 
 BUILD_FLOOR = 1767225600  # 2026-01-01; raised with each release of this package
 
@@ -98,6 +97,8 @@ class Clock:
         set_rtc=None,
     ):
         self.problem = None  # why NTP gave nothing, for a person
+        from .url import decimal
+
         host, colon, port = (ntp or "").partition(":")
         number = decimal(port.encode(), 65535) if colon else _NTP_PORT
         if not number or (colon and not host):

@@ -15,7 +15,6 @@ import gc
 
 from . import errors, payload, unload
 from .errors import OtaError
-from .url import resolve
 
 # For all else that happens meanwhile: reads, events, checkpoints, and holes between objects. What
 # `make bench` measures on a 64-bit port.
@@ -106,6 +105,8 @@ class Download:
         if offset == image.size:
             return
         state = (resume["at"], resume["position"]) if offset else None
+        from .url import resolve
+
         response = await self._client.get(
             resolve(base, chosen.url),
             start=state[0] if state else None,
@@ -130,7 +131,8 @@ class Download:
                 raise errors.HttpError(
                     "payload length", response.length, left, status=response.status
                 )
-            unload()  # what has read the head of the answer
+            del resolve
+            unload()  # what has asked, and read the head of the answer
             writer = payload.Writer(self._slot, image.size, offset, self._slot.block())
             stage = payload.open_stage(chosen, response, self._slot.base(), image.size, state)
             await payload.pump(stage, writer, self._boundary(image, chosen, response))

@@ -28,7 +28,6 @@ from micropython import const
 from . import errors
 from .certs import Tls  # noqa: F401 (for users)
 from .link import HEAD_MAX, LINE_MAX, Link, longer, lookup
-from .url import hexadecimal, host_of, parse, resolve, shown
 
 _EXTENSION_MAX = const(128)  # a chunk-size line
 LENGTH_MAX = 0x7FFFFFFF
@@ -174,6 +173,8 @@ class Response:
         if self._in_chunk and await link.line(since, limit_ms, "chunk"):
             raise self._refuse("chunk: data goes on past its size")
         line = await link.line(since, limit_ms, "chunk")
+        from .url import hexadecimal
+
         size = hexadecimal(line.split(b";")[0].rstrip(b" \t"), LENGTH_MAX)
         if size is None or len(line) > _EXTENSION_MAX:
             raise self._refuse("chunk size", clip(line))
@@ -278,6 +279,8 @@ class Client:
         self._token = None
         self._token_for = None
         if token:
+            from .url import parse
+
             if not origin or parse(origin).scheme != "https":
                 raise errors.ConfigError("a token needs the https origin it belongs to")
             if not is_visible(token.encode()):
@@ -315,7 +318,7 @@ class Client:
             extra.append("Range: bytes=%d-" % start)
             if if_range:
                 extra.append("If-Range: " + _field(if_range))
-        url = parse(url) if isinstance(url, str) else url
+        url = _parsed(url)
         deadline = _deadline(deadline_ms)
         answer = await self._request("GET", url, extra, None, deadline, start, if_range)
         if not redirects or answer.status not in (301, 302, 303, 307, 308):
@@ -335,7 +338,7 @@ class Client:
         """
         body = json.dumps(obj).encode()
         extra = ["Content-Type: application/json", "Content-Length: %d" % len(body)]
-        url = parse(url) if isinstance(url, str) else url
+        url = _parsed(url)
         return await self._request("POST", url, extra, body, _deadline(deadline_ms))
 
     async def close(self):
@@ -348,6 +351,8 @@ class Client:
             self._link = None
 
     def _redirect(self, url, answer):
+        from .url import parse, resolve
+
         if not answer.location:
             raise errors.HttpError("redirect without a usable Location", status=answer.status)
         try:
@@ -356,6 +361,8 @@ class Client:
             raise errors.HttpError("redirect refused: %s" % e.message, status=answer.status)
 
     def _head(self, method, url, extra):
+        from .url import host_of
+
         lines = [
             "%s %s HTTP/1.1" % (method, url.path),
             "Host: " + host_of(url),
@@ -368,6 +375,8 @@ class Client:
 
     async def _request(self, method, url, extra, body, deadline, start=None, if_range=None):
         if url.scheme != "https" and not self._allow_http:
+            from .url import shown
+
             raise errors.ConfigError("plain http is not allowed here", shown(url), "https")
         if url.scheme == "https" and self._tls is None:
             raise errors.ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
@@ -441,6 +450,12 @@ class Client:
                     raise
         if url.scheme == "https":
             await link.secure(self._tls, since, limit_ms)
+
+
+def _parsed(url):
+    from .url import parse  # which goes while a body comes
+
+    return parse(url) if isinstance(url, str) else url
 
 
 def _deadline(ms):

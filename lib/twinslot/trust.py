@@ -20,7 +20,6 @@ from micropython import const
 
 from . import errors, http, unload
 from .certs import Tls
-from .url import parse, shown
 
 _PATIENCE = 3  # polls that fail on dates alone before they are looked over
 # As in sources, jws and release, which are not loaded for it.
@@ -181,6 +180,8 @@ class Trust:
         response = await client.get(url, deadline_ms=_DEADLINE_MS)
         try:
             if response.status != 200:
+                from .url import parse, shown
+
                 raise errors.HttpError(
                     shown(parse(url)),
                     response.status,
