@@ -506,6 +506,7 @@ class Agent:
             self._is_running(manifest, name)
             return
         self._judge(manifest, force)
+        await asyncio.sleep_ms(0)
         signed = manifest.version + build
         if self._journal.fetching() == _mark(signed):
             self._count(signed)  # that one was ended by a reset
@@ -701,6 +702,7 @@ class Agent:
         self._slot.block()  # before modules lie in the middle of the last hole for it
         from .download import Download
 
+        await asyncio.sleep_ms(0)
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
         at = url.rfind("/r/")
         download = Download(self._slot, self._journal, self._client, self._emit, self._spend)

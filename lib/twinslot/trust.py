@@ -15,6 +15,7 @@ it goes for a download.
 """
 
 import gc
+from asyncio import sleep_ms
 
 from micropython import const
 
@@ -45,6 +46,14 @@ class _Anybody:
             from .handshake import tls_error
 
             raise tls_error(e, host, self)
+
+
+async def _make_room():
+    """Between two steps that hold the event loop: give back what the one has loaded, and let
+    other tasks run."""
+    unload()
+    gc.collect()
+    await sleep_ms(0)
 
 
 class Trust:
@@ -155,24 +164,21 @@ class Trust:
             ReleaseError: it is no release.
         """
         # One after the other, the connection beside them: this is where the heap is fullest.
-        unload()
-        gc.collect()
+        await _make_room()
         token = await self._fetch(client, url)
         now = self._clock.now() if self._clock.trusted else None
         keys = self._keyring().keys(now)
-        unload()
-        gc.collect()
+        await _make_room()
         from . import jws
 
         payload = jws.verify(token, keys, _TYPE)
         del token, keys, jws
-        unload()
-        gc.collect()
+        await _make_room()
         from . import release
 
         manifest = release.parse(payload)
-        del payload
-        gc.collect()
+        del payload, release
+        await _make_room()
         self._clock.at_least(manifest.issued)
         return manifest
 
