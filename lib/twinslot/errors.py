@@ -5,8 +5,9 @@
 Messages carry what was seen and what was expected, never a key or a token.
 
 A class is made when its name is first used, ``from .errors import BusyError`` included: all of
-them together are 8 KB of heap on a 64-bit port, and what verifies a release needs two. What is
-seldom raised is therefore not imported, but raised as ``errors.ExpiredError``.
+them together are 8 KB of heap on a 64-bit port, and an update that goes well needs next to none.
+The package therefore imports none but ``OtaError``, and says ``errors.BusyError`` where it raises
+or catches one.
 """
 
 _REPORT_LEN = 160  # characters of a message; four reports and four failures fit in the journal

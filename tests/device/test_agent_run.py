@@ -434,6 +434,7 @@ async def test_a_configuration_that_has_worked_is_kept_once():
     agent = Agent.from_config()
     guard.stop()
     agent._source = agent._trust = world
+    agent._ours = False  # as if the application had given it
     await refuses(NetworkError, agent)
     assert "ota.json.good" not in os.listdir("/")
     world.offer = {}
