@@ -228,7 +228,7 @@ def test_what_was_wrong_with_the_last_connection_is_not_said_of_the_next():
     board = Tls(fingerprint=pin("own"))
     fails("fingerprint", board)
     board.wrap(End(), NAME)
-    assert "closed" in certs.tls_error(OSError(104), NAME, board).message
+    assert "closed" in handshake.tls_error(OSError(104), NAME, board).message
 
 
 def test_what_signed_a_certificate_is_not_compared_with_the_fingerprint():

@@ -72,6 +72,7 @@ MODULES = {
     "trust": Tests((), ("test_trust.py",)),
     "url": Tests(("test_incidents.py",), ("test_url.py",)),
     "certs": Tests((), ("test_certs.py",)),
+    "handshake": Tests((), ("test_certs.py", "test_trust.py")),
     "sources": Tests(("test_sources.py",)),
     "sources.server": Tests(("test_sources.py",)),
     "sources.static": Tests(("test_sources.py",)),
