@@ -25,6 +25,9 @@ class Reset(BaseException):
     pass
 
 
+ENDS = Exception, Reset  # where there may be no memory for a tuple
+
+
 class Machine:
     """`machine` as the agent sees it."""
 
@@ -112,7 +115,7 @@ def boot(settings, well=True, hog=0):
         unlock()
         agent.check("well", lambda: well)
         return True
-    except (Exception, Reset) as exc:
+    except ENDS as exc:
         unlock()
         held = None
         print("boot:", repr(exc))
@@ -123,10 +126,13 @@ def boot(settings, well=True, hog=0):
 
 
 def unlock():
-    """Give the heap back that a statement was to find locked."""
+    """Give the heap back that a statement was to find locked. True if it was so until now: no
+    statement of the package has run since, so what failed meanwhile was not the package."""
     stumble = sys.modules.get("twinslot.stumble")
     if stumble and stumble.locked is not None:
         stumble.unlock()
+        return True
+    return False
 
 
 def jumped(seconds):
@@ -163,7 +169,7 @@ def update(force=False, hog=0, run=False):
         out["code"] = "installed"
     except Exception as exc:
         failed = exc
-    unlock()
+    outside = unlock()
     stumble = sys.modules.get("twinslot.stumble")
     if stumble:
         stumble.target = None  # what follows is not the agent's own doing
@@ -175,7 +181,7 @@ def update(force=False, hog=0, run=False):
         out["message"] = str(failed)
         out["retry"] = failed.retry
     elif failed:
-        out["code"] = "LEAKED"
+        out["code"] = "outside" if outside else "LEAKED"
         out["message"] = repr(failed)
         sys.print_exception(failed)
     out["events"] = list(events)

@@ -31,6 +31,7 @@ from station import LEISURE, LIB, Station
 
 LONG = os.environ.get("FAULTS") == "long"
 ROLLED = int(os.environ.get("SEED") or SEED)
+PIECE, PIECES = (int(n) for n in (os.environ.get("PIECE") or "1/1").split("/"))
 SAMPLE = 110
 SAMPLE_OF_LOOP = 6
 SAMPLE_OF_TRIAL = 24
@@ -152,6 +153,13 @@ def points(counts: dict[int, int]) -> list[Point]:
     return found
 
 
+def some(every: list[Point], n: int) -> list[Point]:
+    """All points, or this piece of them; ``n`` of them in the short form."""
+    if LONG:
+        return every[PIECE - 1 :: PIECES]
+    return random.Random(ROLLED).sample(every, n)
+
+
 def prove(stumblers: list[Stumbler], chosen: list[Point], attempt: Callable) -> Counter[str]:
     """Try all points; how the polls ended."""
 
@@ -184,7 +192,7 @@ def test_F34_F35_exception_at_any_statement_of_an_update(stumblers, record_prope
     assert len(counts) > 500, "the copy does not count"
     every = points(counts)
     always = [p for p in every if p[1] == 1 and stumblers[0].place(p[0]) in ALWAYS]
-    chosen = every if LONG else always + random.Random(ROLLED).sample(every, SAMPLE)
+    chosen = ([] if LONG else always) + some(every, SAMPLE)
     met = prove(stumblers, chosen, Stumbler.stumble)
     record_property("ended", dict(met))
     assert met["internal"] > len(chosen) / 3 and met["not met"] < len(chosen) / 10
@@ -214,7 +222,7 @@ def test_F34_exception_at_any_statement_of_a_trial(stumblers, well, record_prope
     every = [p for p in points(counts) if stumblers[0].place(p[0]).split()[0] in mine]
     every += [p for p in points(counts) if stumblers[0].place(p[0]) == "agent.py _prove"]
     assert len(every) > 60, "the copy does not count"
-    chosen = every if LONG else random.Random(ROLLED).sample(every, SAMPLE_OF_TRIAL)
+    chosen = some(every, SAMPLE_OF_TRIAL)
     boards = {id(one): OnTrial(one.station, well) for one in stumblers}
     met = prove(stumblers, chosen, lambda one, point: stumble_on_trial(boards[id(one)], point))
     record_property("ended", dict(met))
@@ -231,8 +239,7 @@ def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_p
         counts = stumblers[0].counts()
         chosen = [p for p in points(counts) if LONG or p[0] not in usual]
         assert len(chosen) > 15, "the copy does not count"
-        if not LONG:
-            chosen = random.Random(ROLLED).sample(chosen, SAMPLE_ON_THE_WAY)
+        chosen = some(chosen, SAMPLE_ON_THE_WAY)
         met = prove(stumblers, chosen, Stumbler.stumble)
     finally:
         for one in stumblers:
@@ -246,7 +253,7 @@ def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers, record_
     one = stumblers[0]
     every = [p for p in points(one.counts(run=True)) if one.place(p[0]).split()[1] in LOOP]
     assert len(every) > 10, "the copy does not count"
-    chosen = every if LONG else random.Random(ROLLED).sample(every, SAMPLE_OF_LOOP)
+    chosen = some(every, SAMPLE_OF_LOOP)
     met = prove(stumblers, chosen, Stumbler.stumble_in_the_loop)
     record_property("ended", dict(met))
     assert met["installed"] > len(chosen) / 2
