@@ -179,7 +179,8 @@ def _keyring(
     found = {"kind": "keyring", "ok": False, "header": header, "signature": signature}
     try:
         kids = list(keyset.load(content, demo=True))
-        found |= {k: content.get(k) for k in ("product", "version", "expires")} | {"keys": kids}
+        members = ("product", "version", "expires", "security_floor")
+        found |= {k: content.get(k) for k in members} | {"keys": kids}
         found["ok"] = signature in ("good", "not checked")
     except OtaError as exc:
         found["why"] = str(exc)

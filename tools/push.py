@@ -91,7 +91,7 @@ def make_release(
 
     Raises:
         OtaError: no image, or one that this board would refuse.
-        RemoteError: nobody says its version.
+        RemoteError: nobody says its version, or its security version where it needs one.
     """
     version = wish.version or _version_in(image)
     if not version:
@@ -100,11 +100,17 @@ def make_release(
             f" {facts['current_version']} that the board runs"
         )
     floor = facts["floor"]
+    if floor and wish.security_version is None:
+        # A board in other hands may say anything, and what is signed is good for every board.
+        raise RemoteError(
+            f"the board says that its security floor is {floor}: if your releases have come so"
+            f" far, add --security-version {floor}"
+        )
     spec = publish.Spec(
         product=facts["product"],
         version=version,
         hardware=(facts["hardware"],),
-        security_version=floor if wish.security_version is None else wish.security_version,
+        security_version=wish.security_version or 0,
         downgrade=wish.downgrade,
         notes=wish.notes,
     )

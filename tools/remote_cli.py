@@ -49,7 +49,8 @@ def push(
         str | None, typer.Option(help="Of the image (default: what it says itself).")
     ] = None,
     security_version: Annotated[
-        int | None, typer.Option(min=0, help="Anti-rollback floor (default: the board's).")
+        int | None,
+        typer.Option(min=0, help="Anti-rollback floor (default: 0, none)."),
     ] = None,
     downgrade: Annotated[
         bool, typer.Option("--downgrade", help="May replace a newer version.")

@@ -18,7 +18,17 @@ from trust import jwk, key
 from twinslot import base64url, jws, keyset, release
 from twinslot.errors import KeyringError, OtaError, ReleaseError, SecurityVersionError
 from twinslot_server import site as served
-from twinslot_tools import fleet_http, images, inspection, keyrings, publish, push, signing, tree
+from twinslot_tools import (
+    fleet_http,
+    images,
+    inspection,
+    keyrings,
+    publish,
+    push,
+    remote,
+    signing,
+    tree,
+)
 
 FLOOR = (1 << 30) - 1  # the highest there is: a board that confirms it takes nothing below again
 
@@ -122,6 +132,18 @@ def test_a_planted_version_is_not_taken_for_one_that_was_published(site):
     write_pointer(site, release="r/1.0.0.jws")
     with pytest.raises(OtaError, match=r"1\.1\.0\.jws is there already: JWS algorithm"):
         publish_next(site)
+
+
+def test_F97_a_board_on_a_cable_does_not_say_what_floor_the_maker_s_key_signs(tmp_path):
+    """What is signed for it is good for every board of the product."""
+    facts = {"product": PRODUCT, "hardware": HARDWARE, "current_version": "1.0.0", "floor": FLOOR}
+    image = tmp_path / "1.1.0.bin"
+    image.write_bytes(firmware("1.1.0"))
+    with pytest.raises(remote.RemoteError, match=f"--security-version {FLOOR}"):
+        push.make_release(image, push.Wish("1.1.0"), facts, signing_key(), tmp_path / "site")
+    assert not (tmp_path / "site").exists()
+    path = push.make_release(image, push.Wish("1.1.0", 2), facts, signing_key(), tmp_path / "site")
+    assert publish.verify(path.read_bytes(), TRUSTED).security_version == 2
 
 
 # ---- names
