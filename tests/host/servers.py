@@ -20,7 +20,7 @@ from joserfc.jwk import RSAKey
 from twinslot_tools import keys, publish
 from twinslot_tools.virtual_esp32.firmware import make_firmware
 
-START_TIMEOUT_S = 20
+START_TIMEOUT_S = 60  # a machine that is busy
 HARDWARE = "ESP32_GENERIC"
 PRODUCT = "sensor-node"
 

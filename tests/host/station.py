@@ -203,7 +203,7 @@ class Station:
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        self._listener.settimeout(20)
+        self._listener.settimeout(60)
         try:
             self._wire, _ = self._listener.accept()
         except TimeoutError:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections import Counter
 
 import pytest
+from network_cases import answer
 from scenes import OnTrial, mirrored, plain, renewed, resumed
 from servers import signing_key
 from station import Station
@@ -110,6 +112,36 @@ def test_F39_ticks_wrap_during_a_trial_and_it_is_confirmed(tmp_path):
         assert lab.wait(lambda e: e.name == "confirmed", timeout=60).data["version"] == "1.1.0"
         names = [e.name for e in lab.events]
         assert "rolledback" not in names and "failed" not in names
+
+
+SET = "import machine; machine.RTC().datetime(%r)"
+
+
+def test_a_board_without_a_clock_that_is_never_on_for_long_tries_again_at_rarer_starts(
+    station,
+):
+    """Six hours it can't tell. So it counts its starts: an outage costs few tries, and lasts for
+    the board at most twice as long."""
+    down = {"on": "/blobs/", "raw": answer("503 Service Unavailable"), "end": "fin", "times": 99}
+    station.proxy.plan({"rest": {"answers": [down]}})
+    settings = station.settings("http")
+    station.fresh(settings)
+    codes = []
+    try:
+        while "installed" not in codes and len(codes) < 31:
+            station.ask("evaluate", code=SET % ((2000, 1, 1, 5, 0, 0, 0, 0),))
+            station.reboot(settings)
+            codes.append(station.update()["code"])
+            if len(codes) == 15:
+                station.proxy.plan({})
+    finally:
+        now = time.gmtime()
+        date = (*now[:3], now.tm_wday, *now[3:6], 0)
+        station.ask("evaluate", code=SET % (date,))
+    tries = [n for n, code in enumerate(codes, 1) if code != "idle"]
+    assert tries[:3] == [1, 2, 3] and codes[-1] == "installed"
+    assert set(codes) == {"http", "idle", "installed"} and codes.count("http") <= 6, codes
+    station.check(complete=True)
 
 
 # ---- resets at the wrong moment
