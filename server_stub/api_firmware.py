@@ -11,15 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 from starlette.datastructures import UploadFile
 
-from . import audit, events, jobs, releases, rollouts
+from . import audit, events, jobs, releases, rollouts, uploads
 from .audit import Who
 from .auth import GATEWAY
-from .http import Note, Parts, change, checked, json_body, with_dates
+from .http import Note, Parts, change, checked, form_of, json_body, with_dates
 from .messages import DeviceId, Id, LabelText, Name, Text
 from .problems import Problem
 
 UPLOAD = "/api/v1/firmware/upload"
-_MAX_FILES = 17
+MAX_FILES = 17  # the signed release and its payloads
 Notes = Annotated[str, Field(max_length=2048)]
 
 log = logging.getLogger("twinslot.server")
@@ -87,7 +87,7 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
     async def upload(who: Annotated[Who, operator], request: Request, response: Response) -> dict:
         """Multipart: ``release`` (the signed file), ``file`` (each payload), ``channel``,
         ``notes``."""
-        async with request.form(max_files=_MAX_FILES, max_fields=8) as form:
+        async with form_of(request, max_files=MAX_FILES) as form:
             row, new = await upload_one(parts, who, form)
         response.status_code = 201 if new else 200
         return with_dates(row)
@@ -173,8 +173,10 @@ async def upload_one(parts: Parts, who: Who, form: Any) -> tuple[dict, bool]:
     """
     token, files = await run_in_threadpool(_read_form, form)
     sent = checked(_UploadFields, {n: form[n] for n in ("channel", "notes") if form.get(n)})
-    release, found = await run_in_threadpool(
-        releases.check_upload, parts.site, token, files, parts.settings.firmware_bytes
+    release = await run_in_threadpool(uploads.verify, parts.site, token)
+    bases = await parts.store.aread(lambda c: releases.plain_images(c, parts.site, release))
+    found = await run_in_threadpool(
+        uploads.judge, parts.site, release, files, parts.settings.firmware_bytes, bases.get
     )
     name = await run_in_threadpool(releases.store_files, parts.site, release, token, found)
 

@@ -186,7 +186,8 @@ def hash_password(password: str) -> str:
 def password_matches(password: str, stored: str | None) -> bool:
     """Takes as long for somebody who doesn't exist."""
     _, salt, digest = (stored or f"scrypt${'00' * 16}${'00' * 64}").split("$")
-    found = hashlib.scrypt(password.encode(), salt=bytes.fromhex(salt), **_SCRYPT)
+    presented = password.encode("utf-8", "surrogatepass")
+    found = hashlib.scrypt(presented, salt=bytes.fromhex(salt), **_SCRYPT)
     return hmac.compare_digest(found.hex(), digest) and stored is not None
 
 

@@ -34,7 +34,7 @@ def is_label(key: str, value: str) -> bool:
 
 
 def hash_token(token: str) -> str:
-    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def find(connection: Connection, device_id: str) -> Any:

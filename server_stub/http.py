@@ -4,7 +4,8 @@ import datetime as dt
 import errno
 import json
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -12,9 +13,12 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from sqlalchemy import Connection
 from sqlalchemy.exc import DatabaseError, DataError, IntegrityError
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
 from . import audit
@@ -66,6 +70,25 @@ def json_body(model: type[Parsed]) -> Callable[[Request], Awaitable[Parsed]]:
             raise _malformed(exc) from None
 
     return parse
+
+
+@asynccontextmanager
+async def form_of(
+    request: Request, max_files: int = 0, max_fields: int = 8
+) -> AsyncIterator[FormData]:
+    """A request's form, its files open until the block ends.
+
+    In UTF-8, as browsers send it: some of the encodings that Python knows make text of a body that
+    can't be written down again, or fail in ways of their own.
+
+    Raises:
+        Problem: 400 for another charset; the framework's own 400 for what is no form.
+    """
+    charset = parse_options_header(request.headers.get("content-type"))[1].get(b"charset", b"")
+    if charset.lower() not in (b"", b"utf-8"):
+        raise Problem(400, "charset", f"a form in {charset[:32]!a}, expected utf-8")
+    async with request.form(max_files=max_files, max_fields=max_fields) as form:
+        yield form
 
 
 def checked(model: type[Parsed], values: Mapping[str, Any]) -> Parsed:
@@ -170,6 +193,7 @@ def add_handlers(app: FastAPI, limits: Limits) -> None:
     app.add_exception_handler(DataError, _unfit_problem)
     app.add_exception_handler(ValueError, _value_problem)
     app.add_exception_handler(OSError, _file_problem)
+    app.add_exception_handler(ClientDisconnect, _cut_problem)
     app.add_exception_handler(Exception, _bug)
 
 
@@ -234,6 +258,11 @@ def _store_problem(limits: Limits) -> Callable[[Request, Exception], Awaitable[R
 async def _conflict_problem(_request: Request, _exc: Exception) -> Response:
     detail = "something there has this name or token already"
     return problem_response(Problem(409, "conflict", detail))
+
+
+async def _cut_problem(request: Request, _exc: Exception) -> Response:
+    """For the log: who would read the answer has gone."""
+    return await _http_problem(request, Problem(400, "cut", "the body ended before its length"))
 
 
 async def _file_problem(request: Request, exc: Exception) -> Response:

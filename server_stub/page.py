@@ -33,7 +33,7 @@ from . import (
     webhooks,
 )
 from .audit import Who
-from .http import Note, Parts, change
+from .http import Note, Parts, change, form_of
 from .messages import Id
 from .page_base import HERE, Away, Guard, Renderer, headers, same_page
 from .problems import Problem
@@ -102,11 +102,12 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
 
     @app.post("/-/login", include_in_schema=False)
     async def login(request: Request) -> Response:
-        form = await request.form()
+        async with form_of(request) as form:
+            name, password = str(form.get("name", ""))[:64], str(form.get("password", ""))[:300]
+            vouching = "vouched" in form
         vouched = await _vouched_for(parts, request)
-        if vouched and "vouched" in form:
+        if vouched and vouching:
             return await enter(request, vouched)
-        name, password = str(form.get("name", ""))[:64], str(form.get("password", ""))[:300]
         address = request.client.host if request.client else "?"
         try:
             throttle.check(f"name {name}", f"address {address}")
@@ -121,7 +122,8 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
     @app.post("/-/logout", include_in_schema=False)
     async def logout(request: Request) -> Response:
         session = await guard(request)
-        same_page(session, await request.form())
+        async with form_of(request) as form:
+            same_page(session, form)
         value = request.cookies.get(auth.COOKIE, "")
         await parts.store.awrite(lambda c: auth.close_session(c, value))
         response = RedirectResponse("/-/login", 303)

@@ -130,7 +130,8 @@ class Guard:
 
 def same_page(session: Any, form: Any) -> None:
     """Raises Problem 403 where a form doesn't hold its session's token."""
-    if not hmac.compare_digest(str(form.get("csrf", "")), session.csrf):
+    presented = str(form.get("csrf", "")).encode("utf-8", "surrogatepass")
+    if not hmac.compare_digest(presented, session.csrf.encode()):
         raise Problem(403, "csrf", "this form is not from this page: reload it")
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection
 
 from . import api_admin, api_firmware, api_fleet, api_rollouts, releases, rollouts
-from .http import Note, Parts, change, checked, refused_value
+from .http import Note, Parts, change, checked, form_of, refused_value
 from .messages import Name
 from .page_base import Guard, Renderer, fields, same_page, who
 from .problems import Problem
@@ -62,7 +62,7 @@ def add_routes(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
     @app.post(UPLOAD, include_in_schema=False)
     async def upload(request: Request) -> Response:
         session = await guard.role(request, "operator")
-        async with request.form(max_files=17, max_fields=8) as form:
+        async with form_of(request, max_files=api_firmware.MAX_FILES) as form:
             same_page(session, form)
             try:
                 await api_firmware.upload_one(parts, who(session), form)
@@ -74,7 +74,7 @@ def add_routes(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
 def _add(app: FastAPI, parts: Parts, render: Renderer, guard: Guard, form: _Form) -> None:
     async def handle(request: Request) -> Response:
         session = await guard.role(request, form.role)
-        async with request.form(max_files=1, max_fields=40) as sent:
+        async with form_of(request, max_files=1, max_fields=40) as sent:
             same_page(session, sent)
             values = await fields(sent)
         at = request.path_params

@@ -1,25 +1,24 @@
 """Releases: those found in the published tree, and those uploaded, which are put into it.
 
-An upload is judged by the device's own code before a byte of it lies where it could be offered:
-signature, manifest, size and hash of each payload, the image's own digest. Files are named by
-their content; the signed release is written after them, and the row in the database last.
+What ``uploads`` has judged is stored so that nothing is offered that is not whole: files are named
+by their content; the signed release is written after them, and the row in the database last.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import secrets
 import time
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from sqlalchemy import Connection, select, update
 
-from twinslot import base64url, espimage, jws, semver
 from twinslot import release as rules
+from twinslot import semver
 from twinslot.errors import OtaError
 
 from . import stages
@@ -164,91 +163,20 @@ def _md5(path: Path) -> str | None:
 # ---- uploads
 
 
-def check_upload(
-    site: Site, token: bytes, files: Mapping[str, BinaryIO], limit: int
-) -> tuple[rules.Release, dict[str, BinaryIO]]:
-    """Judge an upload; return the release and its payloads by URL.
-
-    Args:
-        site: holds the keys.
-        token: the signed release.
-        files: uploaded payloads by SHA-256.
-        limit: bytes of an image or a payload.
-
-    Raises:
-        Problem: refused, and why.
-    """
-    try:
-        product = rules.parse(base64url.b64url_decode(token.split(b".")[1])).product
-        trusted = site.trusted(product)
-        if trusted is None:
-            raise Problem(409, "no_keys", "started without --keys, the server can't verify")
-        release = rules.parse(jws.verify(token, trusted, rules.TYPE))
-    except (ChannelError, OtaError) as exc:
-        raise Problem(422, exc.code, " ".join(str(exc).split())) from None
-    except (IndexError, ValueError):
-        raise Problem(422, "format", "release: expected a compact JWS") from None
-    image = release.firmware
-    found: dict[str, BinaryIO] = {}
-    if image.size > limit:
-        raise Problem(413, "too_large", f"image of {image.size} bytes, at most {limit}")
-    for payload in image.payloads:
-        if not site.is_payload(payload.url):
-            raise Problem(422, "payload", f"{payload.url}: not a name in the tree")
-        digest = Path(payload.url).stem
-        if payload.size > limit:
-            raise Problem(413, "too_large", f"payload of {payload.size} bytes, at most {limit}")
-        file = files.get(digest)
-        if file is None:
-            raise Problem(422, "payload", f"{payload.url} was not uploaded with it")
-        size = file.seek(0, os.SEEK_END)
-        if size != payload.size:
-            raise Problem(422, "size", f"{payload.url}: {size} bytes, expected {payload.size}")
-        _check_payload(file, payload, image)
-        found[payload.url] = file
-    return release, found
-
-
-def _check_payload(file: BinaryIO, payload: rules.Payload, image: rules.Image) -> None:
-    if payload.patch is not None:
-        return  # needs the board's own image; a board that can't use it takes the next one
-    file.seek(0)
-    if payload.encoding == "gzip":
-        if _gunzipped_digest(file, image.size) != image.sha256:
-            raise Problem(422, "checksum", f"{payload.url}: does not unpack to the image")
-        return
-    if hash_of(file) != image.sha256:
-        raise Problem(422, "checksum", f"{payload.url}: SHA-256 is not the release's")
-
-    def read(offset: int, buf: bytearray) -> None:
-        file.seek(offset)
-        piece = file.read(len(buf))
-        buf[: len(piece)] = piece
-
-    try:
-        length, build = espimage.identify(read, image.size)
-    except OtaError as exc:
-        raise Problem(422, exc.code, exc.message) from None
-    if (length, build) != (image.size, image.build):
-        raise Problem(422, "image", "the image is another build than the release says")
-
-
-def _gunzipped_digest(file: BinaryIO, limit: int) -> str | None:
-    digest = hashlib.sha256()
-    total = 0
-    data = file.read()
-    while data:
-        stage = zlib.decompressobj(zlib.MAX_WBITS | 16)
-        try:
-            piece = stage.decompress(data, limit - total + 1)
-        except zlib.error:
-            return None
-        total += len(piece)
-        if total > limit or not stage.eof:
-            return None
-        digest.update(piece)
-        data = stage.unused_data
-    return digest.hexdigest()
+def plain_images(connection: Connection, site: Site, release: rules.Release) -> dict[str, Path]:
+    """Where the plain images lie that a release's patches are for, by build."""
+    builds = {payload.base for payload in release.firmware.payloads if payload.patch is not None}
+    rows = connection.execute(
+        select(releases).where(
+            releases.c.product == release.product, releases.c.build.in_(sorted(builds))
+        )
+    )
+    found = {}
+    for row in rows:
+        for blob in row.blobs:
+            if blob.endswith(f"/{row.sha256}.bin") and (site.root / blob).is_file():
+                found[row.build] = site.root / blob
+    return found
 
 
 def hash_of(file: BinaryIO) -> str:
@@ -266,20 +194,23 @@ def store_files(
     """
     product = site.root / release.product
     path = product / "r" / f"{release.version}.jws"
-    if path.exists() and path.read_bytes() != token:
-        raise Problem(
-            409, "exists", f"{release.product} {release.version} exists: a version never changes"
-        )
+    if path.exists():
+        _check_same(path, release, token)
     for url, file in files.items():
         _store(product / url, file)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        try:
+        with contextlib.suppress(FileExistsError):
             write_new(path, token, 0o644)
-        except FileExistsError:
-            if path.read_bytes() != token:
-                raise Problem(409, "exists", f"{release.version} exists") from None
+    _check_same(path, release, token)  # another upload may have been quicker
     return path.relative_to(site.root).as_posix()
+
+
+def _check_same(path: Path, release: rules.Release, token: bytes) -> None:
+    if path.read_bytes() != token:
+        raise Problem(
+            409, "exists", f"{release.product} {release.version} exists: a version never changes"
+        )
 
 
 def _store(path: Path, file: BinaryIO) -> None:

@@ -45,7 +45,7 @@ class Token:
 
     def matches(self, presented: str) -> bool:
         """Compare without telling by the time taken how much was right."""
-        digest = hashlib.sha256(presented.encode("utf-8", "surrogateescape")).digest()
+        digest = hashlib.sha256(presented.encode("utf-8", "surrogatepass")).digest()
         return hmac.compare_digest(digest, self.digest)
 
 

@@ -31,13 +31,13 @@ class Client:
     """httpx over ASGI, without the async."""
 
     def __init__(self, app: Any):
-        self._runner = asyncio.Runner()
+        self.runner = asyncio.Runner()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         self._client = httpx.AsyncClient(transport=transport, base_url="http://fleet")
         self.cookies = self._client.cookies
 
     def request(self, method: str, url: str, **options: Any) -> httpx.Response:
-        return self._runner.run(self._client.request(method, url, **options))
+        return self.runner.run(self._client.request(method, url, **options))
 
     def get(self, url: str, **options: Any) -> httpx.Response:
         return self.request("GET", url, **options)
@@ -45,9 +45,19 @@ class Client:
     def post(self, url: str, **options: Any) -> httpx.Response:
         return self.request("POST", url, **options)
 
+    def together(self, *requests: tuple[str, str, dict[str, Any]]) -> list[httpx.Response]:
+        """Ask all at once; each is method, URL and options."""
+
+        async def ask() -> list[httpx.Response]:
+            return await asyncio.gather(
+                *(self._client.request(m, url, **options) for m, url, options in requests)
+            )
+
+        return self.runner.run(ask())
+
     def close(self) -> None:
-        self._runner.run(self._client.aclose())
-        self._runner.close()
+        self.runner.run(self._client.aclose())
+        self.runner.close()
 
 
 class Fleet:

@@ -1,5 +1,6 @@
 """The fleet's commands, against a server process: what they print, and their exit codes."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import servers
 import typer
 from fleet import Board, Fleet
+from test_uploads import form_of
 
 from twinslot_tools import fleet_cli, keys
 from twinslot_tools.fleet_http import Api
@@ -241,6 +243,27 @@ def test_refusals_are_one_line_and_exit_code_1(server):
     assert "unauthorized" in call(server, "device", "list", code=1, TWINSLOT_TOKEN="wrong")
     gone = call(server, "rollout", "list", code=1, TWINSLOT_URL="https://127.0.0.1:1")
     assert gone.startswith("twinslot: https://127.0.0.1:1: ") and gone.count("\n") == 1
+
+
+def test_an_image_that_can_not_boot_is_refused_by_what_is_wrong_with_it(server, tmp_path):
+    """The whole image is signed and hashed as it is: what is wrong is a bit of its code."""
+    image = bytearray(servers.firmware("1.4.0"))
+    image[5000] ^= 1
+    image[-32:] = hashlib.sha256(image[:-32]).digest()
+    form = dict(form_of(bytes(image), version="1.4.0"))
+    product = tmp_path / servers.PRODUCT
+    digest = hashlib.sha256(image).hexdigest()
+    for path, content in (
+        (product / "r" / "1.4.0.jws", form["release"][1]),
+        (product / "blobs" / digest[:2] / f"{digest}.bin", form["file"][1]),
+    ):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    upload = "release", "upload", tmp_path, servers.PRODUCT, "1.4.0"
+    error = call(server, *upload, code=1)
+    assert error.startswith("twinslot: image: blobs/") and error.count("\n") == 1
+    assert "checksum 0x" in error
+    assert "1.4.0" not in call(server, "release", "list")
 
 
 class Remote(Fleet):

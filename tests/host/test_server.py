@@ -674,6 +674,32 @@ def test_a_body_that_never_comes_is_not_waited_for(site):
         assert connection.recv(4096).startswith(b"HTTP/1.1 408")
 
 
+HALF = b"--b\r\nContent-Disposition: form-data; na"
+
+
+@pytest.mark.parametrize("role", ["device", "operator"])
+@pytest.mark.parametrize(
+    "path", ["/api/v1/check-update", "/api/v1/rollouts", "/api/v1/firmware/upload", "/-/login"]
+)
+def test_a_body_that_is_cut_or_longer_than_announced_is_no_failure_of_the_server(
+    server, path, role
+):
+    """I6: it stands in the log as refused, without a traceback, and the next one is answered."""
+    told = len(server.log())
+    for length in (len(HALF) + 9, len(HALF) - 9):
+        lines = [f"POST {path} HTTP/1.1", "Host: x", f"Content-Length: {length}"]
+        lines += ["Content-Type: multipart/form-data; boundary=b"]
+        lines += [f"Authorization: Bearer {server.token(role)}", "", ""]
+        with raw(server) as connection:
+            connection.sendall("\r\n".join(lines).encode() + HALF)
+            if length < len(HALF):
+                assert connection.recv(4096).startswith(b"HTTP/1.1 4")
+    with raw(server) as connection:
+        connection.sendall(b"HEAD /x HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 404")
+    assert "error" not in {line["level"] for line in server.log()[told:]}
+
+
 def test_a_reader_that_stops_reading_is_dropped(tmp_path):
     site = tmp_path / "site"
     publish_version(site, "1.1.0")
