@@ -249,7 +249,7 @@ class Site:
             self._ends.pop(product, None)
             return self._keys
         try:
-            version, expires, keys = keyring.parse(file.content, self._roots, product)
+            version, expires, keys, _ = keyring.parse(file.content, self._roots, product)
         except OtaError as exc:
             raise ChannelError("bad_keyring", f"{product}/keyring.jws: {exc}") from exc
         self._ends[product] = math.inf if expires is None else expires

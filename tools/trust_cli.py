@@ -269,7 +269,7 @@ def _judged(
     header, payload = _peek(token)
     product = payload.get("product")
     if header.get("typ") == keyring.TYPE:
-        version, _, listed = keyring.parse(token, roots, product, demo=True)
+        version, _, listed, _ = keyring.parse(token, roots, product, demo=True)
         return {"type": "keyring", "product": product, "version": version, "keys": list(listed)}
     if ring is not None:
         trusted = keyring.parse(tree.token(ring).strip(), roots, product, demo=True)[2]

@@ -32,8 +32,10 @@ from .trust import Trust
 _BACKOFF_S = 60
 _BACKOFF_MAX_S = 3600
 _RETRY_AFTER_MAX_S = 6 * 3600
+_POLL_MIN_S = 30  # for offers, which are not signed
 _BOOT_SPREAD_S = 300  # boards that get power together poll within this, not at once
 _TRIES = 3  # downloads of one release, then it rests: flash wears and data costs
+_TRIES_IN_ALL = 9  # of whatever releases, within a rest of each other; then all of them rest
 _REST_S = 6 * 3600
 _DAY_S = 86400
 _POSTPONE_MAX_S = _DAY_S  # an application that is never ready gets its update all the same
@@ -77,7 +79,7 @@ class Agent:
         self._clock = Clock(
             ntp=s["ntp"],
             last=self._journal.get("time", int),
-            floor=max(BUILD_FLOOR, self._journal.get("issued", int)),
+            floor=self._floor(),
         )
         # The clock began anew with this start, which is not counted yet.
         self._anew = self._clock.state == "unknown"
@@ -93,9 +95,9 @@ class Agent:
         self._updating = None  # the task that does
         self._watch = None  # the task that feeds the guard
         self._base = s["url"]  # or that of a mirror, until the poll ends
-        self._done = None  # release that needs no second look
+        self._done = None  # name of a release that needs no second look today; see _look_past
         # CRC-32 of a release's name, polls in which it failed to come (and then starts without a
-        # clock), the last poll's time
+        # clock), the last poll's time, polls in which any failed
         self._tried = self._journal.get("tried", list)
         self._counted = False  # this poll among them
         self._fetching = False  # so that a failure is one of the download
@@ -453,12 +455,12 @@ class Agent:
             unload()
         await self._renew_keys(offer.keyring)
         if offer.poll:
-            self._poll_s = offer.poll
+            self._poll_s = max(offer.poll, min(self._settings["poll"], _POLL_MIN_S))
         url = offer.release
         name = self._name(url)
         if (
             url is None
-            or ((name == self._done or self._rests(name)) and not force)
+            or ((self._is_done(name) or self._rests(name)) and not force)
             or not self._is_chosen(offer)
         ):
             self._emit("idle", version=self.version())
@@ -491,7 +493,7 @@ class Agent:
             # no word on the release itself.
             if report["build"] and not exc.retry:
                 # Said once: what the board can't take now it will not take at the next poll.
-                self._done = name
+                self._look_past(name)
             if not isinstance(exc, errors.KnownBadError):  # that was told when it was rolled back
                 self._journal.add_to_log(report["version"], "failed", exc.message)
                 await self._report(report, "failed", exc)
@@ -534,6 +536,21 @@ class Agent:
         """What a release is called at the server and all its mirrors."""
         return url[len(self._base) :] if url and url.startswith(self._base) else url
 
+    def _floor(self):
+        """Unix seconds that have passed for certain: the newest date signed by whom we trusted."""
+        return max(BUILD_FLOOR, self._journal.get("issued", int))
+
+    def _look_past(self, name):
+        """Fetch this release no more, for a day: its name is not signed, and who held the server
+        for an hour may have given it to another one."""
+        self._done = name
+        self._done_ms = time.ticks_ms()
+
+    def _is_done(self, name):
+        if name != self._done:
+            return False
+        return 0 <= time.ticks_diff(time.ticks_ms(), self._done_ms) < _DAY_S * 1000
+
     def _rests(self, name):
         """True while a release that could not be downloaded several times is left alone, also
         after a reboot or deep sleep: for six hours. Where the clock begins anew with the power,
@@ -541,7 +558,7 @@ class Agent:
         tries = self._tries(name)
         if tries < _TRIES or self._counted:  # a mirror is asked in the same poll
             return False
-        crc, _, last = self._tried
+        last, in_all = self._tried[2:]
         rested = int(time.time()) - last
         if rested < 0:  # the clock began anew with this boot
             rested = time.ticks_ms() // 1000  # pyright: ignore (a number, whatever it wraps at)
@@ -552,13 +569,16 @@ class Agent:
         if not self._anew or self._clock.trusted:
             return True
         self._anew = False
-        self._tried = [crc, tries + 1, last]
+        self._tried = [binascii.crc32(name.encode()), tries + 1, last, in_all]
         self._note(tried=self._tried)
         return tries & (tries + 1) != 0
 
     def _tries(self, name):
-        crc = binascii.crc32(name.encode())
-        return self._tried[1] if len(self._tried) == 3 and self._tried[0] == crc else 0
+        if len(self._tried) != 4:
+            return 0
+        if self._tried[0] == binascii.crc32(name.encode()):
+            return self._tried[1]
+        return _TRIES if self._tried[3] >= _TRIES_IN_ALL else 0
 
     def _is_running(self, manifest, name):
         """The offered image already runs, confirmed. It may go by a newer version (never by an
@@ -572,7 +592,7 @@ class Agent:
         ):
             self._emit("idle", version=self.version())
             return
-        self._done = name
+        self._look_past(name)
         from . import semver
 
         versions = dict(self._journal.get("versions"))
@@ -640,6 +660,7 @@ class Agent:
             return
         if taken:
             self._done = None  # what an unknown key has signed may hold now
+            self._clock.floor = self._floor()
             self._tried = []
             self._emit("keyring", version=taken)
 
@@ -664,7 +685,7 @@ class Agent:
             failed,
             self._slot.size,
         )
-        release.judge(manifest, board)
+        release.judge(manifest, board, self._clock.earliest)
 
     async def _permit(self, step, manifest):
         """Ask the application; return when it agrees or its time to postpone is over."""
@@ -727,7 +748,11 @@ class Agent:
 
     def _count(self, name):
         self._anew = False  # this start was a try
-        self._tried = [binascii.crc32(name.encode()), self._tries(name) + 1, int(time.time())]
+        now = int(time.time())
+        in_all = 1
+        if len(self._tried) == 4 and 0 <= now - self._tried[2] < _REST_S:
+            in_all += self._tried[3]
+        self._tried = [binascii.crc32(name.encode()), self._tries(name) + 1, now, in_all]
         self._note(tried=self._tried)
 
     def _note(self, **changes):

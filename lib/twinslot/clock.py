@@ -21,8 +21,8 @@ Where the time comes from, the best first, and what it is good for:
 
 (*) unless ``trust_rtc=True``, for boards with a battery-backed clock set by the application.
 
-*Trusted* times may judge whether a release has expired. Others never do: they only let a TLS
-handshake get past "not valid before".
+*Trusted* times may judge whether a release has expired, and so may the newest signed date of what
+was installed. Others never do: they only let a TLS handshake get past "not valid before".
 
 A clock that is wrong, by accident or by attack, must not stay wrong for ever:
 - Nothing earlier than the bound is believed, and nothing later than 20 years after it.
@@ -79,7 +79,7 @@ class Clock:
     Args:
         ntp: "host", "host:port", or "" for no NTP.
         last: time stored by an earlier boot (from lasting()), or 0.
-        floor: no earlier time is possible.
+        floor: no earlier time is possible. Kept, and may be changed.
         trust_rtc: the RTC as found at boot was set by somebody who knew.
         read, set_rtc: functions to read and set the RTC, in Unix seconds.
 
@@ -108,7 +108,7 @@ class Clock:
         self._read = read or _read_rtc
         self._set_rtc = set_rtc or _set_rtc
         self._offset = 0  # what the RTC lacks, where it can't be set
-        self._signed = floor
+        self.floor = self._signed = floor
         self._bound = max(floor, min(last, floor + _YEAR))
         self._source = None
         self._asked = 0  # RTC reading when NTP last answered
@@ -138,6 +138,12 @@ class Clock:
     def now(self):
         """Return the time in Unix seconds, or None where it is unknown."""
         return None if self.state == "unknown" else self._time()
+
+    @property
+    def earliest(self):
+        """Unix seconds that have passed: the time where it is trusted, else ``floor``. What
+        expired before them has expired."""
+        return self._time() if self._source else self.floor
 
     def lasting(self):
         """Return the time that may be stored as ``last`` for the next boot, or None."""

@@ -44,7 +44,7 @@ def fits(key, value):
         return _row(value, str, str, int)
     if key == "spent":
         return _row(value, int, int)
-    return key != "tried" or _row(value, int, int, int)
+    return key != "tried" or _row(value, int, int, int, int)
 
 
 def _row(value, *kinds):

@@ -16,8 +16,8 @@ Keys: ``trial`` what was activated and is not yet confirmed, ``confirmed`` the l
 was, ``versions`` {build: version}, ``failed`` [[build, version, reason, tries]], ``floor`` the
 highest security version confirmed, ``time`` the last time that may be believed at the next boot,
 ``issued`` the newest signed date, ``reports`` those not yet delivered, ``spent`` [day, bytes] and
-``tried`` [release, times, time] what downloads have cost, ``waiting`` [build, attempt, release]
-what is in the other slot and may be installed later. Two numbers of their own: ``starts`` that
+``tried`` [release, times, time, times of any] what downloads have cost, ``waiting`` [build,
+attempt, release] what is in the other slot and may be installed later. Two numbers of their own: ``starts`` that
 failed in a row, ``fetch`` which release was being downloaded when the board was reset.
 
 Source: ESP-IDF nvs_flash, "Internals"; MicroPython ports/esp32/esp32_nvs.c.
@@ -213,7 +213,10 @@ class Journal:
         if time.gmtime()[0] > 2024:
             now = int(time.time()) + (946684800 if time.gmtime(0)[0] == 2000 else 0)
         entries = self.log()[1 - _LOG_KEEP :]
-        entries.append([now, version, status, reason[:REASON]])
+        reason = "".join(
+            c if " " <= c <= "~" else "?" for c in reason[:REASON]
+        )  # may quote anybody
+        entries.append([now, version, status, reason])
         body = json.dumps({"log": entries}).encode()
         while len(body) + 5 > LIMIT:
             del entries[0]

@@ -10,12 +10,14 @@ releases, for good. With ``"root": [JWK...]`` as well, or instead, a root replac
 air by a keyring: a JWS of type ``twinslot-keyring+jws`` around
 
     {"schema": 1, "product": "sensor-node", "version": 7,
-     "expires": "2027-11-20T09:00:00Z", "keys": [JWK...]}
+     "expires": "2027-11-20T09:00:00Z", "keys": [JWK...], "security_floor": 3}
 
 - Signed by any one of the roots. A root signs nothing else: no release, and it can't be among
   the keys it lists. Roots themselves change by cable only.
 - Only a higher version is taken; a key is revoked by leaving it out. ``expires`` and ``product``
   may be absent; an expired one is taken (what it revokes stays revoked) and then trusts nobody.
+- ``security_floor``, mostly absent, sets the board's floor once, when the keyring is taken: a
+  stolen release key can raise it beyond what its owner could ever sign.
 - It lies beside the key file, written under another name and renamed, and is verified whenever it
   is read. The journal keeps its version: where the file is lost or damaged, no key is trusted,
   least of all those of the key file, until a keyring of that version or a higher one has come.
@@ -71,7 +73,7 @@ class Keyring:
         """Return ``{kid: modulus}`` of the keys that may sign a release now.
 
         Args:
-            now: seconds since 1970 where the clock can be trusted, else None.
+            now: seconds since 1970, or what is known to have passed of them; None for unknown.
 
         Raises:
             KeyringError: the keyring is lost or has expired, or has yet to come.
@@ -79,13 +81,12 @@ class Keyring:
         if not self._roots:
             return self._fixed
         floor = self._journal.get("keyring", int)
-        version, expires, keys = self._stored()
+        version, expires, keys, reset = self._stored()
         if version < floor or not keys:
             self._known[0] = 0  # wanted again
             raise errors.KeyringError("keyring", "none on the board", "version %d" % max(floor, 1))
         if version > floor:  # the power failed between file and journal
-            self._journal.update(keyring=version)
-            self._known[0] = version
+            self._adopt(version, reset)
         if expires is not None and now is not None and now >= expires:
             raise errors.KeyringError(
                 "keyring %d expired %d s ago: publish its successor" % (version, now - expires)
@@ -102,7 +103,7 @@ class Keyring:
             KeyringError: not by a root, malformed, of another product, or not newer.
             SpaceError: it can't be written; the one before stays.
         """
-        version = self._parse(token)[0]
+        version, _, _, reset = self._parse(token)
         # The file knows, too: a lost journal must not open the door to a revoked key.
         known = max(self._journal.get("keyring", int), self._stored()[0])
         if version <= self.version or version < known:
@@ -113,12 +114,18 @@ class Keyring:
             os.rename(self._path + ".new", self._path)
         except OSError as exc:
             raise errors.SpaceError("the keyring can't be written: %s" % exc)
-        self._journal.update(keyring=version)
+        self._adopt(version, reset)
+
+    def _adopt(self, version, reset):
+        if reset is None:
+            self._journal.update(keyring=version)
+        else:  # what a thief has signed is forgotten with it
+            self._journal.update(keyring=version, floor=reset, issued=None)
         self._known[0] = version
 
     def _stored(self):
         """The newest keyring on the board; the keys of the key file where there is none."""
-        best = (0, None, self._fixed)
+        best = (0, None, self._fixed, None)
         # The second one is there after a cut, on FAT in the place of the first.
         for path in (self._path, self._path + ".new"):
             try:
@@ -182,7 +189,7 @@ def _keep_apart(roots, keys):
 
 
 def parse(token, roots, product, demo=False):
-    """Verify a keyring and return ``(version, expires, keys)``.
+    """Verify a keyring and return ``(version, expires, keys, security_floor)``.
 
     Args:
         token: compact JWS, bytes.
@@ -190,7 +197,8 @@ def parse(token, roots, product, demo=False):
         product: that of the board.
 
     Returns:
-        version: 1 or higher; expires: seconds since 1970 or None; keys: ``{kid: modulus}``.
+        version: 1 or higher; expires: seconds since 1970 or None; keys: ``{kid: modulus}``;
+        security_floor: 0 or higher, or None.
 
     Raises:
         SignatureError: not by a root.
@@ -220,8 +228,11 @@ def parse(token, roots, product, demo=False):
             expires = parse_time(expires)
         except OtaError as exc:
             raise errors.KeyringError("keyring: expires: %s" % exc.message)
+    reset = obj.get("security_floor")
+    if reset is not None and (type(reset) is not int or not 0 <= reset <= _VERSION_MAX):
+        raise errors.KeyringError("keyring security_floor", reset, "0 to %d" % _VERSION_MAX)
     keys = keyset.load(obj, demo)
     if len(keys) > _KEYS_MAX:
         raise errors.KeyringError("keys of the keyring", len(keys), "1 to %d" % _KEYS_MAX)
     _keep_apart(roots, keys)
-    return version, expires, keys
+    return version, expires, keys, reset

@@ -75,6 +75,8 @@ def parse_time(text):
         hour, minute, second = int(text[11:13]), int(text[14:16]), int(text[17:19])
         ok = 2000 <= year < 2200 and 1 <= month <= 12 and 1 <= day <= 31
         ok = ok and hour < 24 and minute < 60 and second < 60
+        # The 31st of a month that has 30 would be the 1st of the next.
+        ok = ok and unix_time(year + month // 12, month % 12 + 1, 1) > unix_time(year, month, day)
     if not ok:
         raise errors.ReleaseError("date", str(text)[:32], "as in 2026-11-20T09:00:00Z")
     return unix_time(year, month, day, hour, minute, second)
@@ -137,8 +139,10 @@ def _payload(obj, size):
         window = _integer(obj, "window", 8, 15)
     elif encoding == "identity" and length != size:
         raise errors.ReleaseError("payload size", length, "%d, as the image" % size)
-    patch = obj.get("patch")
-    base = hexdigest(obj.get("base"), "base") if patch is not None else None
+    patch = base = obj.get("patch")
+    if patch is not None:
+        _field(obj, "patch", str)
+        base = hexdigest(obj.get("base"), "base")
     return Payload(url, encoding, length, window, patch, base)
 
 
@@ -212,10 +216,13 @@ def parse(payload):
     )
 
 
-def judge(release, board):
+def judge(release, board, earliest=0):
     """Apply the policy of design section 1: raise unless ``release`` suits ``board``.
 
     The checks that no time or place can change come first, so that a report names the gravest.
+
+    Args:
+        earliest: Unix seconds that have passed for certain, where ``board.now`` is None.
 
     Raises:
         ProductError, HardwareError, SpaceError, SecurityVersionError, VersionError,
@@ -250,8 +257,9 @@ def judge(release, board):
             raise errors.NotYetError(
                 "release issued %d s ahead of the clock" % (release.issued - now)
             )
-        if release.expires is not None and now >= release.expires:
-            raise errors.ExpiredError("release expired %d s ago" % (now - release.expires))
+        earliest = now
+    if release.expires is not None and earliest >= release.expires:
+        raise errors.ExpiredError("release expired %d s ago" % (earliest - release.expires))
     if image.build in board.failed:
         raise errors.KnownBadError("release %s failed on this board before" % release.version)
 

@@ -225,7 +225,7 @@ async def test_a_download_that_a_reset_has_ended_counts_as_one_that_did_not_come
     await installs(agent)
     assert agent._tried[1] == 1
     assert agent._journal.fetching() == 0
-    tried = [agent._tried[0], 2, agent._tried[2]]
+    tried = [agent._tried[0], 2, agent._tried[2], 2]
     agent, _ = start(world, tried=tried)
     agent._journal.set_fetching(mark)
     assert await agent.update_now() is False
@@ -714,10 +714,19 @@ def test_the_first_poll_has_a_constant_place_of_its_own():
 
 async def test_an_offer_may_set_the_pace():
     world = World()
-    world.offer = {"poll": 5}
-    agent, _ = start(world)
+    world.offer = {"poll": 50}
+    agent, _ = start(world, settings={"poll": 21600})
     await agent.update_now()
-    assert 4_000 <= agent._delay_ms() <= 6_000
+    assert 40_000 <= agent._delay_ms() <= 60_000
+
+
+async def test_no_offer_makes_a_board_ask_all_the_time_unless_it_was_set_to():
+    world = World()
+    world.offer = {"poll": 1}
+    for own, least in ((21600, 27_000), (30, 27_000), (7, 6_300), (1, 900)):
+        agent, _ = start(world, settings={"poll": own})
+        await agent.update_now()
+        assert least <= agent._delay_ms() <= least * 13 // 10, own
 
 
 # -- what is printed

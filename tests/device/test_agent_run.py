@@ -39,11 +39,15 @@ from twinslot.errors import (
     InternalError,
     KeyringError,
     NetworkError,
+    OtaError,
     ProductError,
     RefusedError,
+    SecurityVersionError,
+    SignatureError,
     SpaceError,
     TlsError,
     UnreachableError,
+    VersionError,
 )
 
 HEAP = "2M"
@@ -110,6 +114,7 @@ class Clock:
     """A clock that says what it was told to, and notes what it is told."""
 
     trusted = True
+    floor = earliest = 0
 
     def __init__(self, now=1795165300, lasting=None):
         self._now = now
@@ -791,11 +796,11 @@ async def test_a_newer_keyring_is_taken_first_and_opens_what_was_refused():
         return version if version > 1 else None
 
     world.renew = renew
-    agent, events = start(world, tried=[1, 2, 3])
+    agent, events = start(world, tried=[1, 2, 3, 4])
     await refuses(ProductError, agent)
     world.offer["keyring"] = 1
     assert await agent.update_now() is False, "nothing new"
-    assert agent._tried == [1, 2, 3]
+    assert agent._tried == [1, 2, 3, 4]
     world.offer["keyring"] = 2
     world.manifest = make_release()
     await installs(agent)
@@ -899,10 +904,10 @@ async def test_a_rest_ends_after_six_hours_and_tries_start_anew():
         for later, rests in ((0, True), (6 * 3600 - 1, True), (6 * 3600, False)):
             clock.now = 1_000_000 + later
             assert agent._rests(agent._name(world.offer["release"])) is rests
-            assert agent._tried == ([crc, 3, 1_000_000] if rests else [])
+            assert agent._tried == ([crc, 3, 1_000_000, 3] if rests else [])
             assert agent._journal.get("tried", list) == agent._tried
         await refuses(UnreachableError, agent)
-        assert agent._tried[1:] == [1, clock.now]
+        assert agent._tried[1:] == [1, clock.now, 1]
         assert agent._journal.get("tried", list) == agent._tried
 
 
@@ -1003,6 +1008,88 @@ async def test_the_last_try_before_a_rest_asks_the_mirror_too():
         assert len(world.released) == n
     assert await agent.update_now() is False
     assert len(world.released) == 6
+
+
+async def test_F31_releases_that_take_turns_rest_together():
+    """Each is genuine, and its payload is not: flash wears, and data costs, for either. What does
+    not verify must not make the count of what does begin anew."""
+    damaged = bytearray(IMAGE)
+    damaged[-40] ^= 1
+    genuine = ("2.0.0", "2.0.1"), ("2.0.0",) * 2, ["2.0.%d" % n for n in range(11)]
+    for versions in genuine:
+        world = World()
+        world.content = damaged
+        agent, _ = start(world)
+        clock = Time(1_000_000)
+        with Instead(twinslot.agent, time=clock):
+            for n in range(11):
+                version = versions[n % len(versions)]
+                world.offer = {"release": HOME + "lamp/r/%s.jws" % version}
+                world.manifest = make_release(version=version)
+                await fails_or_rests(agent)
+                world.offer = {"release": HOME + "lamp/r/no%d.jws" % n}
+                world.manifest = SignatureError("garbage")
+                await fails_or_rests(agent)
+                clock.now += 60
+            assert 3 <= len(world.fetched) <= 9
+            clock.now += 6 * 3600
+            world.content = IMAGE
+            world.offer = {"release": HOME + "lamp/r/3.0.0.jws"}
+            world.manifest = make_release(version="3.0.0")
+            await installs(agent)
+
+
+async def fails_or_rests(agent):
+    try:
+        await agent.update_now()
+    except OtaError:
+        pass
+
+
+async def test_a_name_that_once_led_to_another_release_is_good_again_after_a_day():
+    """Names are not signed: who held the server for an hour may have used that of the next."""
+    world = World(version="0.9.0")
+    agent, _ = start(world)
+    clock = Time()
+    with Instead(twinslot.agent, time=clock):
+        await refuses(VersionError, agent)
+        world.manifest = make_release()
+        clock.ticks_ms = lambda: 5000 + 86_399_000
+        assert await agent.update_now() is False
+        clock.ticks_ms = lambda: 5000 + 86_400_000
+        await installs(agent)
+
+
+async def test_an_expired_release_is_refused_without_a_clock_where_something_newer_was_signed():
+    day = 86400
+    issued = make_release().issued
+    for newest, expired in ((issued + day - 1, False), (issued + day, True), (0, False)):
+        agent, _ = start(World(expires=issued + day), issued=newest)
+        assert not agent._clock.trusted
+        if expired:
+            await refuses(ExpiredError, agent)
+        else:
+            await installs(agent)
+
+
+async def test_F78_a_root_takes_back_a_floor_and_a_date_that_a_thief_has_signed():
+    """The thief of a release key names the image that runs, with numbers of his own."""
+    f = make_release().firmware
+    running = release.Image(f.slot, f.chip_id, f.size, f.sha256, OWN, f.payloads)
+    world = World(version="1.0.5", firmware=running, security_version=(1 << 30) - 1)
+    agent, _ = start(world, issued=4_000_000_000)
+    assert await agent.update_now() is False
+    world.offer = {"release": HOME + "lamp/r/2.0.0.jws", "keyring": 2}
+    world.manifest = make_release(expires=1_800_000_000)
+    agent._done = None
+    await refuses(SecurityVersionError, agent)
+
+    async def renew(client, version, base):  # as Keyring.take does
+        agent._journal.update(keyring=version, floor=3, issued=None)
+        return version
+
+    world.renew = renew
+    await installs(agent)
 
 
 async def test_a_try_counts_once_however_many_mirrors_failed():

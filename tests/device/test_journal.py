@@ -154,7 +154,7 @@ def test_what_has_another_shape_inside_is_nothing_known_and_the_rest_is_kept():
         "reports": [report(1, "crash")],
         "waiting": [OTHER, "a1", 7],
         "spent": [20000, 5],
-        "tried": [7, 2, 100],
+        "tried": [7, 2, 100, 3],
     }
     misshapen = {
         "trial": ([], {"build": 1}, {"version": 3}, {"back": None}, {"boots": "1"}, {"hang": []}),
@@ -163,7 +163,7 @@ def test_what_has_another_shape_inside_is_nothing_known_and_the_rest_is_kept():
         "reports": ({}, [1], [{}], [{"status": "failed"}], [[]]),
         "waiting": ({}, [OTHER], [OTHER, "a1", "7"], [1, 2, 3, 4]),
         "spent": ({}, [1], [1, "2"], [1, 2, 3]),
-        "tried": ({}, [1, 2], [1, 2, None]),
+        "tried": ({}, [1, 2, 3], [1, 2, 3, None]),
     }
     store(framed(json.dumps(whole).encode()))
     journal = read_back()
@@ -395,6 +395,13 @@ def test_the_log_keeps_the_newest_however_long_they_are():
         journal.add_to_log("1.0.%d" % n, "confirmed")
     assert [e[1] for e in read_back().log()][-3:] == ["1.0.37", "1.0.38", "1.0.39"]
     assert len(read_back().log()) == 16
+
+
+def test_F103_a_log_holds_nothing_that_moves_the_cursor_of_a_terminal():
+    """A reason may quote the header of a release that nobody has signed."""
+    journal = bench.new_journal()
+    journal.add_to_log("", "failed", "kid \x1b[2J\r\n1 9.9.9 confirmed \u2028\x07~")
+    assert read_back().log()[0][3] == "kid ?[2J??1 9.9.9 confirmed ??~"
 
 
 def test_an_overlong_log_loses_its_oldest_entry_and_no_more_than_it_must():

@@ -107,6 +107,11 @@ class Clock:
         self.trusted = trusted
         self._now = now
         self.heard = []
+        self.floor = 0
+
+    @property
+    def earliest(self):
+        return self._now if self.trusted else self.floor
 
     def now(self):
         return self._now
@@ -197,6 +202,8 @@ async def test_F36_an_expired_keyring_trusts_nobody_where_the_time_is_known():
     await fails(KeyringError, board.release(site, RELEASE_URL))
     clock.trusted = False
     assert (await board.release(site, RELEASE_URL)).version == "2.0.0"
+    clock.floor = NOW - 3599  # something newer was signed, and is installed
+    await fails(KeyringError, board.release(site, RELEASE_URL))
 
 
 async def test_F41_a_frozen_tree_is_good_until_its_keyring_expires_and_no_longer():

@@ -157,7 +157,7 @@ def _journals() -> list[bytes]:
             "failed": [["c", "1.0.0", "crash", 3]],
             "reports": [report],
             "waiting": ["d", "a", 7],
-            "tried": [7, 2, 100],
+            "tried": [7, 2, 100, 3],
         },
         {"log": [[0, "1.0.0", "failed", "crash"]]},
     ]

@@ -126,6 +126,37 @@ def test_a_key_file_with_a_root_alone_waits_for_its_first_keyring(tmp_path):
     assert device.trusts() == {kid("first")}
 
 
+def test_F78_the_root_may_set_the_security_floor_once_and_by_a_new_keyring_only(device):
+    device.boot()
+    device.journal.update(floor=2**30 - 1, issued=4_000_000_000)
+    device.boot().take(keyring(1, "second"))
+    assert device.journal.get("floor", int) == 2**30 - 1, "without a word on it, it stays"
+    token = keyring(2, "third", security_floor=4)
+    device.boot().take(token)
+    assert device.journal.get("floor", int) == 4
+    assert device.journal.get("issued", int) == 0
+    device.journal.update(floor=6)  # by a release that was confirmed
+    with pytest.raises(KeyringError, match="higher than 2"):
+        device.boot().take(token)
+    assert device.trusts() == {kid("third")}
+    assert device.journal.get("floor", int) == 6
+
+
+def test_F78_a_floor_is_set_as_well_where_the_power_failed_before_the_journal(device):
+    device.boot().take(keyring(1, "first"))
+    device.journal.update(floor=9)
+    (device.folder / "keyring.jws").write_bytes(keyring(2, "second", security_floor=0))
+    assert device.trusts() == {kid("second")}
+    assert device.journal.get("floor", int) == 0
+
+
+@pytest.mark.parametrize("floor", [-1, 2**30, True, "1", [1], {}], ids=str)
+def test_F78_a_floor_of_a_keyring_has_one_type_and_range(device, floor):
+    with pytest.raises(KeyringError, match="security_floor"):
+        device.boot().take(keyring(1, "second", security_floor=floor))
+    assert device.trusts() == {kid("first")}
+
+
 # ---- time
 
 

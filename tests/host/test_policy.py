@@ -327,7 +327,7 @@ SLIPS = {
     "below the floor": ("release", "release.security_version < board.floor", "False"),
     "another product": ("release", "release.product != board.product", "False"),
     "other hardware": ("release", "board.hardware not in release.hardware", "False"),
-    "expired": ("release", "now >= release.expires", "False"),
+    "expired": ("release", "earliest >= release.expires", "False"),
     "not yet": ("release", "release.issued - now > _AHEAD_S", "False"),
     "failed before": ("release", "image.build in board.failed", "False"),
     "a wrong signature": ("jws", "not _pss_holds(", "None is _pss_holds("),

@@ -131,6 +131,8 @@ BAD = [
     *({"images": with_payload(encoding=e)} for e in (None, 1, [])),
     *({"images": with_payload(encoding="gzip", window=w)} for w in (None, 7, 16, -1, "12", 12.0)),
     *({"images": with_payload(patch="detools", base=b)} for b in DIGESTS),
+    *({"images": with_payload(patch=p, base="ab" * 32)} for p in (5, True, ["detools"], {})),
+    *({"issued": f"2026-{day}T09:00:00Z"} for day in ("02-29", "04-31", "00-01", "13-01")),
 ]
 
 
@@ -229,11 +231,15 @@ def taken(**changes):
 
 def test_each_part_of_a_date_has_its_range_and_each_character_its_place():
     good = "2026-11-20T09:00:00Z"
-    ranges = {5: (1, 12), 8: (1, 31), 11: (0, 23), 14: (0, 59), 17: (0, 59)}
+    ranges = {5: (1, 12), 8: (1, 30), 11: (0, 23), 14: (0, 59), 17: (0, 59)}
     for at, (low, high) in ranges.items():
         for n in range(100):
             text = good[:at] + f"{n:02}" + good[at + 2 :]
             assert taken(issued=text) == (low <= n <= high), text
+    for month, days in enumerate((31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31), 1):
+        for day in (days, days + 1):
+            assert taken(issued=f"2026-{month:02}-{day:02}{good[10:]}") == (day == days)
+    assert [taken(issued=f"{year}-02-29{good[10:]}") for year in (2028, 2100)] == [True, False]
     for year in (1999, 2000, 2199, 2200):
         assert taken(issued=f"{year}{good[4:]}") == (2000 <= year < 2200)
     for at, c in itertools.product(range(20), map(chr, range(32, 127))):
