@@ -262,9 +262,10 @@ class Agent:
             from . import wifi
 
             self._network = asyncio.create_task(persist(lambda: wifi.keep(wlan, self.device_id)))
-        # After a trial or a rollback the news is told at once; boards that merely got power back
-        # spread their first poll.
-        if self._verdict == "idle" and not self._journal.get("reports", list):
+        # After a trial or a rollback the news is told at once; after a reset because the next one
+        # may come soon. Boards that merely got power back spread their first poll.
+        calm = self._verdict == "idle" and not self._journal.starts()
+        if calm and not self._journal.get("reports", list):
             await asyncio.sleep_ms(self._first_delay_ms())
         for report in self._journal.get("reports", list):
             if report["status"] == "rolledback":

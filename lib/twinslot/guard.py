@@ -8,7 +8,10 @@ the agent is reached, whatever the application does. A ``machine.Timer`` resets 
 somebody calls ``feed`` in time, which the agent does from the event loop. On a trial boot such a
 reset returns to the old slot. On any other, starts that fail are counted, and after the fifth in a
 row the agent runs alone, without ``main.py``, for an hour: a release that mends the application
-can arrive. (At the prompt, ``twinslot.guard.stop()`` ends the watch.)
+can arrive. (At the prompt, ``twinslot.guard.stop()`` ends the watch.) Soft resets, by which tools
+on the cable work as well as an application that ends, and resets without a known cause count a
+twentieth. Power-on, which is also brown-out and the EN pin, and wake-up count nothing: they are a
+board's daily life, and cost no flash write.
 
 A loop that hangs inside C code does not run timers; for that there is the hardware watchdog
 (``wdt`` in seconds), which the same timer feeds, and which can't be stopped until the next reset.
@@ -22,6 +25,7 @@ import sys
 import machine
 
 _STARTS = 5  # that fail in a row, then the agent runs alone
+_SOFT_STARTS = 20  # soft resets that count as one of these
 _ALONE_S = 3600  # then the application gets another chance
 _GC_THRESHOLD = 8192  # bytes
 _PWRON = 1  # machine.PWRON_RESET
@@ -81,11 +85,10 @@ def _boot(cause, config, patience):
     if _verdict == "trial":
         print("twinslot: guard: this boot is a trial")
         feed(journal.get("trial").get("hang") or patience)
-    elif cause not in (_PWRON, _DEEPSLEEP, _SOFT, _UNKNOWN):
-        # Counted only where something went wrong: power-on and wake-up cost no flash write.
-        starts = journal.starts() + 1
+    elif cause not in (_PWRON, _DEEPSLEEP):
+        starts = journal.starts() + (1 if cause in (_SOFT, _UNKNOWN) else _SOFT_STARTS)
         journal.set_starts(starts)
-        if starts > _STARTS and _verdict == "idle":
+        if starts > _STARTS * _SOFT_STARTS and _verdict == "idle":
             _run_alone(journal, config)
     del health
     unload()  # before the application loads what stays: no holes between
@@ -98,7 +101,7 @@ def _run_alone(journal, config):
 
     from .agent import Agent
 
-    print("twinslot: guard: %d starts failed; the agent runs alone" % _STARTS)
+    print("twinslot: guard: starts fail; the agent runs alone")
     journal.set_starts(0)
     agent = Agent.from_config(config)  # where this fails too, main.py is all there is left
     try:

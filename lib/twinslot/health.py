@@ -19,6 +19,7 @@ from . import errors
 from .errors import OtaError
 
 TRIES = 3  # failures of a build that may not be its own fault before it counts as bad
+_WAKES = 10  # from sleep, or soft resets, within one trial; then it has failed
 _PWRON = 1  # machine.PWRON_RESET: also brown-out
 _DEEPSLEEP = 4
 _SOFT = 5
@@ -31,9 +32,9 @@ def fits(key, value):
     if key == "trial":
         if type(value) is not dict:
             return False
-        numbers = [value.get(name, 0) for name in ("security", "hang", "boots")]
+        numbers = [value.get(name, 0) for name in ("security", "hang", "boots", "wakes")]
         texts = [value.get(name, "") for name in ("build", "version", "attempt", "back")]
-        return _row(numbers, int, int, int) and _texts(texts)
+        return _row(numbers, int, int, int, int) and _texts(texts)
     if key == "versions":
         return type(value) is dict and _texts(value.values())
     if key == "failed":
@@ -140,16 +141,21 @@ def _on_trial(slot, journal, trial, reset_cause):
         slot.settle()  # proven; the power failed before all of it was written down
         _confirmed(journal, trial)
         return "idle"
-    boots = trial.get("boots", 0) + (reset_cause not in (_DEEPSLEEP, _SOFT))
-    if boots > 1:
-        # A second boot of an image on trial: the bootloader's rollback was not armed.
+    boots, wakes = trial.get("boots", 0), trial.get("wakes", 0)
+    if reset_cause in (_DEEPSLEEP, _SOFT):
+        wakes += 1
+    else:
+        boots += 1
+    if boots > 1 or wakes > _WAKES:
+        # A second boot of an image on trial: the bootloader's rollback was not armed. Of soft
+        # resets and sleep the bootloader sees nothing.
         try:
             give_up(slot, journal, *_end_of_trial(reset_cause))
         except errors.RollbackError:
             return "idle"
         return "rejected"
     try:
-        journal.update(trial=dict(trial, boots=boots))
+        journal.update(trial=dict(trial, boots=boots, wakes=wakes))
     except errors.SpaceError as exc:
         print("twinslot: boot not counted:", exc)  # the watchdog and the checks matter more
     return "trial"
@@ -159,7 +165,7 @@ def _end_of_trial(reset_cause):
     """Reason and weight of a trial that a reset ended."""
     if reset_cause == _PWRON:
         return "power failed during the trial", 1
-    weight = 1 if reset_cause == _UNKNOWN else TRIES
+    weight = 1 if reset_cause in (_UNKNOWN, _DEEPSLEEP, _SOFT) else TRIES
     return "reset before it was confirmed (cause %d)" % reset_cause, weight
 
 

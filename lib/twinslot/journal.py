@@ -17,8 +17,9 @@ was, ``versions`` {build: version}, ``failed`` [[build, version, reason, tries]]
 highest security version confirmed, ``time`` the last time that may be believed at the next boot,
 ``issued`` the newest signed date, ``reports`` those not yet delivered, ``spent`` [day, bytes] and
 ``tried`` [release, times, time, times of any] what downloads have cost, ``waiting`` [build,
-attempt, release] what is in the other slot and may be installed later. Two numbers of their own: ``starts`` that
-failed in a row, ``fetch`` which release was being downloaded when the board was reset.
+attempt, release] what is in the other slot and may be installed later. Two numbers of their own:
+``starts`` that failed in a row, ``fetch`` which release was being downloaded when the board was
+reset.
 
 Source: ESP-IDF nvs_flash, "Internals"; MicroPython ports/esp32/esp32_nvs.c.
 """
@@ -169,7 +170,7 @@ class Journal:
             pass  # there was none
 
     def starts(self):
-        """Return how many starts in a row have failed, as far as counted."""
+        """Return what starts that failed in a row have come to, as ``guard`` counts them."""
         return self._number(_STARTS)
 
     def set_starts(self, n):

@@ -219,6 +219,19 @@ async def test_a_trial_is_proven_at_once_without_waiting_for_a_place():
     assert agent._first_delay_ms() not in naps.naps
 
 
+async def test_F30_after_a_reset_nobody_waits_for_a_place_the_next_one_may_come_before():
+    """An application that crashes each minute, after it has counted as started."""
+    for starts in (0, 1, 20):
+        world = World()
+        world.offer = {}
+        agent, events = start(world, settings={"poll": 21600})
+        agent._journal.set_starts(starts)
+        naps = Naps()
+        with Instead(asyncio, sleep_ms=naps):
+            await running(agent, lambda events=events: "idle" in names(events))
+        assert (agent._first_delay_ms() in naps.naps) is (starts == 0)
+
+
 async def test_what_the_boot_owes_can_fail_and_the_loop_goes_on():
     world = World()
     world.offer = {}

@@ -198,9 +198,10 @@ def test_starts_are_counted_where_something_went_wrong():
     for cause, counts in (
         (machine.PWRON_RESET, 0),
         (machine.DEEPSLEEP_RESET, 0),
-        (machine.SOFT_RESET, 0),
-        (machine.HARD_RESET, 1),
-        (machine.WDT_RESET, 2),
+        (machine.SOFT_RESET, 1),
+        (0, 2),  # a cause that the chip doesn't know
+        (machine.HARD_RESET, 22),
+        (machine.WDT_RESET, 42),
     ):
         with Boot(cause) as boot:
             boot.guard.start()
@@ -212,7 +213,7 @@ def test_starts_are_counted_where_something_went_wrong():
 
 def test_where_the_agent_can_not_run_alone_main_py_runs():
     journal = board((1, VALID), confirmed=OWN)
-    journal.set_starts(9)
+    journal.set_starts(180)
     with Boot() as boot:
         assert boot.guard.start(config="/absent.json") == "idle"
         assert not boot.resets
@@ -221,7 +222,7 @@ def test_where_the_agent_can_not_run_alone_main_py_runs():
 
 def test_a_trial_is_never_spent_running_alone():
     journal = board((3, PENDING), (2, VALID), trial={"build": OWN, "hang": 60}, confirmed=OTHER)
-    journal.set_starts(9)
+    journal.set_starts(180)
     with Boot() as boot:
         assert boot.guard.start(config="/absent.json") == "trial"
 
@@ -277,15 +278,25 @@ def test_F30_after_five_starts_that_failed_the_agent_runs_alone_for_an_hour():
             with Boot() as boot:
                 boot.guard.start(config="/mine.json")
                 alone = start == 6
-                assert journal.starts() == (0 if alone else start)
+                assert journal.starts() == (0 if alone else 20 * start)
                 assert FakeAgent.made == (["/mine.json"] if alone else [])
                 assert len(boot.resets) == (1 if alone else 0), "then the application's turn again"
         assert waits == [3600]
 
 
+def test_F30_a_hundred_soft_resets_without_a_good_start_are_a_boot_loop_too():
+    journal = board((1, VALID), confirmed=OWN)
+    with AgentInstead():
+        for start in range(1, 102):
+            with Boot(machine.SOFT_RESET) as boot:
+                boot.guard.start(config="/mine.json")
+                assert len(boot.resets) == (start == 101)
+    assert journal.starts() == 0
+
+
 def test_an_agent_that_fails_alone_gives_way_to_the_application_too():
     journal = board((1, VALID), confirmed=OWN)
-    journal.set_starts(5)
+    journal.set_starts(100)
     with AgentInstead():
         FakeAgent.ends = OSError("no network")
         with Boot() as boot:
@@ -296,7 +307,7 @@ def test_an_agent_that_fails_alone_gives_way_to_the_application_too():
 
 def test_what_waits_for_its_reset_does_not_run_the_agent_alone():
     journal = board((1, VALID), (2, bench.NEW), trial={"build": OTHER}, confirmed=OWN)
-    journal.set_starts(9)
+    journal.set_starts(180)
     with AgentInstead(), Boot(machine.DEEPSLEEP_RESET) as boot:
         assert boot.guard.start() == "armed"
         assert FakeAgent.made == [] and not boot.resets
@@ -435,7 +446,7 @@ def test_an_ended_watch_takes_no_timer():
 def test_a_wake_up_or_power_on_is_no_failed_start_on_whatever_chip():
     journal = board((1, VALID), confirmed=OWN)
     journal.set_starts(3)
-    for cause in (0, machine.PWRON_RESET, machine.DEEPSLEEP_RESET, machine.SOFT_RESET):
+    for cause in (machine.PWRON_RESET, machine.DEEPSLEEP_RESET):
         with Boot(cause) as boot:
             boot.guard.start()
         assert journal.starts() == 3, cause

@@ -86,6 +86,20 @@ def test_a_wake_from_deep_sleep_is_no_second_boot():
     assert journal.get("trial")["boots"] == 1
 
 
+def test_F30_a_trial_that_only_sleeps_or_resets_softly_goes_back_after_ten_times():
+    """The bootloader sees nothing of either, and each arms the watchdog anew."""
+    for cause in (DEEPSLEEP, SOFT):
+        slot, journal = board((3, PENDING), (2, VALID), trial=record(OWN), confirmed=OTHER)
+        assert health.reconcile(slot, journal, HARD) == "trial"
+        for wakes in range(1, 11):
+            assert health.reconcile(slot, journal, cause) == "trial"
+            assert journal.get("trial")["wakes"] == wakes
+        assert health.reconcile(slot, journal, cause) == "rejected"
+        assert journal.get("trial") == {}
+        reason = "reset before it was confirmed (cause %d)" % cause
+        assert failure(journal, OWN) == (reason, 1), "perhaps somebody at the cable"
+
+
 def test_F8_a_trial_that_the_bootloader_does_not_watch_ends_with_its_second_boot():
     for state in (TORN, VALID, 0xFFFFFFFF):
         slot, journal = board((3, state), (2, VALID), trial=record(OWN), confirmed=OTHER)

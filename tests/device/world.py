@@ -184,6 +184,7 @@ def start(world, *entries, settings=None, cause=machine.HARD_RESET, **journal):
     guard._verdict = None
     agent = twinslot.agent.Agent(dict(SETTINGS, **(settings or {})), source=world)
     guard.stop()
+    agent._journal.set_starts(0)
     agent._trust = world
     events = []
     agent.on_event(lambda name, data: events.append((name, dict(data))))

@@ -16,6 +16,7 @@ BROKEN = {
     "missing module": "import nowhere\n",
     "exception at import": "import json\nMODES = json.loads('')\n",
     "boot loop": "import machine\nmachine.reset()\n",
+    "end": "import sys\nsys.exit()\n",
     "endless loop": "while True:\n    pass\n",
     "watchdog": "import machine\nmachine.WDT(timeout=200)\nwhile True:\n    pass\n",
 }

@@ -83,6 +83,21 @@ def test_F12_F109_an_application_that_crashes_at_once_is_rolled_back(make_lab):
     assert [e.name for e in lab.events].count("staging") == 1
 
 
+@pytest.mark.parametrize(
+    "end",
+    ["    import sys\n    sys.exit()\n", "    import machine\n    machine.deepsleep(100)\n"],
+    ids=["ends", "sleeps"],
+)
+def test_F30_an_image_on_trial_that_only_ends_or_sleeps_is_rolled_back(make_lab, end):
+    lab = make_lab()
+    lab.power_on()
+    install(lab, "1.1.0", end)
+    lab.wait(lambda e: e.name == "rolledback")
+    lab.wait_for_server(lambda d: any(h["status"] == "rolledback" for h in d["history"]))
+    lab.power_off()
+    assert [b["partition"] for b in lab.boots if b["event"] == "boot"].count("ota_1") == 12
+
+
 def test_F15_an_application_that_hangs_is_rolled_back(make_lab):
     lab = make_lab()
     lab.power_on()
