@@ -48,9 +48,9 @@ The proofs run on the virtual board (see its limits in the README). `make test` 
 in every shape; twice (all pairs of clean cuts of one story, a sample in four more, and pairs that
 both tear) and thrice (a sample). One case is replayed by the command that it prints, or on any
 board file by `twinslot board run flash.bin --cut-at 40 --torn half`. `make faults-long` takes each
-fault at many more places, the connection cut at every byte and an exception at every statement
-among them; `make soak N=1000 SEED=1` updates one board a thousand times under faults and power
-cuts. A seed is printed, and plays the same faults again.
+fault at many more places, the connection cut at every byte among them, and at every statement an
+exception and a heap that has nothing left; `make soak N=1000 SEED=1` updates one board a thousand
+times under faults and power cuts. A seed is printed, and plays the same faults again.
 """
 
 

@@ -79,8 +79,10 @@ class OnTrial:
     def __init__(self, station: Station, well: bool):
         self.station = station
         self.well = well
-        # A channel without a release: what is proven stays.
-        self.settings = station.settings("http", channel="none", stable=0, deadline=0)
+        # A channel without a release: what is proven stays. On a machine that is busy the source
+        # may be late to say that it is there: then it is asked again.
+        wait = 60 if well else 0
+        self.settings = station.settings("http", channel="none", stable=0, deadline=wait)
 
     def begin(self) -> None:
         station = self.station
