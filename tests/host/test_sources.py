@@ -4,8 +4,9 @@ import asyncio
 import json
 
 import pytest
+from trust import Nvs
 
-from twinslot import sources, url
+from twinslot import journal, sources, url
 from twinslot.errors import FormatError, HttpError, NetworkError
 from twinslot.sources import server, static
 
@@ -293,3 +294,18 @@ def test_a_report_says_whose_it_is_and_must_be_taken():
     for kind in (HttpError, NetworkError):
         with pytest.raises(kind):
             asyncio.run(source.report(client, FACTS, report))
+
+
+def test_a_report_of_a_failure_brings_what_the_board_has_noted(monkeypatch):
+    board = journal.Journal(Nvs())
+    monkeypatch.setattr(journal, "_shared", board)
+    board.add_to_log("1.0.0", "failed", "dark")
+    board.add_to_log("2.0.0", "rolledback", "the lamp is off")
+    client = Client(Answer(), Answer())
+    source = server.Server(SETTINGS)
+    for error in ({"code": "health"}, None):
+        asyncio.run(source.report(client, FACTS, {"attempt": "a", "error": error}))
+    failed, well = [body for _, body in client.asked]
+    notes = [note.split(" ", 1)[1] for note in failed["log"].split("\n")]
+    assert notes == ["1.0.0 failed dark", "2.0.0 rolledback the lamp is off"]
+    assert "log" not in well
