@@ -5,6 +5,8 @@ the board runs the tests, up to the first that fails.
 """
 
 import ast
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ from making import ENDLESS, Kills, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DEVICE = ROOT / "tests" / "device"
+KEPT = ROOT / "build" / "mutants"
 SILENT_S = 10  # and ten times what the slowest test takes: then nothing more is to come
 
 Verdict = Callable[[Mutant, str], None]  # the test that noticed, "" if none did
@@ -38,17 +41,25 @@ def judge(made: list[Mutant], tests: list[str], verdict: Verdict, kills: Kills) 
         def one(mutant: Mutant) -> None:
             compiled = _compile(mutant, Path(scratch) / f"{threading.get_ident()}.py")
             by = "it does not compile" if compiled is None else ""
-            favourites = kills[mutant.function]
+            favourites = kills[mutant.function] + kills[mutant.key]
             for file in sorted(files, key=lambda f: -f.kills(favourites)):
                 by = by or file.judge({mutant.module: compiled or b""}, favourites, kills[""])
             with lock:
-                favourites[by] += 1
+                kills[mutant.function][by] += 1
                 kills[""][by] += 1
                 verdict(mutant, by)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(one, made))
     return True
+
+
+@functools.cache
+def _digest_of_all() -> str:
+    """Of the library, the device tests and the virtual board."""
+    parts = ("lib/twinslot", "tests/device", "tools/virtual_esp32")
+    files = sorted(path for part in parts for path in (ROOT / part).rglob("*.py"))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _compile(mutant: Mutant, path: Path) -> bytes | None:
@@ -92,7 +103,15 @@ class _File:
         self.why = "the board died"  # traceback of the last test that failed
 
     def try_out(self) -> bool:
-        """Run the tests unchanged; False if one fails, here or after others than usual."""
+        """Run the tests unchanged; False if one fails, here or after others than usual. What
+        passed before is not run again while nothing has changed."""
+        kept, digest = KEPT / f"{self.name}.took.json", _digest_of_all()
+        if kept.exists():
+            found = json.loads(kept.read_text())
+            if found["digest"] == digest:
+                self.took = found["took"]
+                self.silent_s = SILENT_S + 10 * max(self.took.values())
+                return True
         order = list(self.tests)
         for _ in range(3):  # as they stand; the quickest first; the slowest first
             by = self._run({}, order, self.took)
@@ -103,6 +122,8 @@ class _File:
             quickest = sorted(self.took, key=lambda t: self.took[t])
             order = quickest[::-1] if order == quickest else quickest
         self.silent_s = SILENT_S + 10 * max(self.took.values())
+        KEPT.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"digest": digest, "took": self.took}))
         return True
 
     def kills(self, favourites: Counter[str]) -> int:

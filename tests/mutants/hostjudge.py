@@ -91,12 +91,14 @@ class _Judge:
         return True
 
     def _order(self, items, took, mutant):
-        """Those first that have noticed other mutants of that function, then those that have
-        noticed any, then the quickest."""
+        """Those first that have noticed this mutant before, then others of that function, then
+        any, then the quickest."""
 
         def rank(item):
             label = _label(item.nodeid)
-            return -self.kills[mutant.function][label], -self.kills[""][label], took[item.nodeid]
+            before = -self.kills[mutant.key][label]
+            here, anywhere = -self.kills[mutant.function][label], -self.kills[""][label]
+            return before, here, anywhere, took[item.nodeid]
 
         return sorted(items, key=rank)
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 ENDLESS = "it does not end"  # a verdict
-Kills = defaultdict[str, Counter[str]]  # {function, "" for all: {test that noticed: how often}}
+# {a mutant's key, a function, "" for all: {test that noticed: how often}}
+Kills = defaultdict[str, Counter[str]]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ import hostjudge  # noqa: E402
 from making import ENDLESS, Kills, Mutant, mutants  # noqa: E402
 
 TARGET = 0.95
+BEFORE = 1000  # a test that has noticed a mutant before goes before all that notice its like
 KEPT = ROOT / "build" / "mutants"
 
 
@@ -103,6 +104,7 @@ class Verdicts:
 
     def __init__(self, module: str, fresh: bool = False):
         self.all: dict[str, str] = {}
+        self.before: dict[str, str] = {}  # verdicts that hold no longer, a hint
         self._tests = MODULES[module].paths()
         self._whole = _digest(_source(module), *[path.read_text() for path in self._tests])
         self._path = KEPT / f"{module}.jsonl"
@@ -123,6 +125,7 @@ class Verdicts:
                 self.all[mutant.key] = entry["by"]
             else:
                 left.append(mutant)
+                self.before[mutant.key] = entry["by"] if entry else ""
         return left
 
     def add(self, mutant: Mutant, by: str) -> None:
@@ -171,6 +174,8 @@ def judge(module: str, judged: list[Mutant], fresh: bool = False) -> dict[str, s
         if by := verdicts.all.get(mutant.key):
             kills[mutant.function][by] += 1
             kills[""][by] += 1
+    for key, by in verdicts.before.items():
+        kills[key][by] += BEFORE
     for judges, names in ((hostjudge, tests.host), (boardjudge, tests.board)):  # quickest first
         if left and names:
             last = judges is boardjudge or not tests.board
