@@ -55,6 +55,8 @@ class Boot:
         import twinslot.guard
 
         self.guard = sys.modules["twinslot.guard"]
+        if "twinslot.agent" in sys.modules:
+            sys.modules["twinslot.agent"].guard = self.guard
         return self
 
     def _reset(self):
