@@ -308,11 +308,12 @@ def test_an_agent_that_fails_alone_gives_way_to_the_application_too():
 
 
 def test_what_waits_for_its_reset_does_not_run_the_agent_alone():
-    journal = board((1, VALID), (2, bench.NEW), trial={"build": OTHER}, confirmed=OWN)
-    journal.set_starts(180)
-    with AgentInstead(), Boot(machine.DEEPSLEEP_RESET) as boot:
-        assert boot.guard.start() == "armed"
-        assert FakeAgent.made == [] and not boot.resets
+    for cause in (machine.DEEPSLEEP_RESET, machine.SOFT_RESET):
+        journal = board((1, VALID), (2, bench.NEW), trial={"build": OTHER}, confirmed=OWN)
+        journal.set_starts(999)
+        with AgentInstead(), Boot(cause) as boot:
+            assert boot.guard.start() == "armed"
+            assert FakeAgent.made == [] and not boot.resets
 
 
 def test_F15_an_ordinary_start_that_hangs_is_reset_after_its_patience():
