@@ -51,7 +51,7 @@ from twinslot.errors import (
 )
 
 HEAP = "2M"
-TIMEOUT = 120
+TIMEOUT = 240
 MIRROR = "http://mirror.example/"
 TRIAL = ((3, PENDING), (2, VALID))
 ON_TRIAL = {"trial": {"build": OWN, "version": "2.0.0"}, "confirmed": OTHER}
