@@ -29,7 +29,7 @@ RATIO_TARGET = 1.3
 HEAP_TARGET = 20 * 1024
 LIB = Path(__file__).resolve().parent.parent / "lib"
 MICROPYTHON = Path(sys.executable).with_name("micropython")
-_NEEDED = ("__init__", "errors", "strict", "jws")
+_NEEDED = ("__init__", "errors", "strict", "base64url", "jws")
 
 _VERIFY = """
 import sys

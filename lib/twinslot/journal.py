@@ -153,7 +153,7 @@ class Journal:
         kept = self._load(_CHECKPOINT, buf)
         for name in ("offset", "crc", "at", "position"):
             number = kept.get(name)
-            if type(number) is not int or number < 0:
+            if type(number) is not int or not 0 <= number <= 0xFFFFFFFF:
                 return {}
         return kept if type(kept.get("etag", "")) is str or kept["etag"] is None else {}
 

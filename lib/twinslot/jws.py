@@ -69,6 +69,7 @@ def verify(token, keys, typ=None):
     if typ is not None and header.get("typ") != typ:
         raise errors.SignatureError("JWS type", str(header.get("typ"))[:48], typ)
     kid = header.get("kid")
+    del header  # pow() is what needs most
     modulus = keys.get(kid) if isinstance(kid, str) else None
     if modulus is None:
         raise errors.SignatureError("signing key", str(kid)[:48], "one of %d trusted" % len(keys))

@@ -335,9 +335,12 @@ CHECKPOINT = {
 def test_a_checkpoint_of_another_shape_is_none():
     journal = bench.new_journal()
     for name in ("offset", "crc", "at", "position"):
-        for value in (None, "7", -1, True, 1.5, [7], {}):
+        for value in (None, "7", -1, True, 1.5, [7], {}, 1 << 32, 9000909000909000909000900):
             store(framed(json.dumps(dict(CHECKPOINT, **{name: value})).encode()), "checkpoint")
             assert journal.checkpoint() == {}
+        for value in (0, (1 << 32) - 1):
+            store(framed(json.dumps(dict(CHECKPOINT, **{name: value})).encode()), "checkpoint")
+            assert journal.checkpoint()[name] == value
     for etag in (7, [], {}, False):
         store(framed(json.dumps(dict(CHECKPOINT, etag=etag)).encode()), "checkpoint")
         assert journal.checkpoint() == {}

@@ -82,7 +82,7 @@ SLIPS = {
     ),
     "checkpoint": (
         "journal.py",
-        "            if type(number) is not int or number < 0:\n",
+        "            if type(number) is not int or not 0 <= number <= 0xFFFFFFFF:\n",
         "            if number is None:\n",
     ),
     "patch": (
