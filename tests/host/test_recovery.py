@@ -118,6 +118,27 @@ def test_F97_stolen_and_lost_release_keys_are_survived_as_the_guide_says(lab):
     assert stored == ring.read_bytes()
 
 
+def test_F97_F78_a_thief_who_was_first_and_raised_the_floor_is_survived_as_the_guide_says(lab):
+    """His release is genuine at the time, and confirmed: by itself a floor never sinks again."""
+    follow(lab.folder, "A root key and keyrings")
+    key_file = (lab.folder / "root.pub.json").read_bytes()
+    vfs.write_files(lab.flash, {"/ota/keys.json": key_file})
+    thief = keys.load_private(lab.folder / "release-1.key", SECRET.encode)
+    lab.publish(lab.firmware("1.1.9"), "1.1.9", key=thief, security_version=(1 << 30) - 1)
+    lab.power_on(timeout=240)
+    lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "1.1.9")
+
+    marker = len(lab.events)
+    follow(lab.folder, "The release key is stolen")
+    refused = lab.wait(lambda e: e.name == "failed", start=marker).data
+    assert refused["code"] == "security_version"
+
+    marker = len(lab.events)
+    follow(lab.folder, "The thief raised the security version")
+    lab.wait(lambda e: e.name == "keyring", start=marker)
+    lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "1.2.1", start=marker)
+
+
 def test_F97_F76_a_keyring_put_back_and_a_lost_record_are_survived_as_the_guide_says(tmp_path):
     for version in ("1.1.0", "1.2.0"):
         (tmp_path / f"node-{version}.bin").write_bytes(firmware(version))
@@ -130,7 +151,7 @@ def test_F97_F76_a_keyring_put_back_and_a_lost_record_are_survived_as_the_guide_
     (tmp_path / "root.keyrings.json").unlink()
     assert "was believed" in follow(tmp_path, "The root's record is lost")
     roots = keys.load_trusted(tmp_path / "root.pub.json")[0]
-    _, _, trusted = keyring.parse(ring.read_bytes(), roots, "sensor-node")
+    trusted = keyring.parse(ring.read_bytes(), roots, "sensor-node")[2]
     assert trusted == keys.load_public(tmp_path / "release-2.pub.json")
 
 
