@@ -124,9 +124,9 @@ def test_F97_F78_a_thief_who_was_first_and_raised_the_floor_is_survived_as_the_g
     key_file = (lab.folder / "root.pub.json").read_bytes()
     vfs.write_files(lab.flash, {"/ota/keys.json": key_file})
     thief = keys.load_private(lab.folder / "release-1.key", SECRET.encode)
-    lab.publish(lab.firmware("1.1.9"), "1.1.9", key=thief, security_version=(1 << 30) - 1)
+    lab.publish(lab.firmware("9.0.0"), "9.0.0", key=thief, security_version=(1 << 30) - 1)
     lab.power_on(timeout=240)
-    lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "1.1.9")
+    lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "9.0.0")
 
     marker = len(lab.events)
     follow(lab.folder, "The release key is stolen")
@@ -136,7 +136,7 @@ def test_F97_F78_a_thief_who_was_first_and_raised_the_floor_is_survived_as_the_g
     marker = len(lab.events)
     follow(lab.folder, "The thief raised the security version")
     lab.wait(lambda e: e.name == "keyring", start=marker)
-    lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "1.2.1", start=marker)
+    lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "9.0.1", start=marker)
 
 
 def test_F97_F76_a_keyring_put_back_and_a_lost_record_are_survived_as_the_guide_says(tmp_path):
