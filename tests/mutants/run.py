@@ -2,9 +2,11 @@
 
     python tests/mutants/run.py [MODULE ...] [--one-in N] [--list] [--fresh]     (make mutants)
 
-The modules below are the way from an offer to a boot. `making.py` breaks them; each mutant is run
-against the module's quickest tests, under CPython (`hostjudge.py`) and on a virtual board
-(`boardjudge.py`), up to the first test that fails. One that does not end is noticed too.
+The modules below are the way from an offer to a boot, without what moves bytes, tells the time or
+takes a cable (http, head, link, clock, push): their tests are cases against real sockets, too
+slow to be run for each mutant. `making.py` breaks them; each mutant is run against the module's
+quickest tests, under CPython (`hostjudge.py`) and on a virtual board (`boardjudge.py`), up to the
+first test that fails. One that does not end is noticed too.
 
 Verdicts are kept in build/mutants as they come, so a run that was interrupted goes on. One that
 was noticed is not judged again while its function and the test that noticed are as they were; one
