@@ -447,6 +447,17 @@ def test_what_is_known_of_keyrings_may_outlive_the_object(device):
     assert rings.Keyring(path, device.journal, PRODUCT, known=known).version == 2
 
 
+def test_F27_a_keyring_that_is_lost_is_wanted_again_by_all_who_share_what_is_known(device):
+    device.boot().take(keyring(3, "second"))
+    path = (device.folder / "keys.json").as_posix()
+    known = [3]
+    os.remove(device.folder / "keyring.jws")
+    with pytest.raises(KeyringError, match="none on the board"):
+        rings.Keyring(path, device.journal, PRODUCT, known=known).keys()
+    assert known == [0]
+    assert rings.Keyring(path, device.journal, PRODUCT, known=known).wants(3)
+
+
 TAKE = """
 import json
 from twinslot.journal import Journal
