@@ -17,7 +17,7 @@ from fleet import running
 from servers import HARDWARE, PRODUCT
 
 from twinslot import release
-from twinslot.errors import FormatError, OtaError
+from twinslot.errors import FormatError, ImageError, OtaError
 from twinslot_server import uploads
 from twinslot_tools import payloads, sample, signing
 from twinslot_tools.payloads import Base, Payload, gzip_payload, member, patch_payload, varint
@@ -217,7 +217,6 @@ BAD_PATCHES = {
     ),
     "with more behind it": (patch(delta().content + member(b"more")), "behind the image"),
     "in a format of others": (patch(delta().content, patch="bsdiff"), "saw bsdiff"),
-    "in no word": (patch(delta().content, patch=5), "saw 5, expected detools"),
 }
 
 
@@ -246,6 +245,76 @@ def test_a_patch_is_applied_where_its_base_is_here_and_must_give_the_image(fleet
     assert code == "checksum" and wrong.url in why, why
     assert send(fleet, form_of(NEW, plain, delta())).status_code == 201
     assert send(fleet, form_of(NEW, plain, wrong_for_another, version="1.1.1")).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("chunks", "why"),
+    [
+        ([(bytes(6), b"", 0)], "reads beyond"),
+        ([(b"a", b"", 5), (b"b", b"", 0)], "leaves the base"),
+        ([(b"a", b"", -2), (b"b", b"", 0)], "leaves the base"),
+        ([(b"a", b"", 3), (b"bc", b"", 0)], "reads beyond"),
+        ([(b"a", b"", 3), (b"b", b"", 99)], None),  # where the last one leads is of no use
+    ],
+    ids=["too much", "behind its end", "before its start", "across its end", "at last"],
+)
+def test_a_patch_stays_within_the_base_that_is_here(chunks, why):
+    size = sum(len(diff) + len(extra) for diff, extra, _ in chunks)
+    made = b"\0" + varint(size) + varint(0) + b"".join(payloads._pack(*c) for c in chunks)
+    found = uploads.patched(iter([made]), io.BytesIO(b"\x01\x02\x03\x04\xff"), size)
+    if why is None:
+        assert b"".join(found) == bytes([ord("a") + 1, (ord("b") + 0xFF) & 0xFF])
+        return
+    with pytest.raises(FormatError, match=why):
+        list(found)
+
+
+OUTSIDE = (
+    "../../{}.bin",
+    "/tmp/{}.bin",
+    "blobs/../../{}.bin",
+    "blobs/00/{}.bin",
+    "{}.py",
+    "r/{}.jws",
+)
+
+
+@pytest.mark.parametrize("url", OUTSIDE)
+def test_a_payload_is_stored_nowhere_but_under_its_digest(empty, url):
+    """I5: also where who signed the release says otherwise."""
+    good = Payload(NEW, "identity")
+    entry = {**good.entry(), "url": url.format(hashlib.sha256(NEW).hexdigest())}
+    _, why = refused(empty, [*form_of(NEW, entry), ("file", ("x", NEW))])
+    assert "not a name in the tree" in why
+
+
+def test_an_image_beyond_the_limit_is_refused_however_small_it_is_packed(tmp_path):
+    with running(tmp_path, firmware_bytes=len(NEW) - 1) as fleet:
+        answer = send(fleet, form_of(NEW, Payload(gzip_payload(NEW), "gzip")))
+        assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+
+
+def test_a_payload_beyond_the_limit_is_refused_however_small_its_image_is(tmp_path):
+    stored = zlib.compressobj(0, zlib.DEFLATED, 16 + 12)
+    content = stored.compress(NEW) + stored.flush()
+    assert len(content) > len(NEW)
+    with running(tmp_path, firmware_bytes=len(NEW)) as fleet:
+        answer = send(fleet, form_of(NEW, Payload(content, "gzip")))
+        assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+
+
+def test_a_payload_of_another_size_than_the_release_says_is_not_stored(empty):
+    """A board would stop before its end, or wait for more."""
+    good = Payload(gzip_payload(NEW), "gzip")
+    for size in (len(good.content) - 1, len(good.content) + 1):
+        form = [*form_of(NEW, {**good.entry(), "size": size}), ("file", ("x", good.content))]
+        code, why = refused(empty, form)
+        assert code == "size" and f"saw {len(good.content)} bytes, expected {size}" in why
+
+
+def test_a_payload_that_was_not_sent_is_named(empty):
+    code, why = refused(empty, form_of(NEW, Payload(NEW, "identity").entry()))
+    assert code == "payload" and "was not uploaded" in why
 
 
 def test_an_encoding_that_no_board_knows_is_not_stored(empty):
@@ -285,9 +354,13 @@ def test_a_window_larger_than_the_release_says_is_refused():
 
 def test_a_bomb_is_not_unpacked_beyond_the_image(empty):
     """50 MB in 50 kB: what comes is judged piece by piece, and the first too many ends it."""
-    bomb = gzip.compress(bytes(50_000_000))
+    bomb = gzip.compress(NEW + bytes(50_000_000))
     pieces = uploads.inflated(io.BytesIO(bomb), 15)
-    assert {len(next(pieces)) for _ in range(1000)} == {uploads.PIECE}
+    taken = []
+    image = release.Image("firmware", 0, len(NEW), "", "", [])
+    with pytest.raises(ImageError, match="more than"):
+        uploads.judge_image((taken.append(len(piece)) or piece for piece in pieces), image)
+    assert max(taken) == uploads.PIECE and sum(taken) <= len(NEW) + uploads.PIECE
     form = form_of(NEW, Payload(gzip_payload(NEW) + gzip_payload(bytes(5_000_000)), "gzip"))
     assert refused(empty, form)[0] == "image"
     with pytest.raises(FormatError, match="16 members without content"):
