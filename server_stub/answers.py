@@ -199,7 +199,8 @@ class Firmware(_Answer):
     product: str
     version: str
     hardware: list[str]
-    channel: str
+    channel: str  # that it is meant for
+    channels: list[str]  # that have named it: there it may stand in for a blocked one
     chip_id: int
     build: str
     size: int

@@ -220,8 +220,7 @@ def promote_one(
         raise Problem(409, "blocked", f"release {row.version} is blocked: {row.blocked}")
     if not row.stable:
         raise Problem(409, "not_stable", f"release {row.version} is not marked stable")
-    before = releases.point(parts.site, row, channel)
-    releases.change(connection, firmware_id, {"channel": channel})
+    before = releases.promote(connection, parts.site, row, channel)
     after = {"release": row.path.partition("/")[2]}
     note(f"{row.product}/{channel}", {"release": before.get("release")}, after)
     return {"product": row.product, "channel": channel, **after}

@@ -128,6 +128,9 @@ def _add_tree(app: FastAPI, parts: Parts) -> None:
         if parts.settings.downloads == "token":
             await may_fetch(request)
         file = await run_in_threadpool(parts.site.find, name)
+        if file is not None and parts.site.is_pointer(name):
+            seen = file
+            file = await parts.store.aread(lambda c: parts.desk.pointer(c, name, seen))
         if file is None:
             if set(allowed_methods(request)) - {"GET", "HEAD"}:
                 raise HTTPException(405)

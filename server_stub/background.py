@@ -207,7 +207,7 @@ class Background:
         if action == "complete" and (channel := rollouts.promotes(row)):
             release = releases.get(connection, row.release_id)
             if releases.is_newer(connection, self._parts.site, release, channel):
-                releases.point(self._parts.site, release, channel)
+                releases.promote(connection, self._parts.site, release, channel)
         return action, why
 
     def deliver(self) -> None:

@@ -15,7 +15,7 @@ from . import attempts, devices, offers, policy, releases, rollouts, stages, tru
 from .offers import Board, Candidate, Decision, Situation
 from .schema import job_nodes
 from .settings import Settings
-from .site import Channel, ChannelError, Site
+from .site import Channel, ChannelError, File, Site, names_release, naming
 from .store import generation
 
 log = logging.getLogger("twinslot.server")
@@ -269,10 +269,12 @@ class Chooser:
             assert trouble is not None
             return [Candidate("channel", name, hold=(trouble.code, str(trouble)))]
         known = rules.by_version.get((row.product, channel.release.version))
-        if known is None and booking:
-            releases.register(
-                connection, self._site, channel.release_path, row.channel or "stable"
-            )
+        if booking:
+            names = [row.channel or "stable"]
+            if known is None:
+                releases.register(connection, self._site, channel.release_path, names)
+            else:
+                releases.note_channels(connection, known, names)
         blocked = known.blocked if known is not None else None
         first = Candidate(
             "channel",
@@ -287,6 +289,25 @@ class Chooser:
         others = rules.fallbacks(row.product, row.channel or "stable", channel.release.version)
         says = f"{name}, whose {channel.release.version} is blocked,"
         return [first, *(self._candidate(other, "channel", says) for other in others)]
+
+    def pointer(self, connection: Connection, name: str, file: File) -> File | None:
+        """A channel's pointer as anybody may have it; None where it may offer nothing.
+
+        Boards read it by themselves where there is no server to ask, or not now: what is blocked
+        gives way there as it does in the answer to a poll.
+        """
+        rules = self.rules(connection)
+        product, _, rest = name.partition("/")
+        target = f"{product}/{names_release(file)}"
+        found = (row for row in rules.releases.values() if row.path == target)
+        blocked = next((row for row in found if row.blocked is not None), None)
+        if blocked is None:
+            return file
+        for other in rules.fallbacks(product, rest.removesuffix(".json"), blocked.version):
+            fits = set(blocked.hardware) <= set(other.hardware)
+            if fits and self._candidate(other, "channel", name).release is not None:
+                return naming(file, other.path.partition("/")[2])
+        return None
 
     def _notes(self, connection: Connection, row: Any) -> list[str]:
         rules = self.rules(connection)

@@ -30,7 +30,7 @@ from .offers import Decision
 from .problems import Problem
 from .schema import reports as report_table
 from .settings import Settings
-from .site import Site
+from .site import File, Site
 from .store import INSERTS, Store
 
 log = logging.getLogger("twinslot.server")
@@ -214,6 +214,10 @@ class Desk:
     def explain(self, connection: Connection, device_id: str, now: int) -> dict[str, Any]:
         """Say what the board would be answered now, and why, without booking anything."""
         return self._chooser.explain(connection, device_id, now)
+
+    def pointer(self, connection: Connection, name: str, file: File) -> File | None:
+        """A channel's pointer as it is served; None: as if there were none."""
+        return self._chooser.pointer(connection, name, file)
 
     # -- reports ------------------------------------------------------------------------------
 

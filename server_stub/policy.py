@@ -38,7 +38,8 @@ class Policy:
         found = [
             row
             for row in self.releases.values()
-            if (row.product, row.channel) == (product, channel)
+            if row.product == product
+            and channel in row.channels
             and row.stable
             and row.blocked is None
             and semver.compare(row.version, below) < 0

@@ -11,7 +11,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,39 +72,53 @@ def public(row: Any) -> dict[str, Any]:
 
 
 def scan(connection: Connection, site: Site) -> int:
-    """Register what ``twinslot publish`` has put into the tree; return how many were new."""
-    known = set(connection.scalars(select(releases.c.path)))
+    """Register what lies in the tree; return how many were new.
+
+    Only what a channel names was published for boards. Anything else may be the rest of an upload
+    that was cut, or that failed: nobody has said yet that boards may have it.
+    """
+    named = _named(site)
+    known = {row.path: row for row in connection.execute(select(releases))}
     new = 0
     for path in sorted(site.root.glob("*/r/*.jws")):
         name = path.relative_to(site.root).as_posix()
-        if name in known or site.find(name) is None:
-            continue
-        try:
-            register(connection, site, name, _channel_of(site, name))
-            new += 1
-        except ChannelError as exc:
-            log.warning("release skipped", extra={"fields": {"path": name, "why": str(exc)}})
+        channels = named.get(name, [])
+        if name in known:
+            note_channels(connection, known[name], channels)
+        elif site.find(name) is not None:
+            try:
+                register(connection, site, name, channels)
+                new += 1
+            except ChannelError as exc:
+                log.warning("release skipped", extra={"fields": {"path": name, "why": str(exc)}})
     return new
 
 
-def _channel_of(site: Site, name: str) -> str:
-    product, _, target = name.partition("/")
-    for pointer in sorted((site.root / product).glob("*.json")):
+def _named(site: Site) -> dict[str, list[str]]:
+    """The channels that name a release, by its path below the site."""
+    found: dict[str, list[str]] = {}
+    for pointer in sorted(site.root.glob("*/*.json")):
         try:
-            if json.loads(pointer.read_bytes())["release"] == target:
-                return pointer.stem
+            target = json.loads(pointer.read_bytes())["release"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return "stable"
+        found.setdefault(f"{pointer.parent.name}/{target}", []).append(pointer.stem)
+    return found
 
 
-def register(connection: Connection, site: Site, name: str, channel: str) -> None:
-    """Make a row of a release in the tree; whoever published it there has held it for stable.
+def register(connection: Connection, site: Site, name: str, channels: Sequence[str]) -> None:
+    """Make a row of a release in the tree; whoever let a channel name it has held it for stable.
 
     Raises:
         ChannelError: it doesn't verify.
     """
-    _insert(connection, site, name, site.release(name), channel, True, None)
+    _insert(connection, site, name, site.release(name), (*channels, "stable")[0], channels, None)
+
+
+def note_channels(connection: Connection, row: Any, channels: Iterable[str]) -> None:
+    """Note who names a release: there it may stand in for a blocked one from then on."""
+    if new := set(channels) - set(row.channels):
+        change(connection, row.id, {"channels": sorted(new | set(row.channels))})
 
 
 def _insert(
@@ -113,7 +127,7 @@ def _insert(
     name: str,
     release: rules.Release,
     channel: str,
-    stable: bool,
+    channels: Sequence[str],
     notes: str | None,
 ) -> Any:
     product = name.partition("/")[0]
@@ -127,6 +141,7 @@ def _insert(
             version=release.version,
             hardware=list(release.hardware),
             channel=channel,
+            channels=list(channels),
             chip_id=image.chip_id,
             build=image.build,
             size=image.size,
@@ -138,8 +153,8 @@ def _insert(
             notes=release.notes if notes is None else notes,
             path=name,
             blobs=blobs,
-            pilot_ready=stable,
-            stable=stable,
+            pilot_ready=bool(channels),
+            stable=bool(channels),
             created=int(time.time()),
         )
         .on_conflict_do_nothing()
@@ -240,9 +255,17 @@ def add(
     channel: str,
     notes: str | None,
 ) -> tuple[Any, bool]:
-    """Make the row of an upload; the same upload again changes nothing."""
-    new = _insert(connection, site, name, release, channel, False, notes)
-    return by_version(connection, release.product, release.version), new is not None
+    """Make the row of an upload; the same upload again changes nothing.
+
+    Unless it is what was left of one that failed, found in the tree: that one's channel and notes
+    are not known.
+    """
+    new = _insert(connection, site, name, release, channel, (), notes)
+    row = by_version(connection, release.product, release.version)
+    if new is None and not (row.pilot_ready or row.stable):
+        said = {"channel": channel, "notes": row.notes if notes is None else notes}
+        row = change(connection, row.id, said)
+    return row, new is not None
 
 
 # ---- flags, promotion, removal
@@ -279,8 +302,16 @@ def is_newer(connection: Connection, site: Site, row: Any, channel: str) -> bool
     return is_blocked or semver.compare(row.version, version) >= 0
 
 
-def point(site: Site, row: Any, channel: str) -> dict[str, Any]:
-    """Make a channel's pointer name a release; returns the pointer as it was.
+def promote(connection: Connection, site: Site, row: Any, channel: str) -> dict[str, Any]:
+    """Make a channel name a release; returns its pointer as it was."""
+    before = _point(site, row, channel)
+    channels = sorted({*row.channels, channel})
+    change(connection, row.id, {"channel": channel, "channels": channels})
+    return before
+
+
+def _point(site: Site, row: Any, channel: str) -> dict[str, Any]:
+    """Write a channel's pointer.
 
     It goes on telling how often to poll and which keyring is current: ``static`` boards and
     mirrors hear of a revocation by nothing else. The share of a staged release is not kept: what

@@ -147,7 +147,8 @@ releases = Table(
     Column("product", String, nullable=False),
     Column("version", String, nullable=False),
     Column("hardware", JSON, nullable=False),
-    Column("channel", String, nullable=False),
+    Column("channel", String, nullable=False),  # that it is meant for
+    Column("channels", JSON, nullable=False, server_default="[]"),  # that have named it
     Column("chip_id", Integer, nullable=False),
     Column("build", String, nullable=False),
     Column("size", BigInteger, nullable=False),

@@ -17,7 +17,7 @@ import os
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -91,6 +91,11 @@ class Site:
     def is_payload(url: str) -> bool:
         """True for the URL of a payload within the tree, relative to its product."""
         return _PAYLOAD_NAME.fullmatch(url) is not None
+
+    @staticmethod
+    def is_pointer(name: str) -> bool:
+        """True for the URL path of a channel's pointer."""
+        return _POINTER.fullmatch(name) is not None
 
     def peek(self, path: Path) -> Release:
         """What a release in the tree says, verified or not. Raises OtaError."""
@@ -316,6 +321,23 @@ def read_bounded(path: Path) -> bytes | None:
     with path.open("rb") as file:
         content = file.read(SMALL_FILE_BYTES + 1)
     return content if len(content) <= SMALL_FILE_BYTES else None
+
+
+def names_release(pointer: File) -> str | None:
+    """The release that a pointer names; None where it is none."""
+    try:
+        return _pointer(pointer.path.name, pointer.content or b"")["release"]
+    except ChannelError:
+        return None
+
+
+def naming(pointer: File, release: str) -> File:
+    """A good pointer that names another release instead, for all boards of the channel."""
+    said = {**_pointer(pointer.path.name, pointer.content or b""), "release": release}
+    said.pop("rollout", None)
+    content = json.dumps(said).encode() + b"\n"
+    etag = f'"{hashlib.sha256(content).hexdigest()}"'
+    return replace(pointer, content=content, etag=etag)
 
 
 def _pointer(name: str, content: bytes) -> dict:

@@ -17,6 +17,7 @@ from trust import jwk, key
 
 from twinslot.release import TYPE
 from twinslot_server import devices, metrics, releases, retention, settings, webhooks
+from twinslot_server.problems import Problem
 from twinslot_server.settings import SettingsError
 from twinslot_tools import keyrings, signing
 
@@ -588,6 +589,87 @@ def test_a_blocked_release_gives_way_to_the_last_good_one(fleet):
     assert board.poll()["release"].endswith("1.1.0.jws")
     fleet.api("PATCH", f"firmware/{number}", {"blocked": None})
     assert board.poll()["release"].endswith("1.2.0.jws")
+
+
+def promoted(fleet, number, *channels):
+    fleet.api("PATCH", f"firmware/{number}", {"stable": True})
+    for channel in channels:
+        assert "release" in fleet.api("POST", f"firmware/{number}/promote", {"channel": channel})
+
+
+def test_a_blocked_release_gives_way_on_every_channel_that_shared_the_good_one(fleet, tmp_path):
+    """What one channel alone has named is no good release of the others."""
+    for version, channels in (
+        ("1.1.0", ("beta", "stable")),
+        ("1.1.5", ("alpha",)),
+        ("1.2.0", ("beta", "stable")),
+    ):
+        promoted(fleet, uploaded(fleet, tmp_path, version)["id"], *channels)
+    both = [Board(fleet, f"b-{channel}", channel=channel) for channel in ("beta", "stable")]
+    assert [board.poll()["release"][-10:] for board in both] == ["/1.2.0.jws"] * 2
+    number = fleet.release("1.2.0")["id"]
+    fleet.api("PATCH", f"firmware/{number}", {"blocked": "crashes"})
+    assert [board.poll()["release"][-10:] for board in both] == ["/1.1.0.jws"] * 2
+    pointers = [fleet.client.get(f"/{PRODUCT}/{name}.json").json() for name in ("beta", "stable")]
+    assert [pointer["release"] for pointer in pointers] == ["r/1.1.0.jws"] * 2
+    assert fleet.release("1.1.0")["channels"] == ["beta", "stable"]
+
+
+def test_a_channel_that_publish_moves_is_known_to_have_named_the_release(fleet):
+    for version in ("1.1.0", "1.2.0"):
+        servers.publish_version(fleet.site_folder, version)
+        Board(fleet, f"on-{version}").poll()
+    servers.publish_version(fleet.site_folder, "1.1.0", channel="beta")
+    Board(fleet, "b1", channel="beta").poll()
+    assert fleet.release("1.1.0")["channels"] == ["beta", "stable"]
+
+
+def test_a_pointer_names_no_blocked_release(fleet):
+    """Boards read it by themselves: ``static`` ones, mirrors, and all while TLS fails."""
+    fleet.publish("1.1.0", poll=77)
+    pointer = f"/{PRODUCT}/stable.json"
+    before = fleet.client.get(pointer)
+    assert before.json() == {"release": "r/1.1.0.jws", "poll": 77}
+    blocked = fleet.release("1.1.0")["id"]
+    fleet.api("PATCH", f"firmware/{blocked}", {"blocked": "crashes"})
+    stale = {"If-None-Match": before.headers["etag"]}
+    for options in ({}, {"headers": stale}):
+        answer = fleet.client.get(pointer, **options)
+        assert answer.json() == {"release": "r/1.0.0.jws", "poll": 77}
+    fleet.api("PATCH", f"firmware/{fleet.release('1.0.0')['id']}", {"blocked": "crashes, too"})
+    assert fleet.client.get(pointer).status_code == 404, "none is left"
+    fleet.api("PATCH", f"firmware/{blocked}", {"blocked": None})
+    assert fleet.client.get(pointer).content == before.content
+
+
+def test_what_is_left_of_an_upload_that_failed_is_offered_to_nobody(fleet, tmp_path, monkeypatch):
+    """Its files lie in the tree before its row is written; found again, that is all it is."""
+    fleet.publish("1.2.0")
+
+    def no_space(*_):
+        raise Problem(503, "unavailable", "the disk is full")
+
+    site = tmp_path / "elsewhere" / "site"
+    site.mkdir(parents=True)
+    form = upload_files(site, servers.publish_version(site, "1.1.5"))
+    request = {
+        "headers": {"Authorization": f"Bearer {fleets.ADMIN}"},
+        "files": form,
+        "data": {"channel": "beta"},
+    }
+    with monkeypatch.context() as broken:
+        broken.setattr(releases, "add", no_space)
+        assert fleet.client.post("/api/v1/firmware/upload", **request).status_code == 503
+    assert fleet.store.write(lambda c: releases.scan(c, fleet.site)) == 1
+    found = fleet.release("1.1.5")
+    assert (found["pilot_ready"], found["stable"], found["channels"]) == (False, False, [])
+    fleet.api("PATCH", f"firmware/{fleet.release('1.2.0')['id']}", {"blocked": "crashes"})
+    assert Board(fleet, "b1", version="0.9.0").poll()["release"].endswith("/1.0.0.jws")
+    assert (
+        fleet.api("POST", "rollouts", {"firmware_id": found["id"], "start": True})["status"] == 409
+    )
+    again = fleet.client.post("/api/v1/firmware/upload", **request)
+    assert (again.status_code, again.json()["channel"]) == (200, "beta")
 
 
 def test_a_release_says_how_many_boards_it_would_move(fleet, tmp_path):

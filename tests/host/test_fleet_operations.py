@@ -108,6 +108,26 @@ def test_a_database_of_the_first_server_is_brought_up_to_date(tmp_path):
         store.close()
 
 
+def test_what_was_stable_before_channels_were_kept_may_stand_in_on_its_own(tmp_path):
+    url = f"sqlite:///{tmp_path / 'x.sqlite3'}"
+    store = Store(url, 5)
+    row = {c.name: "" for c in schema.releases.c if c.name != "id"}
+    row |= {"channel": "beta", "hardware": [], "blobs": [], "chip_id": 0, "size": 0, "created": 0}
+    row |= {"security_version": 0, "downgrade": False, "pilot_ready": True, "expires": None}
+    rows = [{**row, "version": v, "channels": [], "stable": v == "1"} for v in ("1", "2")]
+    store.write(lambda c: c.execute(schema.releases.insert(), rows))
+    store.write(lambda c: c.exec_driver_sql("ALTER TABLE releases DROP COLUMN channels"))
+    store.write(lambda c: c.exec_driver_sql("UPDATE alembic_version SET version_num = '0008'"))
+    store.close()
+    store = Store(url, 5)
+    table = schema.releases
+    found = store.read(
+        lambda c: c.execute(sqlalchemy.select(table.c.version, table.c.channels)).all()
+    )
+    assert sorted(found) == [("1", ["beta"]), ("2", [])]
+    store.close()
+
+
 def test_a_schema_of_the_future_is_left_alone(tmp_path):
     url = f"sqlite:///{tmp_path / 'x.sqlite3'}"
     store = Store(url, 5)

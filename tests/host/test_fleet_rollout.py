@@ -93,6 +93,11 @@ def test_whatever_the_counts_the_verdict_is_safe(
     assert 0 <= stages.free_places(counts, policy) <= policy.max_concurrent
 
 
+def test_nothing_passes_unrun_though_no_success_is_asked_for():
+    nobody_yet = Progress("pilot", 0, 2, Counts(3, in_flight=1), passed_at=1)
+    assert stages.judge(nobody_yet, Policy(success_percent=0, bake_s=0), 150).action == "hold"
+
+
 def test_a_small_sample_does_not_pause_and_a_finished_stage_does():
     policy = Policy(min_sample=5, failure_percent=5)
     assert not stages.failing(Counts(20, confirmed=2, failed=1), policy)
