@@ -200,7 +200,11 @@ class Chooser:
         mine = rollouts.of_board(connection, row.device_id)
         for rollout in running:
             release = rules.releases[rollout.release_id]
-            if rollout.id not in mine and not self._joins(rollout, release, caller):
+            if rollout.id not in mine and not self._joins(rollout, release, caller, mine):
+                continue
+            if not _is_meant(rollout, release, row):
+                if booking and not _about_to(rollout, caller.latest):
+                    rollouts.leave(connection, rollout.id, row.device_id)
                 continue
             if rollout.id not in mine and booking:
                 rollouts.add(connection, rollout.id, [row.device_id], rollout.stage)
@@ -225,12 +229,14 @@ class Chooser:
         return []
 
     @staticmethod
-    def _joins(rollout: Any, release: Any, caller: Caller) -> bool:
+    def _joins(rollout: Any, release: Any, caller: Caller, mine: set[int]) -> bool:
         """True if a newcomer belongs to a running rollout."""
         row, labels = caller.row, caller.labels
-        if not rollout.policy.get("include_new") or row.hardware not in release.hardware:
+        if row.enrolment != "accepted" or row.hardware not in release.hardware:
             return False
-        if row.enrolment != "accepted":
+        if took := rollout.target.get("took"):
+            return took["rollout"] in mine and row.current_build == took["build"]
+        if not rollout.policy.get("include_new"):
             return False
         return stages.matches(rollout.target, labels) and stages.joins(
             (row.device_id, labels), rollout.stages, rollout.stage, rollout.seed
@@ -332,6 +338,18 @@ class Chooser:
                 break
         opens_in = _windows_in(rules, caller.labels, now)
         return max(1, min([seconds, *filter(None, opens_in)]))
+
+
+def _is_meant(rollout: Any, release: Any, row: Any) -> bool:
+    """False for one that shall be sent back, and does not run what it shall be sent back from."""
+    took = rollout.target.get("took")
+    return took is None or row.current_build in (took["build"], release.build)
+
+
+def _about_to(rollout: Any, latest: Any) -> bool:
+    """True while a board may still boot what it shall be sent back from."""
+    build = rollout.target["took"]["build"]
+    return latest is not None and latest.state in truth.OPEN and latest.build == build
 
 
 def _windows_in(rules: policy.Policy, labels: Mapping[str, str], now: int) -> list[int]:

@@ -183,8 +183,9 @@ class Desk:
             said[board] = poll.facts
             if row is None:
                 said[board] = {**poll.facts, "enrolment": settings.enrolment_of(poll.facts)}
-            elif row.product is None and row.last_seen and row.enrolment != "decommissioned":
-                # One that has only reported so far said too little for the rules.
+            elif row.product is None and row.enrolment == settings.enrolment_of({}):
+                # One that has only reported so far said too little for the rules, which have had
+                # no other word for it. Anything else is an operator's, and stands.
                 devices.judge(connection, row, settings.enrolment_of(poll.facts))
         rows = devices.touch(connection, said, known, now, self._limits.devices)
         if new := [{"device_id": board} for board in polls if board not in known]:

@@ -143,6 +143,8 @@ def _suiting(
     connection: Connection, release: Any, target: Mapping[str, Any], *where: Any
 ) -> list[stages.Board]:
     labels = labels_of_all(connection)
+    if took := target.get("took"):
+        where = (*where, _took(**took))
     found = connection.execute(
         select(devices.c.device_id, devices.c.hardware).where(*_could_run(release), *where)
     )
@@ -151,6 +153,16 @@ def _suiting(
         for device_id, hardware in found
         if hardware in release.hardware and stages.matches(target, labels.get(device_id, {}))
     ]
+
+
+def _took(rollout: int, build: str) -> Any:
+    """Boards of a rollout that run its build, or are about to."""
+    mine = select(members.c.device_id).where(members.c.rollout_id == rollout)
+    begun = select(attempts.c.device_id).where(
+        attempts.c.build == build, attempts.c.state.in_(truth.OPEN)
+    )
+    runs = (devices.c.current_build == build) | devices.c.device_id.in_(begun)
+    return devices.c.device_id.in_(mine) & runs
 
 
 def preview(connection: Connection, row: Any) -> list[int]:
@@ -187,7 +199,7 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
         if not (release.pilot_ready or release.stable):
             raise Problem(409, "not_ready", f"release {release.version} is not pilot_ready")
         if not any(preview(connection, row)):
-            raise Problem(409, "nobody", f"rollout {rollout_id} is for no board that is known")
+            raise Problem(409, "nobody", f"rollout {row.name!r} is for no board that is known")
         _enter(connection, row, 0, now)
     elif action == "expand":
         _set(connection, row, now, gate_open=True, why=why)
@@ -246,7 +258,8 @@ def retarget(connection: Connection, rollout_id: int, target: Mapping[str, Any],
         if not all(text.partition("=")):
             raise ValueError(f"label {text!r}: expected key=value")
     row = _changeable(connection, rollout_id)
-    _set(connection, row, now, target=dict(target), passed_at=None)
+    kept = {name: row.target[name] for name in row.target if name == "took"}
+    _set(connection, row, now, target={**kept, **target}, passed_at=None)
     if row.state != "draft":
         _join(connection, get(connection, rollout_id), row.stage)
 
@@ -452,6 +465,9 @@ def due(connection: Connection) -> list[int]:
 def back(connection: Connection, rollout_id: int, release: Any, now: int) -> int:
     """Make the rollout that sends everyone back: ``release`` to all that took this one's.
 
+    Its target names this rollout and its build: boards that begin to run it later, because they
+    were about to, join it then.
+
     Raises:
         Problem: 409 where boards would refuse it.
     """
@@ -469,13 +485,19 @@ def back(connection: Connection, rollout_id: int, release: Any, now: int) -> int
         {
             "name": f"back from {row.version} to {release.version}",
             "stages": [{"percent": 100}],
-            "target": dict(row.target),
-            "policy": {**row.policy, "bake_s": 0, "gate": False, "promote": False},
+            "target": {"took": {"rollout": rollout_id, "build": row.build}},
+            "policy": {
+                **row.policy,
+                "bake_s": 0,
+                "gate": False,
+                "promote": False,
+                "include_new": False,
+            },
         },
         release,
         now,
     )
-    if row.state in ("draft", *stages.ACTIVE):
+    if row.state in ACTIONS["abort"]:
         _stop(connection, row, "aborted", f"sent back by rollout {new}", now)
     return new
 

@@ -141,6 +141,9 @@ class Story:
             assert not lost, f"{name}: {len(lost)} of {len(said)} reports are lost"
         known = {row["version"]: row for row in remote.api("GET", "firmware")["firmware"]}
         assert self.uploads <= set(known), self.uploads - set(known)
+        for row in known.values():
+            decided = row["pilot_ready"] or row["stable"]
+            assert not decided or row["version"] in self.uploads, row
         for version in set(known) - self.whole:
             path = known[version]["payloads"][0]
             content = remote.client.get(path).content

@@ -44,11 +44,15 @@ def audit_lines(fleet):
 
 def requests_for_every_change(fleet, tmp_path):
     """One valid request for each route that changes something."""
-    Board(fleet, "b1").poll()
+    board = Board(fleet, "b1")
+    board.poll()
     made = uploaded(fleet, tmp_path)
     number = made["id"]
     flags = {"pilot_ready": True, "stable": True}
     fleet.api("PATCH", f"firmware/{number}", flags)
+    plan = {"firmware_id": number, "stages": [{"percent": 100}], "start": True}
+    gone = fleet.api("POST", "rollouts", plan)["id"]
+    assert board.update() == "1.1.0"
     rollout = fleet.api("POST", "rollouts", {"firmware_id": number})["id"]
     job = fleet.api("POST", "ota/updates", {"firmware_id": number})["id"]
     window = fleet.api("POST", "windows", {"start": "00:00", "end": "00:00"})["id"]
@@ -85,7 +89,7 @@ def requests_for_every_change(fleet, tmp_path):
         ("POST", "/api/v1/rollouts"): (None, {"firmware_id": number}),
         ("PATCH", "/api/v1/rollouts/{rollout_id}"): (rollout, {"target": {"label": []}}),
         ("POST", "/api/v1/rollouts/{rollout_id}/{action}"): (f"{rollout}/start", {}),
-        ("POST", "/api/v1/rollouts/{rollout_id}/back"): (rollout, {"version": "0.9.0"}),
+        ("POST", "/api/v1/rollouts/{rollout_id}/back"): (gone, {"version": "0.9.0"}),
         ("POST", "/api/v1/windows"): (None, {"start": "00:00", "end": "00:00"}),
         ("DELETE", "/api/v1/windows/{window_id}"): (window, None),
         ("POST", "/api/v1/schedules"): (None, {**plan, "name": "m"}),
@@ -226,6 +230,50 @@ def test_a_board_that_reports_before_it_asks_is_judged_by_the_rules_all_the_same
         assert board.poll()["update_available"]
         fleet.api("PATCH", "devices/b1", {"enrolment": "pending"})
         assert board.poll()["reason"] == "pending"
+
+
+def accept(fleet, enrolment):
+    fleet.api("POST", "devices/accept", {"devices": ["b1"]})
+
+
+def patch(fleet, enrolment):
+    fleet.api("PATCH", "devices/b1", {"enrolment": enrolment})
+
+
+def import_again(fleet, enrolment):
+    fleet.api("POST", "devices/import", content=b"device_id,labels\nb1,site=here\n")
+
+
+@pytest.mark.parametrize(
+    ("default", "say", "then"),
+    [
+        ("pending", accept, "accepted"),
+        ("pending", patch, "accepted"),
+        ("pending", import_again, "accepted"),
+        ("accepted", patch, "pending"),
+    ],
+)
+def test_an_operators_word_on_a_board_that_has_only_reported_stands(tmp_path, default, say, then):
+    with running(tmp_path, enrolment={"default": default}) as fleet:
+        fleet.publish("1.1.0")
+        board = Board(fleet, "b1")
+        board.attempt = "a"
+        board.report("failed", "1.0.0")
+        assert fleet.api("GET", "devices/b1")["enrolment"] == default
+        say(fleet, then)
+        assert board.poll()["update_available"] == (then == "accepted")
+        assert fleet.api("GET", "devices/b1")["enrolment"] == then
+
+
+def test_a_board_that_was_imported_may_report_before_it_asks(tmp_path):
+    with running(tmp_path, enrolment={"default": "pending"}) as fleet:
+        fleet.publish("1.1.0")
+        made = fleet.api("POST", "devices/import", content=b"device_id,token\nb1,new\n")
+        board = Board(fleet, "b1")
+        board.token = made["tokens"]["b1"]
+        board.attempt = "a"
+        board.report("failed", "1.0.0")
+        assert board.poll()["update_available"]
 
 
 def test_a_board_that_was_retired_before_it_ever_asked_stays_so(tmp_path):

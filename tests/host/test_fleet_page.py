@@ -238,8 +238,13 @@ def test_a_stream_ends_with_its_session(fleet):
 
 def forms(fleet, tmp_path):
     """What each form of the page sends, by its route; in an order that works."""
-    Board(fleet, "b1").poll()
+    board = Board(fleet, "b1")
+    board.poll()
     newer = fleet.upload(tmp_path, "1.1.0").json()["id"]
+    fleet.api("PATCH", f"firmware/{newer}", {"pilot_ready": True})
+    taken = {"firmware_id": newer, "stages": [{"percent": 100}], "start": True}
+    assert fleet.api("POST", "rollouts", taken)["id"] == 1
+    assert board.update() == "1.1.0"
     older = fleet.upload(tmp_path, "0.9.0", downgrade=True).json()["id"]
     fleet.api("PATCH", f"firmware/{older}", {"pilot_ready": True})
     job = fleet.api("POST", "ota/updates", {"firmware_id": newer})["id"]
@@ -269,9 +274,9 @@ def forms(fleet, tmp_path):
         ("/-/releases/{number:int}/promote", newer, {"channel": "beta"}),
         ("/-/releases/{number:int}/remove", spare, {}),
         ("/-/rollouts", None, {"firmware_id": newer, "stages": stages, **careful}),
-        ("/-/rollouts/{number:int}/{action}", "1/start", {}),
-        ("/-/rollouts/{number:int}/target", 1, {"label": ""}),
-        ("/-/rollouts/{number:int}/policy", 1, {"success_percent": "80", "gate": "yes"}),
+        ("/-/rollouts/{number:int}/{action}", "2/start", {}),
+        ("/-/rollouts/{number:int}/target", 2, {"label": ""}),
+        ("/-/rollouts/{number:int}/policy", 2, {"success_percent": "80", "gate": "yes"}),
         ("/-/rollouts/{number:int}/back", 1, {"version": "0.9.0"}),
         ("/-/updates", None, {"firmware_id": newer, "nodes": "b1", "force_update": "yes"}),
         ("/-/updates/{number:int}/cancel", job, {}),
@@ -321,7 +326,7 @@ def test_every_form_does_its_change_once_and_for_those_who_may(fleet, tmp_path):
         once = path.rpartition("/")[2] in ("token", "devices-import", "users", "webhooks")
         assert ("shown this once" in answer.text) == once, path
     assert fleet.release("1.1.0")["notes"] == "quieter"
-    rollout = fleet.api("GET", "rollouts/1")
+    rollout = fleet.api("GET", "rollouts/2")
     assert rollout["stages"] == [
         {"label": "ring=pilot"},
         {"count": 20},

@@ -529,18 +529,77 @@ def test_another_target_label_promotes_a_running_rollout(fleet):
     assert fleet.api("PATCH", f"rollouts/{number}", {"target": {}})["code"] == "state"
 
 
-def test_everyone_is_sent_back_by_a_new_rollout(fleet, tmp_path):
-    (board,) = boards(fleet, 1)
-    number = rollout(fleet, [{"percent": 100}])
-    assert board.update() == "1.1.0"
-    refused = fleet.api("POST", f"rollouts/{number}/back", {"version": "1.0.0"})
-    assert refused["code"] == "no_downgrade"
+def older(fleet, tmp_path):
     made = fleet.upload(tmp_path, "0.9.0", downgrade=True).json()
     fleet.api("PATCH", f"firmware/{made['id']}", {"pilot_ready": True})
+
+
+def test_everyone_is_sent_back_by_a_new_rollout_and_nobody_else(fleet, tmp_path):
+    """Those that took it: no older board, none of another channel, no newcomer."""
+    took, waits, pilot = boards(fleet, 3)
+    number = rollout(fleet, [{"percent": 100}], include_new=True, max_concurrent=2)
+    assert (took.update(), pilot.update()) == ("1.1.0", "1.1.0")
+    assert waits.poll()["update_available"]
+    beta = Board(fleet, "beta", version="2.0.0", channel="beta")
+    others = [beta, Board(fleet, "old", version="0.5.0"), Board(fleet, "plain", version="0.9.5")]
+    fleet.api("POST", f"rollouts/{number}/pause", {})
+    for board in others:
+        board.poll()
+    refused = fleet.api("POST", f"rollouts/{number}/back", {"version": "1.0.0"})
+    assert refused["code"] == "no_downgrade"
+    older(fleet, tmp_path)
     back = fleet.api("POST", f"rollouts/{number}/back", {"version": "0.9.0"})
-    assert back["state"] == "pilot"
+    assert (back["state"], back["counts"]["members"], back["promotes"]) == ("pilot", 2, None)
     assert state(fleet, number)["state"] == "aborted"
-    assert board.update() == "0.9.0"
+    others += [waits, Board(fleet, "new")]
+    offered = [board.poll().get("release", "") for board in others]
+    assert not any(release.endswith("0.9.0.jws") for release in offered), offered
+    assert (took.update(), pilot.update()) == ("0.9.0", "0.9.0")
+    ticks(fleet)
+    assert state(fleet, back["id"])["state"] == "complete"
+
+
+@pytest.mark.parametrize("good", [True, False], ids=["it boots it", "it comes back by itself"])
+def test_a_board_in_the_middle_is_sent_back_only_if_it_boots_the_release(fleet, tmp_path, good):
+    took, between = boards(fleet, 2)
+    number = rollout(fleet, [{"percent": 100}], success_percent=1)
+    assert (took.update(), between.fetch()) == ("1.1.0", "1.1.0")
+    older(fleet, tmp_path)
+    back = fleet.api("POST", f"rollouts/{number}/back", {"version": "0.9.0"})
+    assert back["counts"]["members"] == 2
+    if good:
+        between.version = "1.1.0"
+        assert between.poll()["release"].endswith("/0.9.0.jws")
+        assert between.update() == "0.9.0"
+    else:
+        assert between.poll()["reason"] == "up_to_date"
+        assert between.attempts()[0]["reason"] == "came_back_old"
+    assert took.update() == "0.9.0"
+    ticks(fleet)
+    done = state(fleet, back["id"])
+    assert (done["state"], done["counts"]["members"]) == ("complete", 1 + good)
+
+
+def test_one_that_took_the_offer_as_it_was_withdrawn_is_sent_back_when_it_asks(fleet, tmp_path):
+    took, late = boards(fleet, 2)
+    number = rollout(fleet, [{"percent": 100}])
+    assert took.update() == "1.1.0"
+    assert late.poll()["update_available"]
+    older(fleet, tmp_path)
+    back = fleet.api("POST", f"rollouts/{number}/back", {"version": "0.9.0"})
+    assert back["counts"]["members"] == 1
+    late.version = "1.1.0"  # it had begun, and has not said so
+    assert late.poll()["release"].endswith("/0.9.0.jws")
+    assert state(fleet, back["id"])["counts"]["members"] == 2
+
+
+def test_where_nobody_took_it_nobody_is_sent_back(fleet, tmp_path):
+    boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}])
+    older(fleet, tmp_path)
+    refused = fleet.api("POST", f"rollouts/{number}/back", {"version": "0.9.0"})
+    assert refused["code"] == "nobody"
+    assert state(fleet, number)["state"] == "pilot"
 
 
 def test_a_start_time_and_what_a_release_must_be(fleet):
