@@ -802,6 +802,7 @@ def test_a_schedule_that_is_replaced_runs_as_it_is_now(tmp_path):
 def test_one_rollout_that_can_not_be_moved_on_stops_no_other(tmp_path):
     with fleets.running(tmp_path) as fleet:
         fleet.publish("1.0.0")
+        Board(fleet, "b1", version="0.9.0").poll()  # one for nobody would not be started
         plan = {"firmware_id": 1, "starts_at": "2000-01-01T00:00:00Z"}
         broken, well = (fleet.api("POST", "rollouts", plan)["id"] for _ in range(2))
         fleet.store.write(
@@ -818,6 +819,7 @@ def test_one_rollout_that_can_not_be_moved_on_stops_no_other(tmp_path):
 def test_a_schedule_does_its_action_and_says_what_came_of_it(tmp_path):
     with fleets.running(tmp_path) as fleet:
         fleet.publish("1.0.0")
+        Board(fleet, "b1", version="0.9.0").poll()
         number = fleet.release("1.0.0")["id"]
         rollout = fleet.api("POST", "rollouts", {"firmware_id": number})["id"]
         action = {"do": "start_rollout", "rollout": rollout}
@@ -888,7 +890,13 @@ def test_it_stops_in_the_middle_of_a_tick(tmp_path):
 
 
 def simulate(server, *arguments):
-    """Run ``twinslot fleet sim`` for 1.1.0; return its exit code and what it found."""
+    """Run ``twinslot fleet sim`` for 1.1.0; return its exit code and what it found.
+
+    No channel points to it: that boards may have it must be said.
+    """
+    api = Api(server.url, server.token("operator"), server.data / "server.crt")
+    release = api.call("GET", "firmware")["firmware"][0]["id"]
+    api.call("PATCH", f"firmware/{release}", {"pilot_ready": True})
     environment = {
         **os.environ,
         "TWINSLOT_URL": server.url,
@@ -926,8 +934,12 @@ def test_boards_that_met_a_build_too_early_are_counted_in_any_stage(tmp_path):
     servers.publish_version(tmp_path / "site", "1.1.0")
     keys = str(servers.public_keys(tmp_path))
     body = {"product": servers.PRODUCT, "version": "1.1.0", "policy": {"max_concurrent": 2}}
-    body["stages"] = [{"percent": 10}, {"percent": 100}]
+    body["stages"] = [{"label": "ring=pilot"}, {"percent": 100}]
     with servers.serving(tmp_path / "site", "--keys", keys) as server:
+        board = Board(Remote(server), "b1")
+        board.token = server.token("device")
+        board.poll()  # it belongs to the second stage
+        board.fleet.client.close()
         api = Api(server.url, server.token("operator"), server.data / "server.crt")
         release = api.call("GET", "firmware")["firmware"][0]["id"]
         api.call("PATCH", f"firmware/{release}", {"pilot_ready": True})

@@ -335,7 +335,17 @@ def test_every_form_does_its_change_once_and_for_those_who_may(fleet, tmp_path):
     ]
     assert rollout["policy"]["gate"] is True and rollout["policy"]["promote"] is False
     assert (rollout["policy"]["success_percent"], rollout["policy"]["bake_s"]) == (80, 0)
-    for path in ("", "devices", "releases", "rollouts", "updates", "rules", "people", "logs"):
+    for path in (
+        "",
+        "devices",
+        "releases",
+        "rollouts",
+        "rollouts/3",
+        "updates",
+        "rules",
+        "people",
+        "logs",
+    ):
         assert fleet.client.get(f"/-/{path}").status_code == 200, path
 
 
