@@ -281,6 +281,7 @@ def decommission_one(connection: Connection, note: Note, device_id: str) -> None
     """Retire a board."""
     before = devices.get(connection, device_id)
     devices.decommission(connection, device_id)
+    attempts.let_go(connection, device_id, int(time.time()))
     note(device_id, {"enrolment": before.enrolment}, {"enrolment": "decommissioned"})
 
 
@@ -332,6 +333,8 @@ def change_one(connection: Connection, note: Note, device_id: str, wanted: dict[
             devices.devices.update().where(devices.devices.c.device_id == device_id).values(wanted)
         )
         bump(connection)
+    if wanted.get("enrolment", "accepted") != "accepted":
+        attempts.let_go(connection, device_id, int(time.time()))
     if tags:
         devices.set_labels(connection, device_id, tags)
     note(

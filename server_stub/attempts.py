@@ -4,18 +4,21 @@ What every poll and report runs is made once, here: to build a statement costs m
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Integer, bindparam, func, select, update
+from sqlalchemy import Connection, Integer, bindparam, case, func, select, update
 
 from . import truth
+from .offers import Tries
 from .schema import attempts, job_nodes, reports
 from .truth import Attempt
 
-TRIES = 3
 TRIES_WITHIN_S = 86400
-_NOT_THE_BUILDS_FAULT = ("superseded", "interrupted", "timed_out")
+LONGEST_S = 86400
+"""An attempt that makes no step for so long has ended, though its board may go on asking."""
+
+_BROKEN_OFF = ("interrupted", "timed_out")
 _FIELDS = [field.name for field in dataclasses.fields(Attempt)]
 
 _OF_BOARD = (
@@ -32,18 +35,29 @@ _OF_BOARDS = select(attempts).where(
     )
 )
 _NAMED = _OF_BOARD.where(attempts.c.attempt == bindparam("name"))
+_broke_off = attempts.c.presumed & attempts.c.reason.in_(_BROKEN_OFF)
+_set_aside = attempts.c.presumed & attempts.c.reason.in_(truth.SET_ASIDE)
 _TRIES = (
-    select(attempts.c.device_id, attempts.c.build, func.count())
+    select(
+        attempts.c.device_id,
+        attempts.c.build,
+        func.sum(case((_broke_off | _set_aside, 0), else_=1)),
+        func.sum(case((_broke_off, 1), else_=0)),
+    )
     .where(
         attempts.c.device_id.in_(bindparam("boards", expanding=True)),
         attempts.c.state.in_(truth.BAD),
         attempts.c.ended > bindparam("since"),
-        func.coalesce(attempts.c.reason, "").not_in(_NOT_THE_BUILDS_FAULT),
     )
     .group_by(attempts.c.device_id, attempts.c.build)
 )
 _ADD = attempts.insert().returning(*attempts.c)
-_CHANGE = update(attempts).where(attempts.c.id == bindparam("row")).returning(*attempts.c)
+_BY_ID = select(attempts).where(attempts.c.id == bindparam("row"))
+_CHANGE = (
+    update(attempts)
+    .where(attempts.c.id == bindparam("row"), attempts.c.state == bindparam("seen"))
+    .returning(*attempts.c)
+)
 _OLDER = (
     reports.c.device_id == bindparam("board"),
     reports.c.id
@@ -74,40 +88,46 @@ def latest_of(connection: Connection, device_ids: Iterable[str]) -> dict[str, An
 
 def tries(
     connection: Connection, device_ids: Iterable[str], now: int
-) -> dict[str, dict[str, int]]:
+) -> dict[str, dict[str, Tries]]:
     """Attempts of the last day that went wrong: by board, then by build."""
     wanted = {"boards": list(device_ids), "since": now - TRIES_WITHIN_S}
-    found: dict[str, dict[str, int]] = {}
-    for device_id, build, number in connection.execute(_TRIES, wanted):
-        found.setdefault(device_id, {})[build] = number
+    found: dict[str, dict[str, Tries]] = {}
+    for device_id, build, *numbers in connection.execute(_TRIES, wanted):
+        found.setdefault(device_id, {})[build] = Tries(*numbers)
     return found
 
 
 def on_poll(connection: Connection, row: Any, device: Any, now: int) -> Any:
     """Book what a poll tells of the newest attempt; return it as it is now."""
-    return save(connection, row, poll_of(row, device, now))
+    return save(connection, row, lambda attempt: poll_of(attempt, device, now))
 
 
-def poll_of(row: Any, device: Any, now: int) -> Attempt:
-    """What a poll of ``device`` makes of its newest attempt."""
+def poll_of(attempt: Attempt, device: Any, now: int) -> Attempt:
+    """What a poll of ``device`` makes of its newest attempt; none of one that may not update."""
+    if device.enrolment != "accepted":
+        return attempt
     return truth.after_poll(
-        as_attempt(row), device.current_build, device.current_version, now, device.staged
+        attempt, device.current_build, device.current_version, now, device.staged
     )
 
 
 def on_offer(
     connection: Connection, device: Any, open_row: Any, offer: dict[str, Any], now: int
 ) -> None:
-    """Book an offer; the same one again is the same attempt."""
+    """Book an offer; the same one again is the same attempt.
+
+    What has begun stays with whoever began it, unless a rollout offers it: that must count it.
+    """
     if open_row is not None and open_row.state in truth.OPEN:
         if open_row.build == offer["build"]:
             changed = {"waits_until": offer["waits_until"]}
-            if open_row.state == "offered" and _origin(open_row) != _origin_of(offer):
+            if open_row.state == "offered" or offer["rollout_id"] is not None:
                 changed = offer
             if any(getattr(open_row, name) != value for name, value in changed.items()):
-                connection.execute(_CHANGE, {"row": open_row.id, **changed})
+                named = {"row": open_row.id, "seen": open_row.state}
+                connection.execute(_CHANGE, {**named, **changed})
             return
-        save(connection, open_row, truth.give_up(as_attempt(open_row), "superseded", now))
+        save(connection, open_row, lambda a: truth.give_up(a, "superseded", now))
     connection.execute(_ADD, {**_blank(device, now), **offer})
 
 
@@ -116,18 +136,21 @@ def on_report(
 ) -> tuple[str, Any]:
     """Book a report that was not known yet; return the attempt's state before, and it after."""
     row, new = _attempt_meant(connection, device, report, now)
-    before = _attempt(new) if row is None else as_attempt(row)
-    error = report.get("error") or {}
-    after = truth.after_report(
-        before, report["status"], now, error.get("code"), report.get("bytes")
-    )
+    code = (report.get("error") or {}).get("code")
+
+    def said(attempt: Attempt) -> Attempt:
+        return truth.after_report(attempt, report["status"], now, code, report.get("bytes"))
+
     if row is None:
-        saved = connection.execute(_ADD, {**new, **dataclasses.asdict(after)}).one()
+        before = new["state"]
+        after = dataclasses.asdict(said(_attempt(new)))
+        saved = connection.execute(_ADD, {**new, **after}).one()
     else:
-        saved = save(connection, row, after, new)
+        before = row.state
+        saved = save(connection, row, said, new)
     if saved.job_id is not None:
         set_node(connection, saved.job_id, device.device_id, saved)
-    return before.state, saved
+    return before, saved
 
 
 def _attempt_meant(
@@ -150,7 +173,7 @@ def _attempt_meant(
         if row.state in truth.OPEN or (row.state == "failed" and row.presumed):
             # The board has begun anew, after a reset or a broken download.
             origin = _origin(row)
-            save(connection, row, truth.give_up(as_attempt(row), "interrupted", now))
+            save(connection, row, lambda a: truth.give_up(a, "interrupted", now))
     return None, {
         **_blank(device, now),
         **origin,
@@ -160,13 +183,16 @@ def _attempt_meant(
     }
 
 
-def time_out(connection: Connection, *where: Any, now: int) -> None:
-    """Give up on the open attempts that fit ``where``."""
+def time_out(connection: Connection, *where: Any, before: int, now: int) -> None:
+    """Give up on the open attempts that fit ``where`` and have made no step since ``before``."""
+    # A board that waits for its install window is not lost: it is expected then.
+    waits = case((attempts.c.state == "staged", func.coalesce(attempts.c.waits_until, 0)), else_=0)
+    late = attempts.c.updated < before, waits < before
     for row in connection.execute(
-        select(attempts).where(attempts.c.state.in_(truth.OPEN), *where)
+        select(attempts).where(attempts.c.state.in_(truth.OPEN), *late, *where)
     ).all():
-        saved = save(connection, row, truth.give_up(as_attempt(row), "timed_out", now))
-        if row.job_id is not None:
+        saved = save(connection, row, lambda a: truth.time_out(a, before, now))
+        if row.job_id is not None and not truth.is_set_aside(saved):
             set_node(connection, row.job_id, row.device_id, saved)
 
 
@@ -175,7 +201,19 @@ def cancel(connection: Connection, *where: Any, now: int) -> None:
     for row in connection.execute(
         select(attempts).where(attempts.c.state == "offered", *where)
     ).all():
-        save(connection, row, truth.give_up(as_attempt(row), "withdrawn", now))
+        save(
+            connection,
+            row,
+            lambda a: truth.give_up(a, "withdrawn", now) if a.state == "offered" else a,
+        )
+
+
+def let_go(connection: Connection, device_id: str, now: int) -> None:
+    """End what a board is at that may no longer update: it takes no place, and counts nowhere."""
+    for row in connection.execute(
+        select(attempts).where(attempts.c.device_id == device_id, attempts.c.state.in_(truth.OPEN))
+    ).all():
+        save(connection, row, lambda a: truth.give_up(a, "withdrawn", now))
 
 
 def history(connection: Connection, device_id: str, limit: int = 50) -> list[dict[str, Any]]:
@@ -217,14 +255,26 @@ def as_attempt(row: Any) -> Attempt:
 
 
 def save(
-    connection: Connection, row: Any, after: Attempt, more: Mapping[str, Any] | None = None
+    connection: Connection,
+    row: Any,
+    rule: Callable[[Attempt], Attempt],
+    more: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Write what differs from ``row``, and ``more``; return the row as it is now."""
-    changed = {n: getattr(after, n) for n in _FIELDS if getattr(after, n) != getattr(row, n)}
-    changed |= more or {}
-    if not changed:
-        return row
-    return connection.execute(_CHANGE, {"row": row.id, **changed}).one()
+    """Write what ``rule`` makes of an attempt, and ``more``; return the row as it is now.
+
+    Where another worker has moved it on since ``row`` was read, the rule is asked anew.
+    """
+    while True:
+        after = rule(as_attempt(row))
+        changed = {n: getattr(after, n) for n in _FIELDS if getattr(after, n) != getattr(row, n)}
+        changed |= more or {}
+        if not changed:
+            return row
+        named = {"row": row.id, "seen": row.state}
+        written = connection.execute(_CHANGE, {**named, **changed}).first()
+        if written is not None:
+            return written
+        row = connection.execute(_BY_ID, {"row": row.id}).one()
 
 
 def _attempt(values: Mapping[str, Any]) -> Attempt:
@@ -246,7 +296,3 @@ def _blank(device: Any, now: int) -> dict[str, Any]:
 
 def _origin(row: Any) -> dict[str, Any]:
     return {"origin": row.origin, "rollout_id": row.rollout_id, "job_id": row.job_id}
-
-
-def _origin_of(offer: dict[str, Any]) -> dict[str, Any]:
-    return {name: offer.get(name) for name in ("origin", "rollout_id", "job_id")}

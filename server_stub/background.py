@@ -17,7 +17,6 @@ from apscheduler.schedulers.background import BackgroundScheduler
 from sqlalchemy import Connection
 
 from . import (
-    attempts,
     audit,
     backup,
     events,
@@ -30,7 +29,6 @@ from . import (
 )
 from .audit import SELF
 from .http import Parts
-from .schema import attempts as attempt_table
 from .store import Store, generation
 
 log = logging.getLogger("twinslot.server")
@@ -38,7 +36,6 @@ log = logging.getLogger("twinslot.server")
 FLUSH_S = 5
 TICK_S = 2
 FORGET_S = 3600
-JOB_TIMEOUT_S = 86400
 _ADVISORY_LOCK = 0x7457_0002
 
 
@@ -173,14 +170,7 @@ class Background:
         for rollout_id in store.read(rollouts.due):
             _try(lambda n=rollout_id: self._move_on(n))  # one must not stop the others
         now = int(time.time())
-        store.write(
-            lambda c: attempts.time_out(
-                c,
-                attempt_table.c.job_id.is_not(None),
-                attempt_table.c.updated < now - JOB_TIMEOUT_S,
-                now=now,
-            )
-        )
+        store.write(lambda c: rollouts.time_out_others(c, now))
         self._load_schedules()
 
     def _move_on(self, rollout_id: int) -> None:
@@ -203,7 +193,8 @@ class Background:
             None,
             {"state": row.state, "stage": row.stage, "why": why},
         )
-        events.emit(connection, f"rollout.{row.state}", {"rollout": rollout_id, "why": why}, now)
+        event = action if action == "refused" else row.state
+        events.emit(connection, f"rollout.{event}", {"rollout": rollout_id, "why": why}, now)
         if action == "complete" and (channel := rollouts.promotes(row)):
             release = releases.get(connection, row.release_id)
             if releases.is_newer(connection, self._parts.site, release, channel):

@@ -27,7 +27,7 @@ class Caller:
 
     row: Any
     latest: Any  # its newest attempt, or None
-    tries: Mapping[str, int]  # failures by build
+    tries: Mapping[str, offers.Tries]  # by build
     labels: Mapping[str, str]  # empty where no rule looks at any
 
 
@@ -55,7 +55,10 @@ class Chooser:
                 "notes": [],
             }
         latest = attempts.latest_of(connection, [device_id])
-        latest = {b: _Seen(one, attempts.poll_of(one, row, now)) for b, one in latest.items()}
+        latest = {
+            b: _Seen(one, attempts.poll_of(attempts.as_attempt(one), row, now))
+            for b, one in latest.items()
+        }
         (caller,) = self.callers(connection, {device_id: row}, latest, now)
         decision, _ = self.decide(connection, caller, now, booking=False)
         return {
@@ -118,7 +121,7 @@ class Chooser:
             candidates,
             row.enrolment,
             caller.tries,
-            attempts.TRIES,
+            offers.MOST_TRIES,
             *_windows_in(rules, caller.labels, now),
             row.staged,
         )
@@ -253,7 +256,7 @@ class Chooser:
         if own is not None:
             if own.state in truth.OPEN:
                 return None
-            if own.state in truth.BAD and own.reason not in ("withdrawn", "interrupted"):
+            if own.state in truth.BAD and not truth.is_set_aside(own):
                 return "failed", f"this board's attempt ended: {own.state} ({own.reason})"
         busy = rollouts.in_flight(connection, rollout.id)
         most = rollout.policy["max_concurrent"]

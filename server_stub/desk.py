@@ -175,7 +175,7 @@ class Desk:
     ) -> dict[str, Any]:
         """The boards' rows as they are now: made, or renewed where one says something new."""
         settings = self._chooser.rules(connection).settings
-        known = devices.find_all(connection, polls)
+        known = devices.find_all(connection, polls, lock=True)
         said = {}
         for board, poll in polls.items():
             row = known.get(board)
@@ -236,7 +236,7 @@ class Desk:
         self, connection: Connection, report: ReportStatus, token: str | None, now: int
     ) -> bool:
         device_id = report.device_id
-        before = devices.find(connection, device_id)
+        before = devices.find(connection, device_id, lock=True)
         _check_token(before, token)
         # A board this server has never seen may report: its database may be a new one.
         row = before

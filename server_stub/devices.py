@@ -19,6 +19,9 @@ _VALUE = re.compile(r"[^\x00-\x1f\x7f=,]{0,64}")
 
 _FIND = select(devices).where(devices.c.device_id == bindparam("board"))
 _FIND_ALL = select(devices).where(devices.c.device_id.in_(bindparam("boards", expanding=True)))
+# Always in the same order, so that two workers do not wait for each other. SQLite has one writer.
+_LOCK = _FIND.with_for_update(key_share=True)
+_LOCK_ALL = _FIND_ALL.order_by(devices.c.device_id).with_for_update(key_share=True)
 _FORGET_SAID = delete(labels).where(
     labels.c.device_id == bindparam("board"), labels.c.by == "device"
 )
@@ -37,13 +40,16 @@ def hash_token(token: str) -> str:
     return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def find(connection: Connection, device_id: str) -> Any:
-    return connection.execute(_FIND, {"board": device_id}).first()
+def find(connection: Connection, device_id: str, lock: bool = False) -> Any:
+    """A board, or None; ``lock``: until the end, no other worker books anything of it."""
+    return connection.execute(_LOCK if lock else _FIND, {"board": device_id}).first()
 
 
-def find_all(connection: Connection, device_ids: Iterable[str]) -> dict[str, Any]:
-    """Those of these boards that are known, by id."""
-    rows = connection.execute(_FIND_ALL, {"boards": list(device_ids)})
+def find_all(
+    connection: Connection, device_ids: Iterable[str], lock: bool = False
+) -> dict[str, Any]:
+    """Those of these boards that are known, by id; ``lock`` as in :func:`find`."""
+    rows = connection.execute(_LOCK_ALL if lock else _FIND_ALL, {"boards": list(device_ids)})
     return {row.device_id: row for row in rows}
 
 

@@ -10,6 +10,7 @@ here in good faith.
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from twinslot import release as rules
 from twinslot import semver
@@ -51,6 +52,16 @@ class Candidate:
     job_id: int | None = None
 
 
+class Tries(NamedTuple):
+    """Attempts of a build on one board within a day: that failed, and that broke off before."""
+
+    failed: int = 0
+    broken_off: int = 0
+
+
+MOST_TRIES = Tries(failed=3, broken_off=20)
+
+
 @dataclass(frozen=True)
 class Situation:
     """Everything that bears on the answer to one board."""
@@ -58,8 +69,8 @@ class Situation:
     board: Board
     candidates: Sequence[Candidate]  # what decides; behind it what stands in if it is blocked
     enrolment: str = "accepted"
-    tries: Mapping[str, int] = field(default_factory=dict)  # failures by build
-    max_tries: int = 3
+    tries: Mapping[str, Tries] = field(default_factory=dict)  # by build
+    max_tries: Tries = MOST_TRIES
     download_in_s: int = 0  # until its window opens; 0 is now
     install_in_s: int = 0
     staged: str | None = None  # the build that waits in its other slot; None: it can't wait
@@ -156,9 +167,11 @@ def _judge(situation: Situation, candidate: Candidate, now: int) -> Decision:
     if candidate.hold is not None:
         return no(*candidate.hold)
     if not candidate.force:
-        failures = situation.tries.get(image.build, 0)
-        if failures >= situation.max_tries:
-            return no("tries", f"{failures} attempts failed on this board within a day")
+        tries, most = situation.tries.get(image.build, Tries()), situation.max_tries
+        if tries.failed >= most.failed:
+            return no("tries", f"{tries.failed} attempts failed on this board within a day")
+        if tries.broken_off >= most.broken_off:
+            return no("tries", f"{tries.broken_off} attempts broke off on this board within a day")
     if candidate.force or candidate.late:
         return Decision("offered", f"{says} offers {version}.", candidate, version)
     wait_s = 0 if situation.staged == image.build else situation.download_in_s

@@ -45,7 +45,12 @@ _MINE = select(members.c.rollout_id).where(members.c.device_id == bindparam("boa
 _IN_FLIGHT = (
     select(func.count())
     .select_from(attempts)
-    .where(attempts.c.rollout_id == bindparam("rollout"), attempts.c.state.in_(truth.OPEN))
+    .join(devices, devices.c.device_id == attempts.c.device_id)
+    .where(
+        attempts.c.rollout_id == bindparam("rollout"),
+        attempts.c.state.in_(truth.OPEN),
+        devices.c.enrolment == "accepted",
+    )
 )
 _NEWEST = (
     select(attempts)
@@ -205,7 +210,15 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
         _set(connection, row, now, gate_open=True, why=why)
     elif action == "resume":
         _check_resume(connection, row, now)
-        _set(connection, row, now, state=row.resume_state, resume_state=None, why=why)
+        _set(
+            connection,
+            row,
+            now,
+            state=row.resume_state,
+            resume_state=None,
+            passed_at=None,  # a pause is no time of baking
+            why=why,
+        )
     else:
         state = {"pause": "paused", "abort": "aborted"}[action]
         _stop(connection, row, state, why, now)
@@ -330,12 +343,9 @@ def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
         .group_by(attempts.c.device_id)
         .subquery()
     )
-    # What was withdrawn by a pause was never an attempt of the board.
-    state = case(
-        (attempts.c.reason == "withdrawn", None),
-        (attempts.c.presumed & (attempts.c.reason == "interrupted"), None),
-        else_=attempts.c.state,
-    )
+    # What was withdrawn, or gave way to an operator's other wish, says nothing of the build.
+    set_aside = attempts.c.presumed & attempts.c.reason.in_(truth.SET_ASIDE)
+    state = case((set_aside, None), else_=attempts.c.state)
     alive = devices.c.last_seen >= now - policy_of(row).seen_within_s
     # A board that already runs the build needs no attempt.
     there = func.coalesce(devices.c.current_build == row.build, False)
@@ -348,7 +358,7 @@ def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
         .where(
             members.c.rollout_id == row.id,
             devices.c.enrolment == "accepted",
-            _free(row) | attempts.c.id.is_not(None),
+            _free(row) | state.is_not(None),
         )
         .group_by(state, alive, there)
     )
@@ -368,7 +378,7 @@ def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
 
 
 def in_flight(connection: Connection, rollout_id: int) -> int:
-    """Open attempts of a rollout."""
+    """Open attempts of a rollout; what may no longer update takes no place."""
     return connection.execute(_IN_FLIGHT, {"rollout": rollout_id}).scalar_one()
 
 
@@ -395,21 +405,21 @@ def tick(connection: Connection, rollout_id: int, now: int) -> tuple[str, str]:
     if row.state == "draft":
         if row.starts_at is None or row.starts_at > now:
             return "hold", row.why
-        act(connection, rollout_id, "start", "its time has come", now)
+        try:
+            act(connection, rollout_id, "start", "its time has come", now)
+        except Problem as exc:  # not to be tried again and again: a person starts it
+            why = f"not started at its time: {exc.detail}"
+            _set(connection, row, now, starts_at=None, why=why)
+            return "refused", why
         return "advance", "started at its time"
     if row.state not in stages.ACTIVE:
         return "hold", row.why
     policy = policy_of(row)
-    tries.time_out(
-        connection,
-        attempts.c.rollout_id == rollout_id,
-        # A board that waits for its install window is not lost: it is expected then.
-        case((attempts.c.state == "staged", func.coalesce(attempts.c.waits_until, 0)), else_=0)
-        < now - policy.timeout_s,
-        attempts.c.updated < now - policy.timeout_s,
-        now=now,
-    )
-    verdict = stages.judge(_progress(connection, row, now), policy, now)
+    _time_out(connection, row, now)
+    progress = _progress(connection, row, now)
+    if row.passed_at is not None and not stages.enough(progress.counts, policy):
+        _set(connection, row, now, passed_at=None)  # by newcomers, or a board that went back
+    verdict = stages.judge(progress, policy, now)
     if verdict.action == "pause":
         _stop(connection, row, "paused", verdict.why, now)
     elif verdict.action == "passed":
@@ -426,6 +436,30 @@ def tick(connection: Connection, rollout_id: int, now: int) -> tuple[str, str]:
             update(rollouts).where(rollouts.c.id == rollout_id).values(why=verdict.why)
         )
     return verdict.action, verdict.why
+
+
+def _time_out(connection: Connection, row: Any, now: int) -> None:
+    """Give up on boards of a rollout that are silent, and on attempts that never end."""
+    mine = attempts.c.rollout_id == row.id
+    lost = now - policy_of(row).timeout_s
+    silent = attempts.c.device_id.in_(
+        select(devices.c.device_id).where(devices.c.last_seen < lost)
+    )
+    tries.time_out(connection, mine, silent, before=lost, now=now)
+    tries.time_out(connection, mine, before=min(lost, now - tries.LONGEST_S), now=now)
+
+
+def time_out_others(connection: Connection, now: int) -> None:
+    """Give up on attempts that no running rollout looks after."""
+    left = select(attempts.c.rollout_id).where(attempts.c.state.in_(truth.OPEN)).distinct()
+    for rollout_id in connection.scalars(
+        select(rollouts.c.id).where(
+            rollouts.c.id.in_(left), rollouts.c.state.not_in(stages.ACTIVE)
+        )
+    ).all():
+        _time_out(connection, get(connection, rollout_id), now)
+    without = attempts.c.rollout_id.is_(None)
+    tries.time_out(connection, without, before=now - tries.LONGEST_S, now=now)
 
 
 def _progress(connection: Connection, row: Any, now: int) -> stages.Progress:

@@ -114,8 +114,7 @@ def judge(progress: Progress, policy: Policy, now: int) -> Verdict:
         if counts.asleep or is_last or not progress.is_share:
             return Verdict("hold", "no board has run it yet")
         return _onward(progress, policy, "has no board")
-    enough = counts.confirmed * 100 >= policy.success_percent * counts.members
-    if not (counts.confirmed and enough):
+    if not enough(counts, policy):
         if counts.waiting == 0 and counts.in_flight == 0:
             return Verdict(
                 "pause",
@@ -141,6 +140,12 @@ def _onward(progress: Progress, policy: Policy, why: str) -> Verdict:
     if policy.gate and not progress.gate_open:
         return Verdict("hold", "waiting for a person to open the next stage")
     return Verdict("advance", f"stage {progress.stage + 1} {why}")
+
+
+def enough(counts: Counts, policy: Policy) -> bool:
+    """True where so many boards confirmed that the stage may bake."""
+    share = counts.confirmed * 100 >= policy.success_percent * counts.members
+    return counts.confirmed > 0 and share
 
 
 def failing(counts: Counts, policy: Policy) -> bool:

@@ -10,10 +10,15 @@ board may stay ``staged`` for long: it says so itself while it waits for its ins
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 OPEN = ("offered", "downloading", "staged", "trial")
 BAD = ("failed", "rolledback")
 ENDED = ("confirmed", *BAD)
+
+SET_ASIDE = ("withdrawn", "superseded", "interrupted")
+"""Why the server itself ended an attempt that is no word against its build: it may be tried again,
+and nobody counts it."""
 
 SILENT_S = 3600
 """A new build that polls for so long without a word is taken as confirmed."""
@@ -86,7 +91,8 @@ def after_poll(
         return dataclasses.replace(
             attempt, state="staged", updated=now, reason=None, presumed=False, ended=None
         )
-    if attempt.state in ("staged", "trial"):
+    was_confirmed = attempt.state == "confirmed" and build == attempt.from_build  # by its silence
+    if attempt.state in ("staged", "trial") or was_confirmed:
         return _end(attempt, "rolledback", "came_back_old", now, presumed=True)
     if attempt.is_open and attempt.from_build and build and build != attempt.from_build:
         return _end(attempt, "failed", "superseded", now, presumed=True)
@@ -96,6 +102,19 @@ def after_poll(
 def give_up(attempt: Attempt, reason: str, now: int) -> Attempt:
     """End an attempt that the board has left alone; it may still have the last word."""
     return _end(attempt, "failed", reason, now, presumed=True) if attempt.is_open else attempt
+
+
+def time_out(attempt: Attempt, before: int, now: int) -> Attempt:
+    """Give up an attempt of which nothing was heard since ``before``; an offer that was not taken
+    up tells nothing of its build."""
+    if attempt.updated >= before:
+        return attempt
+    return give_up(attempt, "withdrawn" if attempt.state == "offered" else "timed_out", now)
+
+
+def is_set_aside(attempt: Any) -> bool:
+    """True for an attempt, or its row, that ended by no fault of board or build."""
+    return attempt.presumed and attempt.reason in SET_ASIDE
 
 
 def _forward(attempt: Attempt, state: str, now: int) -> Attempt:

@@ -30,7 +30,18 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from fleet import Board, Fleet, Remote
 
-from twinslot_server import backup, cron, devices, schedules, schema, settings, tokens
+from twinslot_server import (
+    attempts,
+    backup,
+    cron,
+    devices,
+    rollouts,
+    schedules,
+    schema,
+    settings,
+    tokens,
+    truth,
+)
 from twinslot_server.background import Background, Leader
 from twinslot_server.desk import Desk
 from twinslot_server.limits import Limits
@@ -311,6 +322,52 @@ def test_a_poll_undoes_no_decommission_of_another_worker(pg, tmp_path):
     finally:
         other.dispose()
         fleet.close()
+
+
+def test_a_clock_that_read_before_a_report_undoes_nothing_of_it(pg, tmp_path):
+    fleet = Fleet(tmp_path, fresh(pg, "undone"))
+    other = sqlalchemy.create_engine(fleet.store.engine.url)
+    try:
+        fleet.publish("1.1.0")
+        board = Board(fleet, "b1")
+        board.fetch()
+        board.version = "1.1.0"
+        board.poll()
+        with other.begin() as connection:
+            row = attempts.latest(connection, "b1")
+            board.report("confirmed", "1.1.0")
+            late = row.updated + 1
+            attempts.save(connection, row, lambda a: truth.time_out(a, late, late))
+        (attempt,) = board.attempts()
+        assert (attempt["state"], attempt["reason"]) == ("confirmed", None)
+    finally:
+        other.dispose()
+        fleet.close()
+
+
+def test_one_board_that_asks_two_workers_begins_once(pg, tmp_path):
+    """Both would be as far as to take a place of its rollout, which somebody holds."""
+    url = fresh(pg, "twice")
+    workers = [Fleet(tmp_path, url) for _ in range(2)]
+    other = sqlalchemy.create_engine(url)
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    try:
+        workers[0].publish("1.1.0")
+        Board(workers[0], "b1", version="1.1.0").poll()
+        plan = {"firmware_id": workers[0].release("1.1.0")["id"], "start": True}
+        number = workers[0].api("POST", "rollouts", {**plan, "stages": [{"percent": 100}]})["id"]
+        with ThreadPoolExecutor(2) as pool:
+            with other.begin() as connection:
+                rollouts.get(connection, number, lock=True)
+                polls = [pool.submit(Board(worker, "b1").poll) for worker in workers]
+                while connection.exec_driver_sql(waits).scalar_one() < len(polls):
+                    assert not any(poll.done() for poll in polls)
+            assert all(poll.result()["update_available"] for poll in polls)
+        assert [a["state"] for a in Board(workers[0], "b1").attempts()] == ["offered"]
+    finally:
+        other.dispose()
+        for worker in workers:
+            worker.close()
 
 
 def test_more_boards_are_accepted_than_a_statement_has_parameters(pg, tmp_path):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinslot import release as rules
-from twinslot_server import offers, rollouts, schema, stages, windows
+from twinslot_server import attempts, offers, rollouts, schema, stages, windows
 from twinslot_server.background import Background
 from twinslot_server.stages import Counts, Policy, Progress
 from twinslot_server.windows import Window, WindowError
@@ -496,6 +496,185 @@ def test_a_lost_board_is_a_failure_after_its_time(fleet):
     assert board.attempts()[0]["state"] == "confirmed"
 
 
+def test_an_offer_that_no_board_takes_up_is_withdrawn(fleet):
+    """An application may put it off for a day, and says nothing of it."""
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}], max_concurrent=1)
+    assert board.poll()["update_available"]
+    tick(fleet, number, ahead=4000)
+    assert board.attempts()[0]["reason"] == "withdrawn"
+    found = state(fleet, number)
+    assert (found["state"], found["counts"]["in_flight"]) == ("pilot", 0)
+    assert board.update() == "1.1.0"
+
+
+def set_all(fleet, table, **values):
+    fleet.store.write(lambda c: c.execute(table.update().values(**values)))
+
+
+def test_a_board_that_goes_on_asking_is_not_lost_until_the_day_is_over(fleet):
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}])
+    board.poll()
+    board.attempt = "slow"
+    board.report("staging", "1.1.0")
+    for ahead, became in ((4000, "downloading"), (attempts.LONGEST_S + 5, "failed")):
+        set_all(fleet, schema.devices, last_seen=int(time.time()) + ahead)
+        tick(fleet, number, ahead=ahead)
+        assert board.attempts()[0]["state"] == became
+    assert board.attempts()[0]["reason"] == "timed_out"
+
+
+@pytest.mark.parametrize("by", ["pin", "job"])
+def test_a_board_that_is_given_another_release_is_no_failure(fleet, tmp_path, by):
+    all_boards = boards(fleet, 4)
+    number = rollout(fleet, [{"percent": 100}])
+    assert all(board.poll()["update_available"] for board in all_boards)
+    other = fleet.upload(tmp_path, "1.2.0").json()["id"]
+    nodes = [board.device_id for board in all_boards[:3]]
+    if by == "job":
+        fleet.api("POST", "ota/updates", {"firmware_id": other, "target": {"nodes": nodes}})
+    else:
+        for node in nodes:
+            fleet.api("PATCH", f"devices/{node}", {"pin": "1.2.0"})
+    assert all(board.poll()["release"].endswith("/1.2.0.jws") for board in all_boards[:3])
+    tick(fleet, number)
+    found = state(fleet, number)
+    assert (found["state"], found["counts"]["failed"]) == ("pilot", 0)
+    assert all(board.update() == "1.2.0" for board in all_boards[:3])
+    for board in all_boards[:3]:
+        board.poll()
+    assert all_boards[3].update() == "1.1.0"
+    assert tick(fleet, number, 2)[0] == "complete"
+
+
+def test_a_board_that_may_choose_again_takes_the_rollout_it_was_called_away_from(fleet, tmp_path):
+    (board,) = boards(fleet, 1)
+    rollout(fleet, [{"percent": 100}])
+    fleet.upload(tmp_path, "1.2.0")
+    for pin, version in ((None, "1.1.0"), ("1.2.0", "1.2.0"), (None, "1.1.0")):
+        fleet.api("PATCH", "devices/board-000", {"pin": pin})
+        assert board.poll()["release"].endswith(f"/{version}.jws")
+    assert board.update() == "1.1.0"
+
+
+def staged_by_an_aborted_rollout(fleet, count):
+    """Boards that have fetched the release and wait, and what offered it is no more."""
+    made = boards(fleet, count, staged="")
+    number = rollout(fleet, [{"percent": 100}])
+    for board in made:
+        assert board.fetch() == "1.1.0"
+        board.facts["staged"] = build_of("1.1.0")
+    fleet.api("POST", f"rollouts/{number}/abort", {})
+    return made
+
+
+def test_a_second_rollout_counts_the_failures_of_what_the_first_began(fleet):
+    all_boards = staged_by_an_aborted_rollout(fleet, 6)
+    number = rollout(fleet, [{"percent": 100}])
+    for board in all_boards:
+        if board.poll()["update_available"]:
+            board.facts["staged"] = ""
+            for board.version in ("1.1.0", "1.0.0"):
+                board.poll()
+    found = state(fleet, number)
+    assert (found["state"], found["counts"]["rolledback"]) == ("paused", QUICK["min_sample"])
+    assert not any(board.poll()["update_available"] for board in all_boards)
+
+
+def test_a_second_rollout_gives_no_more_places_than_it_has(fleet):
+    all_boards = staged_by_an_aborted_rollout(fleet, 4)
+    rollout(fleet, [{"percent": 100}], max_concurrent=2)
+    assert [b.poll()["update_available"] for b in all_boards] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("leaves", ["decommissioned", "pending"])
+def test_a_board_that_may_update_no_longer_keeps_no_place(fleet, leaves):
+    one, other = boards(fleet, 2, staged="")
+    number = rollout(fleet, [{"percent": 100}], max_concurrent=1)
+    assert one.fetch() == "1.1.0"
+    one.facts["staged"] = build_of("1.1.0")
+    assert other.poll()["reason"] == "busy"
+    if leaves == "decommissioned":
+        fleet.api("DELETE", "devices/board-000")
+    else:
+        fleet.api("PATCH", "devices/board-000", {"enrolment": "pending"})
+    assert one.attempts()[0]["reason"] == "withdrawn"
+    one.report("trial", "1.1.0")  # whatever it goes on to do
+    assert one.poll()["reason"] == leaves
+    assert state(fleet, number)["counts"]["members"] == 1
+    assert other.update() == "1.1.0"
+
+
+@pytest.mark.parametrize("ended", ["channel", "pin", "board", "pause", "abort"])
+def test_no_attempt_is_open_for_ever(fleet, ended):
+    (board,) = boards(fleet, 1)
+    fleet.api("PATCH", f"firmware/{fleet.number}", {"stable": True})
+    if ended == "channel":
+        fleet.api("POST", f"firmware/{fleet.number}/promote", {"channel": "stable"})
+    elif ended == "pin":
+        fleet.api("PATCH", "devices/board-000", {"pin": "1.1.0"})
+    elif ended != "board":
+        number = rollout(fleet, [{"percent": 100}])
+    board.poll()
+    board.attempt = "a"
+    board.report("staged", "1.1.0")
+    if ended in ("pause", "abort"):
+        fleet.api("POST", f"rollouts/{number}/{ended}", {})
+    ticks(fleet)
+    (attempt,) = board.attempts()
+    assert attempt["state"] == "staged"
+    set_all(fleet, schema.attempts, updated=int(time.time()) - attempts.LONGEST_S - 5)
+    ticks(fleet)
+    (attempt,) = board.attempts()
+    assert (attempt["state"], attempt["reason"]) == ("failed", "timed_out")
+
+
+def test_a_straggler_of_a_complete_rollout_is_given_up_too(fleet):
+    *most, last = boards(fleet, 20)
+    number = rollout(fleet, [{"percent": 100}])
+    last.fetch()
+    for board in most:
+        board.update()
+    ticks(fleet, 3)
+    assert state(fleet, number)["state"] == "complete"
+    assert last.attempts()[0]["state"] == "staged"
+    asleep(fleet, last.device_id)
+    set_all(fleet, schema.attempts, updated=int(time.time()) - Policy().timeout_s - 5)
+    ticks(fleet)
+    assert last.attempts()[0]["reason"] == "timed_out"
+    assert state(fleet, number)["counts"]["in_flight"] == 0
+
+
+def test_what_no_longer_passes_bakes_anew(fleet):
+    """A newcomer confirms just before the bake time is over."""
+    first, late = Board(fleet, "a", labels=["ring=pilot"]), Board(fleet, "b")
+    for board in (first, late):
+        board.poll()
+    plan = [{"label": "ring=pilot"}, {"percent": 100}]
+    number = rollout(fleet, plan, include_new=True, bake_s=600)
+    assert first.update() == "1.1.0"
+    assert tick(fleet, number)[0] == "passed"
+    late.facts["labels"] = ["ring=pilot"]
+    assert late.poll()["update_available"]
+    assert "1 of 2" in tick(fleet, number, ahead=550)[1]
+    assert late.update() == "1.1.0"
+    assert tick(fleet, number, ahead=590)[0] == "passed"
+    assert "baking" in tick(fleet, number, ahead=700)[1]
+    assert tick(fleet, number, ahead=1200)[0] == "advance"
+
+
+def test_a_pause_is_no_time_of_baking(fleet):
+    all_boards = boards(fleet, 4)
+    number = rollout(fleet, [{"count": 1}, {"percent": 100}], bake_s=600)
+    assert [b.update() for b in all_boards].count("1.1.0") == 1
+    assert tick(fleet, number)[0] == "passed"
+    for action in ("pause", "resume"):
+        fleet.api("POST", f"rollouts/{number}/{action}", {})
+    assert tick(fleet, number, ahead=700)[0] == "passed"
+    assert "baking" in tick(fleet, number, ahead=710)[1]
+
+
 def test_a_changed_label_moves_nobody_and_newcomers_join_where_asked(fleet):
     """Golioth's lesson, and hawkbit#1548."""
     boards(fleet, 2)
@@ -613,6 +792,24 @@ def test_a_start_time_and_what_a_release_must_be(fleet):
     other = fleet.api("POST", "rollouts", {"firmware_id": fleet.number})["id"]
     assert fleet.api("POST", f"rollouts/{other}/start", {})["code"] == "not_ready"
     assert fleet.api("POST", f"rollouts/{other}/resume", {})["code"] == "state"
+
+
+def test_a_start_that_is_refused_at_its_time_is_said_once(fleet):
+    boards(fleet, 1)
+    fleet.api("POST", "webhooks", {"url": "https://example.org/", "events": ["rollout.*"]})
+    fleet.api("PATCH", f"firmware/{fleet.number}", {"pilot_ready": False})
+    body = {"firmware_id": fleet.number, "starts_at": "2000-01-01T00:00:00Z"}
+    number = fleet.api("POST", "rollouts", body)["id"]
+    ticks(fleet, 3)
+    found = state(fleet, number)
+    assert (found["state"], found["starts_at"]) == ("draft", None)
+    assert found["why"].endswith("is not pilot_ready")
+    told = fleet.store.read(lambda c: c.execute(schema.deliveries.select()).all())
+    assert [json.loads(row.body)["event"] for row in told] == ["rollout.refused"]
+    lines = fleet.api("GET", "audit")["audit"]
+    assert [line["action"] for line in lines if line["who"] == "scheduler"] == ["rollout.refused"]
+    fleet.api("PATCH", f"firmware/{fleet.number}", {"pilot_ready": True})
+    assert fleet.api("POST", f"rollouts/{number}/start", {})["state"] == "pilot"
 
 
 def test_blocking_a_release_pauses_its_rollouts(fleet):

@@ -5,7 +5,7 @@ from fleet import Board, running
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twinslot_server import truth
+from twinslot_server import offers, truth
 from twinslot_server.truth import Attempt
 
 OLD, NEW = "0" * 64, "1" * 64
@@ -73,6 +73,15 @@ def test_a_new_build_that_polls_for_an_hour_without_a_word_counts():
     assert truth.after_poll(attempt, NEW, "", 10 + truth.SILENT_S - 1).state == "trial"
     done = truth.after_poll(attempt, NEW, "", 10 + truth.SILENT_S)
     assert (done.state, done.presumed) == ("confirmed", True)
+
+
+def test_a_build_that_counts_by_its_silence_counts_no_more_when_the_board_comes_back_old():
+    silent = truth.after_poll(after("staged", "new"), NEW, "", 9 + truth.SILENT_S)
+    assert (silent.state, silent.reason) == ("confirmed", "silent")
+    back = truth.after_poll(silent, OLD, "", 10 + truth.SILENT_S)
+    assert (back.state, back.reason) == ("rolledback", "came_back_old")
+    by_cable = truth.after_poll(silent, "2" * 64, "", 10 + truth.SILENT_S)
+    assert by_cable == silent
 
 
 NEWS = st.sampled_from(
@@ -158,6 +167,33 @@ def test_a_release_that_fails_three_times_in_a_day_is_left_alone(fleet):
     assert "3 attempts failed" in sentence
     fleet.publish("1.2.0")
     assert board.poll()["release"].endswith("1.2.0.jws")
+
+
+def test_a_download_that_breaks_off_for_a_whole_day_is_left_alone(fleet):
+    board = Board(fleet, "b1")
+    begun = 0
+    while board.poll()["update_available"]:
+        begun += 1
+        board.attempt = f"try-{begun}"
+        board.report("staging", "1.1.0")
+        assert begun <= 2 * offers.MOST_TRIES.broken_off
+    assert begun == offers.MOST_TRIES.broken_off + 1, "the last one is under way"
+    assert "broke off" in fleet.api("GET", "devices/b1/explain")["sentence"]
+    board.report("staged", "1.1.0")
+    board.version = "1.1.0"
+    board.poll()
+    board.report("confirmed", "1.1.0")
+    assert board.attempts()[0]["state"] == "confirmed"
+
+
+def test_offers_that_are_withdrawn_are_no_failures_of_the_build(fleet):
+    board = Board(fleet, "b1")
+    for _ in range(offers.MOST_TRIES.failed):
+        assert board.poll()["update_available"]
+        fleet.api("PATCH", "devices/b1", {"enrolment": "pending"})
+        fleet.api("PATCH", "devices/b1", {"enrolment": "accepted"})
+    assert {a["reason"] for a in board.attempts()} == {"withdrawn"}
+    assert board.update() == "1.1.0"
 
 
 def test_a_report_for_nothing_that_was_offered_is_kept_as_the_boards_own(fleet):
