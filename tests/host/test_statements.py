@@ -107,6 +107,8 @@ class Stumbler:
         if not met:  # how often some run depends on how the bytes come
             assert said["code"] == "installed", (said, point)
             return "not met"
+        if said["code"] == "outside":  # the event loop itself had no memory: a board starts anew
+            return "outside"
         place = self.place(point[0])
         if said["code"] == "LEAKED":
             assert self.is_first_of(point[0], OUTERMOST), said["message"]
@@ -195,7 +197,7 @@ def test_F34_F35_exception_at_any_statement_of_an_update(stumblers, record_prope
     chosen = ([] if LONG else always) + some(every, SAMPLE)
     met = prove(stumblers, chosen, Stumbler.stumble)
     record_property("ended", dict(met))
-    assert met["internal"] > len(chosen) / 3 and met["not met"] < len(chosen) / 10
+    assert met["internal"] > len(chosen) / 4 and met["not met"] < len(chosen) / 10
 
 
 # ---- a trial
