@@ -124,7 +124,7 @@ class Tally:
     unexplained: int = 0
     erases: list[int] = field(default_factory=lambda: [0] * (FLASH // SECTOR))
     journal: list[int] = field(default_factory=list)  # bytes, after each update
-    heap: list[int] = field(default_factory=list)  # bytes taken, after each update
+    heap: list[int] = field(default_factory=list)  # bytes taken at rest, after each update
 
     def worn(self) -> tuple[str, int]:
         """The most worn sector: its partition, and its erases."""
@@ -455,7 +455,9 @@ def hold(tally: Tally) -> None:
     """Limits of wear and memory, over all updates. Raises Unexplained."""
     if max(tally.journal) >= LIMIT:
         raise Unexplained(f"the journal has grown to {max(tally.journal)} bytes")
-    # What is in use at rest differs by some 2 KB, by what the last boot had to do.
+    # What is in use at rest differs by some 2 KB, by what the last boot had to do. It is the heap
+    # of a boot of its own: what grows there is what flash holds. Leaks from poll to poll of one
+    # boot are looked for in test_time_and_space.py.
     if growth(tally.heap) >= HEAP_GROWTH:
         raise Unexplained(f"the heap in use has grown: {tally.heap}")
     label, erases = tally.worn()

@@ -807,21 +807,33 @@ def _run_to_cut(board: Board, story: Story, fault: Fault, on_console) -> RunResu
     return result
 
 
-def first_fetch(console: str) -> tuple[str, int] | None:
-    """URL and first byte of the first payload that was asked for."""
+class Fetch(NamedTuple):
+    """A payload that was asked for: its URL, from which byte on."""
+
+    url: str
+    start: int
+
+
+def fetches(console: str, story: Story) -> list[Fetch]:
+    """All that was asked for until an image was there; where it never is, until it was refused."""
+    found = []
+    end = "twinslot: failed " if story.refused else "twinslot: staged "
     for line in console.splitlines():
+        if line.startswith(end):
+            break
         if line.startswith("fetch: "):
             url, start = line[7:].rsplit(" ", 1)
-            return url, int(start)
-    return None
+            found.append(Fetch(url, int(start)))
+    return found
 
 
-def check_checkpoint(flash: bytes, fetched: tuple[str, int] | None) -> None:
-    """Held at the checkpoint that flash held when the power failed."""
+def check_checkpoint(flash: bytes, fetched: list[Fetch]) -> None:
+    """Held at the checkpoint that flash held when the power failed: another payload is no way to
+    go on from it either."""
     kept = blob_of(flash, "checkpoint")
-    if kept and fetched and fetched[0].endswith(kept["url"]):
-        complaint = f"a checkpoint at {kept['at']}, fetched from {fetched[1]}"
-        check(fetched[1] >= kept["at"], complaint, "lost")
+    for url, start in fetched if kept else []:
+        complaint = f"a checkpoint at {kept['at']} of {kept['url']}, fetched {url} from {start}"
+        check(url.endswith(kept["url"]) and start >= kept["at"], complaint, "lost")
 
 
 def prove(
@@ -844,7 +856,7 @@ def prove(
         board = switch_on(path, point.cuts[:i])
         result = _run_to_cut(board, story, Fault(*cut), on_console)
         if left and not point.wipe:
-            check_checkpoint(left, first_fetch(result.console))
+            check_checkpoint(left, fetches(result.console, story))
         if result.outcome != "power-cut":
             check(left, f"no cut: {[b.outcome for b in result.boots]}")
             break  # it had come to rest before
@@ -859,6 +871,6 @@ def prove(
     else:
         result = run_to_rest(switch_on(path, point.cuts), story, on_console)
         if left and not point.wipe:
-            check_checkpoint(left, first_fetch(result.console))
+            check_checkpoint(left, fetches(result.console, story))
     check_end(path.read_bytes(), result, story, volume, anywhere=bool(point.wipe))
     return left, done, result

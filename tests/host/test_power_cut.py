@@ -244,6 +244,23 @@ def test_a_board_that_keeps_no_checkpoints_is_noticed_by_the_sweep_and_by_its_re
     assert replayed.value.kind == "lost"
 
 
+def test_a_board_that_throws_its_resumed_downloads_away_is_noticed(tmp_path, monkeypatch):
+    """It resumes where it should, and then fetches the image in another form, all of it."""
+    lib = Path(shutil.copytree(powercut.LIB, tmp_path / "lib"))
+    download = lib / "twinslot" / "download.py"
+    pumps = "            await payload.pump("
+    text = download.read_text()
+    assert text.count(pumps) == 1
+    planted = "            if state:\n                raise errors.RefusedError('planted')\n"
+    download.write_text(text.replace(pumps, planted + pumps))
+    monkeypatch.setattr(powercut, "LIB", lib)
+    found = Sweep(tmp_path / "sweep", "gzip")
+    last = {_page_of(found, 140_000 // PAGE * PAGE)}
+    for flash, cuts in found.points(found.base, found.uncut.operations, {}, (), last):
+        assert found.prove(flash, cuts).complaint.kind == "lost"
+    assert found.tally.replays
+
+
 def test_F1_power_cut_before_and_after_every_operation(sweep):
     good = sweep("good")
     hold(good, {}, pages=1 << 20)

@@ -24,6 +24,7 @@ from twinslot_tools.virtual_esp32 import firmware
 
 LONG = os.environ.get("FAULTS") == "long"
 SIZE = 70_000
+LEAK = 96  # bytes of heap that a poll must not leave in use
 YEAR_S = 365 * 86400
 PERIOD_MS = 1 << 30
 
@@ -212,6 +213,62 @@ def test_C6_deep_sleep_between_activation_and_reset_still_gives_the_image_its_tr
         lab.wait(lambda e: e.name == "confirmed", timeout=60)
         outcomes = [b.outcome for b in lab.power_off().boots]
     assert "deepsleep" in outcomes, outcomes
+
+
+def _growth(station, poll, polls):
+    """Bytes of heap that polls of one boot have left in use; the first few fill caches."""
+    taken = []
+    for _ in range(polls + 3):
+        said = poll()
+        taken.append(said["heap"])
+    return max(taken[-3:]) - min(taken[2:5])
+
+
+def _idle(station, code=""):
+    """A board whose application has refused what is offered; it asks again, and again."""
+    station.proxy.plan({})
+    station.fresh(station.settings("http"))
+    refuse = "agent.on_install(lambda step, release: False)\n"
+    station.ask("evaluate", code=refuse + code)
+    assert station.update()["code"] == "refused"
+    return station.update
+
+
+def _failing(station):
+    station.proxy.plan({"connections": [{"accept": "reset"}] * 100})
+    station.fresh(station.settings("http"))
+    return station.update
+
+
+def _installing(station):
+    station.proxy.plan({})
+
+    def poll():
+        station.fresh(station.settings("http"))
+        return station.update()
+
+    return poll
+
+
+@pytest.mark.parametrize(
+    ("kind", "polls", "code"),
+    [(_idle, 25, "idle"), (_failing, 20, "network"), (_installing, 6, "installed")],
+    ids=["idle", "failing", "installing"],
+)
+def test_heap_in_use_does_not_grow_from_poll_to_poll_of_one_boot(station, kind, polls, code):
+    poll = kind(station)
+    assert poll()["code"] == code
+    assert _growth(station, poll, polls) < LEAK * polls
+
+
+def test_a_leak_at_each_poll_is_noticed(station):
+    leak = "import sys\nsys.kept = []\n"
+    leak += f"agent.on_event(lambda name, data: sys.kept.append(bytes({LEAK})))\n"
+    poll = _idle(station, leak)
+    try:
+        assert _growth(station, poll, 10) >= LEAK * 10
+    finally:
+        station.ask("evaluate", code="import sys\nsys.kept = None\n")
 
 
 # ---- storage
