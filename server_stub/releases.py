@@ -205,12 +205,13 @@ def store_files(
     """Put an upload into the tree: payloads first, the release last. Returns its path.
 
     Raises:
-        Problem: 409 where this version exists with other content.
+        Problem: 409 where this version exists, or existed, with other content.
     """
     product = site.root / release.product
     path = product / "r" / f"{release.version}.jws"
-    if path.exists():
-        _check_same(path, release, token)
+    for known in (path, _removed(path)):
+        if known.exists():
+            _check_same(known, release, token)
     for url, file in files.items():
         _store(product / url, file)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,10 +222,17 @@ def store_files(
     return path.relative_to(site.root).as_posix()
 
 
+def _removed(path: Path) -> Path:
+    """Where a release is kept that was removed: boards and mirrors may remember what it said."""
+    return path.with_name(f".{path.name}.removed")
+
+
 def _check_same(path: Path, release: rules.Release, token: bytes) -> None:
     if path.read_bytes() != token:
         raise Problem(
-            409, "exists", f"{release.product} {release.version} exists: a version never changes"
+            409,
+            "exists",
+            f"{release.product} {release.version} exists, or did: a version never changes",
         )
 
 
@@ -233,6 +241,7 @@ def _store(path: Path, file: BinaryIO) -> None:
     if path.exists():
         with path.open("rb") as there:
             if hash_of(there) == hash_of(file):
+                os.utime(path)  # it is in use again: not for ``collect`` to take
                 return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -365,7 +374,9 @@ def remove(connection: Connection, site: Site, release_id: int) -> Any:
     if needed:
         raise Problem(409, "in_use", f"{row.version} is needed by {', '.join(needed[:5])}")
     connection.execute(releases.delete().where(releases.c.id == release_id))
-    (site.root / row.path).unlink(missing_ok=True)
+    path = site.root / row.path
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, _removed(path))
     bump(connection)
     return row
 

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import http.server
 import json
+import os
 import re
 import threading
 import time
@@ -752,6 +753,40 @@ def test_F127_what_is_needed_stays_and_what_is_not_can_go(fleet, tmp_path):
     assert gone == {"removed": 1, "bytes": made["size"]}
     assert not blob.exists()
     assert Board(fleet, "b1", version="0.9.0").poll()["update_available"]
+
+
+def signed_once(tmp_path):
+    """The upload of a release, which can be sent again as it is."""
+    site = tmp_path / "elsewhere" / "site"
+    site.mkdir(parents=True)
+    form = upload_files(site, servers.publish_version(site, "1.1.0"))
+    return {"headers": {"Authorization": f"Bearer {fleets.ADMIN}"}, "files": form}
+
+
+def test_a_payload_that_an_upload_finds_there_is_not_taken_from_it(fleet, tmp_path):
+    """Until its release is written, nothing but its age says that it is in use again."""
+    request = signed_once(tmp_path)
+    made = fleet.client.post("/api/v1/firmware/upload", **request).json()
+    blob = next(p for p in fleet.site_folder.rglob("*.bin") if made["sha256"] in p.name)
+    fleet.api("DELETE", f"firmware/{made['id']}")
+    os.utime(blob, (time.time() - 7200,) * 2)
+    assert fleet.client.post("/api/v1/firmware/upload", **request).status_code == 201
+    (fleet.site_folder / PRODUCT / "r" / "1.1.0.jws").unlink()  # not written yet
+    assert releases.collect(fleet.site, time.time()) == {"removed": 0, "bytes": 0}
+    assert blob.exists()
+
+
+def test_a_version_that_was_removed_does_not_come_back_as_another(fleet, tmp_path):
+    """What a board or a mirror has of it may be a year old."""
+    path = fleet.site_folder / PRODUCT / "r" / "1.1.0.jws"
+    request = signed_once(tmp_path)
+    made = fleet.client.post("/api/v1/firmware/upload", **request).json()
+    fleet.api("DELETE", f"firmware/{made['id']}")
+    assert fleet.client.get(f"/{PRODUCT}/r/{path.name}").status_code == 404
+    other = fleet.upload(tmp_path, "1.1.0", notes="another one")
+    assert (other.status_code, other.json()["code"]) == (409, "exists")
+    assert not path.exists()
+    assert fleet.client.post("/api/v1/firmware/upload", **request).status_code == 201
 
 
 # ---- jobs

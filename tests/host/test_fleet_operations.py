@@ -352,10 +352,12 @@ def test_one_board_that_asks_two_workers_begins_once(pg, tmp_path):
     other = sqlalchemy.create_engine(url)
     waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     try:
-        workers[0].publish("1.1.0")
-        Board(workers[0], "b1", version="1.1.0").poll()
-        plan = {"firmware_id": workers[0].release("1.1.0")["id"], "start": True}
-        number = workers[0].api("POST", "rollouts", {**plan, "stages": [{"percent": 100}]})["id"]
+        workers[0].publish("1.0.0")
+        release = workers[0].upload(tmp_path, "1.1.0").json()["id"]
+        workers[0].api("PATCH", f"firmware/{release}", {"pilot_ready": True})
+        assert not Board(workers[0], "b1").poll()["update_available"]
+        plan = {"firmware_id": release, "start": True, "stages": [{"percent": 100}]}
+        number = workers[0].api("POST", "rollouts", plan)["id"]
         with ThreadPoolExecutor(2) as pool:
             with other.begin() as connection:
                 rollouts.get(connection, number, lock=True)
