@@ -12,6 +12,7 @@ connection costs is at most that much, and what was already under way.
 """
 
 import gc
+from binascii import crc32
 
 from . import errors, payload, unload
 from .errors import OtaError
@@ -105,12 +106,15 @@ class Download:
         if offset == image.size:
             return
         state = (resume["at"], resume["position"]) if offset else None
+        # Of one server: a mirror gives the same file another one. There its size must do, and in
+        # the end the image's hash.
+        etag = resume.get("etag") if state and resume.get("base") == crc32(base.encode()) else None
         from .url import resolve
 
         response = await self._client.get(
             resolve(base, chosen.url),
             start=state[0] if state else None,
-            if_range=resume.get("etag") if state else None,
+            if_range=etag,
             deadline_ms=_DEADLINE_MS + chosen.size,
             redirects=1,
         )
@@ -135,7 +139,7 @@ class Download:
             unload()  # what has asked, and read the head of the answer
             writer = payload.Writer(self._slot, image.size, offset, self._slot.block())
             stage = payload.open_stage(chosen, response, self._slot.base(), image.size, state)
-            await payload.pump(stage, writer, self._boundary(image, chosen, response))
+            await payload.pump(stage, writer, self._boundary(image, chosen, response, base))
         finally:
             self.fetched += response.received
             try:
@@ -148,7 +152,7 @@ class Download:
         n, self._booked = response.received - self._booked, response.received
         self._spend(n)
 
-    def _boundary(self, image, chosen, response):
+    def _boundary(self, image, chosen, response, base):
         """Return what is done at every 64 KiB: tell the listeners, keep a checkpoint."""
 
         def boundary(offset, state):
@@ -159,7 +163,7 @@ class Download:
             kept["build"] = image.build
             kept["url"] = chosen.url
             kept["at"], kept["position"] = state
-            kept["etag"] = response.etag
+            kept["etag"], kept["base"] = response.etag, crc32(base.encode())
             try:
                 self._journal.save_checkpoint(kept)
                 if offset > self._begun:

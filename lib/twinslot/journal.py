@@ -7,6 +7,11 @@ One blob, because NVS is atomic for one key and not for two. Unreadable, half-wr
 content means "nothing known" and is never an exception: a board must boot with any NVS. So does
 a key whose value has another shape than below: other software may have written it.
 
+Where a power cut leaves an entry half-written, ESP-IDF may take it for a free one: what goes
+there next is damaged, and the old value erased. So the first thing written after a boot is a
+number that is worth nothing (``probe``). And where others fill NVS, an image on trial perhaps, the
+journal has room for its next writing: it gives up what it keeps free (``spare``), then the log.
+
     off size field
     0   1    format, 1
     1   4    CRC-32 of the rest, little-endian
@@ -21,7 +26,8 @@ attempt, release] what is in the other slot and may be installed later. Two numb
 ``starts`` that failed in a row, ``fetch`` which release was being downloaded when the board was
 reset.
 
-Source: ESP-IDF nvs_flash, "Internals"; MicroPython ports/esp32/esp32_nvs.c.
+Source: ESP-IDF nvs_flash, "Internals", and nvs_page.cpp, Page::mLoadEntryTable; MicroPython
+ports/esp32/esp32_nvs.c.
 """
 
 import binascii
@@ -40,6 +46,9 @@ _STARTS = "starts"
 _FETCH = "fetch"
 _LOG = "log"
 _LOG_KEEP = 16
+_PROBE = "probe"
+_SPARE = "spare"
+_ABSENT = -0x1102  # ESP_ERR_NVS_NOT_FOUND
 _KEEP = 4  # entries of each list: the newest
 
 _shared = None
@@ -54,6 +63,7 @@ class Journal:
 
     def __init__(self, nvs):
         self._nvs = nvs
+        self._probed = self._spared = False  # in this boot
         from .health import fits  # which leaves memory when it has done its work
 
         found = self._load(_KEY)
@@ -133,16 +143,55 @@ class Journal:
             body = json.dumps(data).encode()
         self._store(_KEY, body)
         self._data = data
+        if not self._spared:
+            self._keep_room(LIMIT - 5 - len(body))
 
     def _store(self, key, body):
         blob = struct.pack("<BI", _FORMAT, binascii.crc32(body) & 0xFFFFFFFF) + body
+        lesser = [_LOG, _SPARE] if key == _KEY else []
+        while True:
+            try:
+                self._probe()
+                self._nvs.set_blob(key, blob)
+                self._nvs.commit()
+                return
+            except OSError as exc:
+                if not lesser:
+                    full = errors.SpaceError("the journal can't be written: %s" % exc)
+                    full.retry = True  # others share NVS, and may make room
+                    raise full
+            self._spared = False
+            self._erase(lesser.pop())
+
+    def _probe(self):
+        """Write the entry that may be lost, once after each boot."""
+        if not self._probed:
+            self._nvs.set_i32(_PROBE, self._number(_PROBE) ^ 1)
+            self._probed = True
+
+    def _keep_room(self, size):
+        """Take what journal and spare may hold together; less, where it is not to be had."""
+        self._spared = True
         try:
-            self._nvs.set_blob(key, blob)
-            self._nvs.commit()
+            self._nvs.get_blob(_SPARE, bytearray(1))
+            return
         except OSError as exc:
-            full = errors.SpaceError("the journal can't be written: %s" % exc)
-            full.retry = True  # others share NVS, and may make room
-            raise full
+            if exc.args[0] != _ABSENT:
+                return  # too large for that
+        while size > 128:
+            try:
+                self._nvs.set_blob(_SPARE, bytes(size & -32))  # as many entries as were there
+                self._nvs.commit()
+                return
+            except (OSError, MemoryError):
+                size -= size >> 3  # also without it
+
+    def _erase(self, key):
+        try:
+            self._nvs.erase_key(key)
+            self._nvs.commit()
+        except OSError:
+            pass  # there was none
 
     def checkpoint(self, buf=None):
         """Return the checkpoint of a download that was cut (a dict), {} if there is none such.
@@ -163,11 +212,7 @@ class Journal:
         if checkpoint is not None:
             self._store(_CHECKPOINT, json.dumps(checkpoint).encode())
             return
-        try:
-            self._nvs.erase_key(_CHECKPOINT)
-            self._nvs.commit()
-        except OSError:
-            pass  # there was none
+        self._erase(_CHECKPOINT)
 
     def starts(self):
         """Return what starts that failed in a row have come to, as ``guard`` counts them."""
@@ -195,6 +240,7 @@ class Journal:
     def _set_number(self, key, n):
         try:
             if n != self._number(key):
+                self._probe()
                 self._nvs.set_i32(key, n)
                 self._nvs.commit()
         except OSError:

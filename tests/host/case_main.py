@@ -78,7 +78,7 @@ events = []
 def fresh(settings, dns=(), **more):
     """Forget all that was ever downloaded; the host has put the slot in order."""
     nvs = NVS("twinslot")
-    for key in ("journal", "checkpoint", "log", "starts", "fetch"):
+    for key in ("journal", "spare", "checkpoint", "log", "starts", "fetch"):
         try:
             nvs.erase_key(key)
         except OSError:

@@ -19,6 +19,7 @@ from scenes import OnTrial, mirrored, plain, renewed, resumed
 from servers import signing_key
 from station import Station
 
+from twinslot_tools import log_cli
 from twinslot_tools.lab import PRODUCT, Lab
 from twinslot_tools.virtual_esp32 import firmware
 
@@ -312,6 +313,35 @@ def test_F28_nvs_that_others_have_filled_refuses_cleanly_and_the_update_comes_la
         station.ask("evaluate", code=FREE_NVS)
     assert station.update()["code"] == "installed"
     station.check(complete=True)
+
+
+FILLS = """\
+    from esp32 import NVS
+    theirs = NVS("theirs")
+    for size in (1900, 300, 30):
+        for i in range(9):
+            try:
+                theirs.set_blob("b%d-%d" % (size, i), bytes(size))
+            except OSError:
+                break
+"""
+
+
+@pytest.mark.parametrize("well", [True, False], ids=["well", "ill"])
+def test_F28_image_on_trial_that_fills_nvs_keeps_no_later_release_away(tmp_path, well):
+    """The journal has kept room for itself: how the trial ended is written down, the next release
+    comes. What fills NVS, nobody ever takes away."""
+    code = FILLS if well else FILLS + '    raise ValueError("and then it stumbled")\n'
+    with Lab(tmp_path / "lab") as lab:
+        lab.publish(lab.firmware("1.1.0", fault=code), "1.1.0")
+        lab.power_on(timeout=100)
+        ends = "confirmed" if well else "rolledback"
+        lab.wait(lambda e: e.name == ends and e.data["version"] == "1.1.0", timeout=60)
+        lab.publish(lab.firmware("1.2.0"), "1.2.0")
+        lab.wait(lambda e: e.name == "confirmed" and e.data["version"] == "1.2.0", timeout=60)
+        lab.power_off()
+        notes = log_cli.read(lab.flash.read_bytes())
+    assert [f[1] for f in notes.journal.get("failed", [])] == ([] if well else ["1.1.0"])
 
 
 def test_F28_nvs_erased_in_mid_download_costs_the_checkpoint_and_nothing_else(station):

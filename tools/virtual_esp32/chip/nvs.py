@@ -15,10 +15,18 @@ Layout of a page (one 4 KiB sector), little-endian:
 An entry's crc covers bytes 0..3 and 8..31. A blob is chunks (BLOB_DATA, payload
 in the `span - 1` raw entries that follow) and one BLOB_IDX entry written last.
 
-Memory: one 4 KiB buffer. Every look-up reads the flash; nothing is cached but
-the order of the pages.
+What a power cut leaves is found as ESP-IDF finds it, and no better: of an entry
+whose bits in the bitmap were not written any more, it looks at the first word
+only. Where that is blank, and the rest is not, the next item is programmed over
+it, its CRC is wrong, and it is lost: see `_repair_page` and `_entries`. One
+difference: an entry whose two bits read 01 (an erase of a free entry that was
+cut) counts as erased here, and ends in an assertion there.
 
-Source: ESP-IDF nvs_page.cpp, nvs_pagemanager.cpp, nvs_storage.cpp, nvs_types.hpp.
+Memory: one 4 KiB buffer. Every look-up reads the flash; nothing is cached but
+the order of the pages and the place of the next entry.
+
+Source: ESP-IDF nvs_page.cpp (Page::mLoadEntryTable, findItem, alterEntryRangeState),
+nvs_pagemanager.cpp, nvs_storage.cpp (writeItem, cmpMultiPageBlob), nvs_types.hpp.
 """
 
 import struct
@@ -121,6 +129,8 @@ class Nvs:
         self._used = []  # pages in order of their sequence number; the last one is written to
         self._free = []
         self._next_seq = 0
+        self._next = 0  # first free entry of the page that is written to
+        self._spoiled = False  # an item went where something was
         self._load_pages()
 
     # ---- the operations the board has
@@ -175,7 +185,7 @@ class Nvs:
         if old is not None:
             at = _FIRST + old[1] * ENTRY + 24
             size, _, old_start = struct.unpack_from("<IBB", self._page, at)
-            if size == len(data) and self._read_blob(ns, key16, key) == bytes(data):
+            if size == len(data) and self._holds(ns, key16, data):
                 return
             start = 0 if old_start else 0x80
         self._erase_others(ns, key16, self._write_blob(ns, key16, data, start))
@@ -243,14 +253,23 @@ class Nvs:
         return self._page[_BITMAP + (i >> 2)] >> ((i & 3) * 2) & 3
 
     def _entries(self, page):
-        """Yield the index of each item of a page. Another page may be loaded between two."""
+        """Yield the index of each item of a page. Another page may be loaded between two.
+
+        An item with a wrong CRC is marked erased when it is met. That there is one can only be
+        since an item was programmed over something: all others were looked at when the page was
+        loaded.
+        """
         i = 0
-        while i < ENTRIES:
+        end = self._next_free(page) if page == self._used[-1] else ENTRIES
+        while i < end:
             self._load(page)
             step = 1
             if self._state(i) == _WRITTEN:
-                step = max(1, self._page[_FIRST + i * ENTRY + 2])
-                yield i
+                if self._spoiled and not self._sound(i):
+                    self._mark(page, i, 1, _ERASED)
+                else:
+                    step = max(1, self._page[_FIRST + i * ENTRY + 2])
+                    yield i
             i += step
 
     def _sound(self, i):
@@ -287,6 +306,13 @@ class Nvs:
                     return page, i
         return None
 
+    def _holds(self, ns, key16, data):
+        """Is this what the blob holds? A damaged one holds something else."""
+        try:
+            return self._read_blob(ns, key16, "") == bytes(data)
+        except NvsError:
+            return False
+
     def _read_blob(self, ns, key16, name):
         index = self._find(ns, BLOB_IDX, key16, ANY)
         if index is None:
@@ -320,29 +346,29 @@ class Nvs:
         self._loaded = -1
 
     def _mark(self, page, first, count, state):
-        """Set the bitmap of entries, one 32-bit word at a time as ESP-IDF does."""
+        """Set the bitmap of entries, one 32-bit word at a time, the last one first, as ESP-IDF
+        does."""
         self._load(page)
-        i = first
-        while i < first + count:
+        i = first + count - 1
+        while i >= first:
             word = i >> 4
             bits = bytearray(self._page[_BITMAP + word * 4 : _BITMAP + word * 4 + 4])
-            while i < first + count and i >> 4 == word:
+            while i >= first and i >> 4 == word:
                 shift = (i & 3) * 2
                 byte = (i >> 2) & 3
                 bits[byte] = bits[byte] & ~(3 << shift) | state << shift
-                i += 1
+                i -= 1
             self._program(page, _BITMAP + word * 4, bits)
             self._load(page)
+        if page == self._used[-1]:
+            self._next = max(self._next, first + count)
 
     def _next_free(self, page):
-        """First entry after the last one in use; ENTRIES if the page is full."""
+        """First entry that is free in the page that is written to; ENTRIES if it is full."""
         self._load(page)
         if struct.unpack_from("<I", self._page, 0)[0] == _FULL:
             return ENTRIES
-        for i in range(ENTRIES - 1, -1, -1):
-            if self._state(i) != _EMPTY:
-                return i + 1
-        return 0
+        return self._next
 
     def _set_page_state(self, page, state):
         self._program(page, 0, struct.pack("<I", state))
@@ -356,6 +382,7 @@ class Nvs:
                 self._erase_page(page)
                 break
         self._used.append(page)
+        self._next = 0
 
     def _start_page(self, page):
         """Write the header of a page that has none yet."""
@@ -377,6 +404,8 @@ class Nvs:
         at = _FIRST + i * ENTRY
         self._program(page, at, entry)
         self._mark(page, i, 1, _WRITTEN)
+        if not self._sound(i):
+            self._spoiled = True
         if payload is None:
             return i
         whole = len(payload) // ENTRY * ENTRY
@@ -546,10 +575,21 @@ class Nvs:
         self._drop_orphans()
 
     def _repair_page(self, page):
-        """Mark torn items and half-written entries erased."""
+        """Find the first free entry, and mark torn items and half-written entries erased."""
         self._load(page)
+        self._next = 0
+        end = ENTRIES
+        if struct.unpack_from("<I", self._page, 0)[0] == _ACTIVE:
+            while self._next < ENTRIES and self._state(self._next) != _EMPTY:
+                self._next += 1
+            while self._next < ENTRIES:
+                at = _FIRST + self._next * ENTRY
+                if self._page[at : at + 4] == b"\xff\xff\xff\xff":
+                    break  # free, for all that is known
+                self._mark(page, self._next, 1, _ERASED)
+            end = self._next
         i = 0
-        while i < ENTRIES:
+        while i < end:
             span = 1
             if self._state(i) == _WRITTEN:
                 if not self._sound(i):
@@ -561,16 +601,6 @@ class Nvs:
                             self._mark(page, i, span, _ERASED)
                             break
             i += span
-        last = -1  # data behind the last marked entry: its bits were never written
-        for i in range(self._next_free(page), ENTRIES):
-            at = _FIRST + i * ENTRY
-            for byte in self._view[at : at + ENTRY]:
-                if byte != 0xFF:
-                    last = i
-                    break
-        first = self._next_free(page)
-        if last >= first:
-            self._mark(page, first, last - first + 1, _ERASED)
 
     def _drop_duplicate(self, freeing):
         """The newest item wins over one of the same key that was not erased any more."""
