@@ -192,6 +192,16 @@ async def test_F51_a_download_that_was_cut_goes_on_at_its_checkpoint():
     assert board.told[0][1]["done"] == 2 * BOUNDARY
 
 
+async def test_F51_a_download_goes_on_at_a_mirror_whose_files_have_other_etags():
+    board = await cut_at(BOUNDARY + 3 * BLOCK)
+    kept = board.journal.checkpoint()
+    board.journal.save_checkpoint(dict(kept, base=kept["base"] ^ 1))  # as if from elsewhere
+    site = Site(a=serves(IMAGE, etag='"2"'))
+    again(board, site)
+    await board.run(plain())
+    assert site.wanted[0][:2] == (BOUNDARY, None)
+
+
 async def test_F57_a_server_that_knows_no_ranges_begins_anew():
     board = await cut_at(BOUNDARY + 1)
     again(board, Site(a=Body(IMAGE)))

@@ -355,6 +355,19 @@ def test_a_download_goes_on_at_a_mirror_where_the_server_broke_off(station):
     assert station.proxy.report()["payload"] < SIZE + 10_000
 
 
+def test_F51_a_mirror_with_etags_of_its_own_goes_on_where_the_server_broke_off(station):
+    """nginx makes them from times of files, which a copy need not keep."""
+    cut = {"on": BLOB, "at": CHECKPOINT + 3000, "do": "reset"}
+    theirs = {"on": BLOB, "find": r"^etag: .*$", "by": 'ETag: "of the server"\r'}
+    station.proxy.plan({"connections": [{"edits": [cut], "replace": [theirs]}]})
+    copy = f"http://127.0.0.1:{station.proxy.ports['http']}/"
+    station.fresh(station.settings("http", mirrors=[copy]))
+    assert station.update()["code"] == "installed"
+    station.check(complete=True)
+    report = station.proxy.report()
+    assert report["missed"] == [] and report["payload"] < SIZE + 10_000
+
+
 def test_the_next_poll_asks_the_server_first_again(station):
     copy = f"https://127.0.0.1:{station.proxy.ports['tls']}/"
     station.proxy.plan({"connections": [{"accept": "reset"}]})
