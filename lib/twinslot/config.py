@@ -40,6 +40,7 @@ DEFAULTS = {
     "wdt": 0,  # hardware watchdog, 0 for none
 }
 _GOOD = ".good"  # behind the name of a configuration: the last one that worked
+_FILES = ("keys", "ca", "client_cert", "client_key")
 _REQUIRED = ("product", "url", "keys")
 
 
@@ -148,20 +149,49 @@ def _check_transport(full):
 
 
 def load(path):
-    """Read and check a configuration file; where it is damaged, the last one that worked.
+    """Read and check a configuration file; where it is damaged, the last one that worked. So with
+    the files it names: where one of them is damaged, the copy is named.
 
     Raises:
         ConfigError: absent, not JSON, or not a configuration, and no copy of a good one.
     """
     try:
-        return _load(path)
+        found = _load(path)
     except errors.ConfigError as exc:
         try:
-            good = _load(path + _GOOD)
+            found = _load(path + _GOOD)
         except errors.ConfigError:
             raise exc
         print("twinslot: %s; using the last one that worked" % exc)
-        return good
+    for name in _FILES:
+        file = found[name]
+        if file and not _is_whole(name, file) and _is_whole(name, file + _GOOD):
+            print("twinslot: file %s is damaged; using the last one that worked" % file)
+            found[name] = file + _GOOD
+    return found
+
+
+def _is_whole(name, file):
+    """True if a file is what it should be, as far as can be told without a server."""
+    from .keyring import load, read
+
+    try:
+        text = read(file)
+        if name == "keys":
+            load(text, True)
+            return True
+        from .handshake import _der_of
+
+        for der in _der_of(text, name, b""):
+            n, more = der[1], 0
+            if n > 127:  # the length's own length
+                more = n & 127
+                n = int.from_bytes(der[2 : 2 + more], "big")
+            if len(der) != 2 + more + n:
+                return False
+        return True
+    except (IndexError, errors.ConfigError):
+        return False
 
 
 def _load(path):
@@ -175,25 +205,35 @@ def _load(path):
 
 
 def keep(path):
-    """Keep a copy of a configuration that has just worked. Costs a write only when it changed;
-    never raises: a full filesystem is no reason not to update.
+    """Keep a copy of a configuration that has just worked, and of the files it names. Costs a
+    write only when one changed; never raises: a full filesystem is no reason not to update.
 
     Source: littlefs replaces a file by rename in one commit.
     """
+    from .keyring import read
+
+    try:
+        text = read(path)
+        found = check(json.loads(text))  # a good copy may be what works
+        _copy(path, text)
+        for name in _FILES:
+            file = found[name]
+            if file and _is_whole(name, file):
+                _copy(file, read(file))
+    except (OSError, ValueError, MemoryError, errors.ConfigError) as exc:
+        print("twinslot: no copy of the configuration:", exc)
+
+
+def _copy(path, text):
     import os
 
     from .keyring import read
 
     try:
-        text = read(path)
-        check(json.loads(text))  # a good copy may be what works
-        try:
-            if read(path + _GOOD) == text:
-                return
-        except errors.ConfigError:
-            pass
-        with open(path + ".new", "wb") as f:
-            f.write(text)
-        os.rename(path + ".new", path + _GOOD)
-    except (OSError, ValueError, errors.ConfigError) as exc:
-        print("twinslot: no copy of the configuration:", exc)
+        if read(path + _GOOD) == text:
+            return
+    except errors.ConfigError:
+        pass
+    with open(path + ".new", "wb") as f:
+        f.write(text)
+    os.rename(path + ".new", path + _GOOD)

@@ -82,10 +82,16 @@ def test_an_nvs_that_is_full():
     journal = Journal.shared()
 
     class Full:
+        def __init__(self, nvs):
+            self.get_i32 = nvs.get_i32
+            self.erase_key, self.commit = nvs.erase_key, nvs.commit
+
         def set_blob(self, key, value):
             raise OSError(-4357, "ESP_ERR_NVS_NOT_ENOUGH_SPACE")
 
-    journal._nvs = Full()
+        set_i32 = set_blob
+
+    journal._nvs = Full(journal._nvs)
     level, text = found()["journal"]
     assert level == "fail" and "NVS" in text
     bench.new_journal()

@@ -73,6 +73,26 @@ def test_F30_damaged_configuration_is_replaced_by_the_last_one_that_worked(tmp_p
     assert "using the last one that worked" in "\n".join(lab.console)
 
 
+def test_F30_damaged_files_of_the_configuration_are_replaced_by_those_that_worked(tmp_path):
+    """Keys and certificates, each blank, or cut short."""
+    with Lab(tmp_path / "lab") as lab:
+        lab.power_on()
+        lab.wait(lambda e: e.name == "idle")
+        lab.power_off()
+        for number, damage in enumerate((b"", b"-----BEGIN CERTIFICATE-----\nMIID"), 1):
+            damaged = {"/ota/keys.json": damage, "/ota/ca.pem": damage}
+            vfs.write_files(lab.flash, damaged)
+            version = f"1.{number}.0"
+            lab.publish(lab.firmware(version), version)
+            marker = len(lab.events)
+            lab.power_on()
+            lab.wait(lambda e: e.name == "confirmed", start=marker)
+            lab.power_off()
+    said = "\n".join(lab.console)
+    assert "keys.json is damaged; using the last one that worked" in said
+    assert "ca.pem is damaged; using the last one that worked" in said
+
+
 def test_a_healthy_application_is_never_left_out(tmp_path):
     """Six resets in a row, after the application ran for a while each time."""
     with Lab(tmp_path / "lab") as lab:
