@@ -246,6 +246,9 @@ class _Blobs:
     def get_i32(self, key):
         raise OSError(-0x1102)
 
+    def set_i32(self, key, value):
+        pass
+
     def erase_key(self, key):
         raise OSError(-0x1102)
 
