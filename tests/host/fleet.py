@@ -26,6 +26,24 @@ from twinslot_tools import keys
 
 FLEET, ADMIN = "fleet-token-0123456789", "admin-token-0123456789"
 
+# What shows something to whom has logged in, where a board b1, a rollout and an update are.
+PAGES = [
+    f"/-/{name}"
+    for name in (
+        "",
+        "devices",
+        "devices/b1",
+        "releases",
+        "rollouts",
+        "rollouts/1",
+        "updates",
+        "updates/1",
+        "rules",
+        "people",
+        "logs",
+    )
+]
+
 
 class Client:
     """httpx over ASGI, without the async."""

@@ -44,20 +44,8 @@ def csrf(fleet):
 
 
 def test_nobody_sees_anything_before_logging_in(fleet):
-    for path in (
-        "",
-        "devices",
-        "devices/x",
-        "releases",
-        "rollouts",
-        "rollouts/1",
-        "updates",
-        "updates/1",
-        "rules",
-        "people",
-        "logs",
-    ):
-        answer = fleet.client.get(f"/-/{path}")
+    for path in fleets.PAGES:
+        answer = fleet.client.get(path)
         assert (answer.status_code, answer.headers["location"]) == (303, "/-/login"), path
     assert fleet.client.get("/-/events/1").headers["location"] == "/-/login"
     assert fleet.client.get("/-/static/../page.py").status_code == 404

@@ -186,23 +186,8 @@ def routes(asking):
 def forms(asking):
     """What the pages' own forms send, by the route that takes it."""
     cookie, _ = asking.session()
-    pages = ["/-/login"]
-    for name in (
-        "",
-        "devices",
-        "devices/b1",
-        "releases",
-        "rollouts",
-        "rollouts/1",
-        "updates",
-        "updates/1",
-        "rules",
-        "people",
-        "logs",
-    ):
-        pages.append(f"/-/{name}")
     found = {}
-    for page in pages:
+    for page in ("/-/login", *fleets.PAGES):
         status, text = asking("GET", page, headers=[session_header(cookie)])
         assert status == 200, (page, text)
         parser = Forms(page)

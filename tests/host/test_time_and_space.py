@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 import time
 from collections import Counter
 
@@ -315,16 +316,7 @@ def test_F28_nvs_that_others_have_filled_refuses_cleanly_and_the_update_comes_la
     station.check(complete=True)
 
 
-FILLS = """\
-    from esp32 import NVS
-    theirs = NVS("theirs")
-    for size in (1900, 300, 30):
-        for i in range(9):
-            try:
-                theirs.set_blob("b%d-%d" % (size, i), bytes(size))
-            except OSError:
-                break
-"""
+FILLS = textwrap.indent(FILL_NVS, "    ")  # in an application
 
 
 @pytest.mark.parametrize("well", [True, False], ids=["well", "ill"])
