@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 from starlette.datastructures import UploadFile
 
-from . import audit, events, jobs, releases, rollouts, uploads
+from . import audience, audit, events, jobs, releases, rollouts, uploads
 from .audit import Who
 from .auth import GATEWAY
 from .http import Note, Parts, change, checked, form_of, json_body, with_dates
@@ -112,7 +112,7 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
 
         def work(connection: Connection) -> int:
             release = releases.get(connection, firmware_id)
-            return rollouts.reach(connection, release, {"label": label}, channel)
+            return audience.reach(connection, release, {"label": label}, channel)
 
         return {"devices": await parts.store.aread(work)}
 

@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI, Query
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from sqlalchemy import Connection, select
 
-from . import events, releases, rollouts, schedules
+from . import audience, events, releases, rollouts, schedules, tally
 from .audit import Who
 from .http import Note, Parts, change, json_body, seconds, with_dates
 from .messages import Id, LabelText, Name, Text
@@ -110,7 +110,7 @@ def shown(connection: Connection, rollout_id: int) -> dict[str, Any]:
     """A rollout with its counts, as the API and the page show it."""
     row = rollouts.get(connection, rollout_id)
     now = int(time.time())
-    counts = rollouts.counts(connection, row, now)
+    counts = tally.counts(connection, row, now)
     public = {k: v for k, v in row._mapping.items() if k not in ("path", "hardware", "build")}
     public["counts"] = {
         "members": counts.members,
@@ -122,7 +122,7 @@ def shown(connection: Connection, rollout_id: int) -> dict[str, Any]:
     }
     public["promotes"] = rollouts.promotes(row)
     if row.state == "draft":
-        public["preview"] = rollouts.preview(connection, row)
+        public["preview"] = audience.preview(connection, row)
     return with_dates(public)
 
 

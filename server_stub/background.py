@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 from . import (
     audit,
     backup,
+    course,
     events,
     metrics,
     releases,
@@ -167,10 +168,10 @@ class Background:
             self._forget_schedules()
             return
         store = self._parts.store
-        for rollout_id in store.read(rollouts.due):
+        for rollout_id in store.read(course.due):
             _try(lambda n=rollout_id: self._move_on(n))  # one must not stop the others
         now = int(time.time())
-        store.write(lambda c: rollouts.time_out_others(c, now))
+        store.write(lambda c: course.time_out_others(c, now))
         self._load_schedules()
 
     def _move_on(self, rollout_id: int) -> None:
@@ -181,7 +182,7 @@ class Background:
 
     def _tick(self, connection: Connection, rollout_id: int) -> tuple[str, str]:
         now = int(time.time())
-        action, why = rollouts.tick(connection, rollout_id, now)
+        action, why = course.tick(connection, rollout_id, now)
         if action in ("hold", "passed"):
             return action, why
         row = rollouts.get(connection, rollout_id)

@@ -20,6 +20,7 @@ from . import (
     api_admin,
     api_fleet,
     api_rollouts,
+    audience,
     audit,
     auth,
     devices,
@@ -248,7 +249,7 @@ def _device(parts: Parts) -> Callable[..., dict[str, Any]]:
 def _releases(connection: Connection) -> dict[str, Any]:
     rows = releases.listing(connection)
     reach = {
-        row["id"]: rollouts.reach(
+        row["id"]: audience.reach(
             connection, releases.get(connection, row["id"]), {}, row["channel"]
         )
         for row in rows

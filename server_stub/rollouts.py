@@ -1,4 +1,4 @@
-"""Rollouts in the database: made, started, moved on, paused (rules: ``stages``).
+"""Rollouts in the database: made, changed, started, paused, and who is in (rules: ``stages``).
 
 Membership is frozen when a stage starts: changing a label never updates a board by surprise. A
 newcomer joins a running rollout only where its policy says ``include_new``.
@@ -9,11 +9,10 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, case, func, select, update
+from sqlalchemy import Connection, bindparam, func, select, update
 
 from . import attempts as tries
-from . import stages, truth
-from .devices import labels_of_all
+from . import audience, stages, tally, truth
 from .problems import Problem
 from .schema import attempts, devices, members, releases, rollouts
 from .store import bump, insert
@@ -74,10 +73,6 @@ def get(connection: Connection, rollout_id: int, lock: bool = False) -> Any:
     return row
 
 
-def policy_of(row: Any) -> stages.Policy:
-    return stages.Policy(**row.policy)
-
-
 def create(connection: Connection, wanted: Mapping[str, Any], release: Any, now: int) -> int:
     """Make a draft.
 
@@ -109,83 +104,13 @@ def create(connection: Connection, wanted: Mapping[str, Any], release: Any, now:
     ).scalar_one()
 
 
-def audience(connection: Connection, row: Any) -> list[stages.Board]:
-    """The boards a rollout could reach, with their labels."""
-    return _suiting(connection, row, row.target)
-
-
-def reach(
-    connection: Connection, release: Any, target: Mapping[str, Any], channel: str | None
-) -> int:
-    """How many boards a release would move: meant, of its hardware, and on another build.
-
-    Args:
-        target: label selector, as of a rollout or a job.
-        channel: only boards of it, or None for all.
-    """
-    other = (func.coalesce(devices.c.current_build, "") != release.build) & _free(release)
-    if channel is not None:
-        other &= devices.c.channel == channel
-    if not target.get("label"):  # without labels the database can count
-        return connection.execute(
-            select(func.count()).where(
-                *_could_run(release), devices.c.hardware.in_(release.hardware), other
-            )
-        ).scalar_one()
-    return len(_suiting(connection, release, target, other))
-
-
-def _free(release: Any) -> Any:
-    """Not pinned to another version: a pin stands above rollouts and jobs."""
-    return devices.c.pin.is_(None) | (devices.c.pin == release.version)
-
-
-def _could_run(release: Any) -> tuple[Any, ...]:
-    return devices.c.product == release.product, devices.c.enrolment == "accepted"
-
-
-def _suiting(
-    connection: Connection, release: Any, target: Mapping[str, Any], *where: Any
-) -> list[stages.Board]:
-    labels = labels_of_all(connection)
-    if took := target.get("took"):
-        where = (*where, _took(**took))
-    found = connection.execute(
-        select(devices.c.device_id, devices.c.hardware).where(*_could_run(release), *where)
-    )
-    return [
-        (device_id, labels.get(device_id, {}))
-        for device_id, hardware in found
-        if hardware in release.hardware and stages.matches(target, labels.get(device_id, {}))
-    ]
-
-
-def _took(rollout: int, build: str) -> Any:
-    """Boards of a rollout that run its build, or are about to."""
-    mine = select(members.c.device_id).where(members.c.rollout_id == rollout)
-    begun = select(attempts.c.device_id).where(
-        attempts.c.build == build, attempts.c.state.in_(truth.OPEN)
-    )
-    runs = (devices.c.current_build == build) | devices.c.device_id.in_(begun)
-    return devices.c.device_id.in_(mine) & runs
-
-
-def preview(connection: Connection, row: Any) -> list[int]:
-    """How many boards each stage holds, if it started now ("this will move N boards")."""
-    boards = _suiting(connection, row, row.target, _free(row))
-    return [
-        len(stages.members(boards, row.stages, stage, row.seed))
-        for stage in range(len(row.stages))
-    ]
-
-
 def promotes(row: Any) -> str | None:
     """The channel that will point to the release when this rollout is complete, or None.
 
     A rollout to some of the boards moves no channel: that would bring it to all others at once.
     """
     to_all = stages.goes_to_all(row.target, row.stages)
-    return row.channel if policy_of(row).promote and to_all else None
+    return row.channel if stages.policy_of(row).promote and to_all else None
 
 
 def act(connection: Connection, rollout_id: int, action: str, why: str, now: int) -> Any:
@@ -203,14 +128,14 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
             raise Problem(409, "blocked", f"release {release.version} is blocked")
         if not (release.pilot_ready or release.stable):
             raise Problem(409, "not_ready", f"release {release.version} is not pilot_ready")
-        if not any(preview(connection, row)):
+        if not any(audience.preview(connection, row)):
             raise Problem(409, "nobody", f"rollout {row.name!r} is for no board that is known")
-        _enter(connection, row, 0, now)
+        enter(connection, row, 0, now)
     elif action == "expand":
-        _set(connection, row, now, gate_open=True, why=why)
+        set_(connection, row, now, gate_open=True, why=why)
     elif action == "resume":
         _check_resume(connection, row, now)
-        _set(
+        set_(
             connection,
             row,
             now,
@@ -221,7 +146,7 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
         )
     else:
         state = {"pause": "paused", "abort": "aborted"}[action]
-        _stop(connection, row, state, why, now)
+        stop(connection, row, state, why, now)
     return get(connection, rollout_id)
 
 
@@ -230,7 +155,7 @@ def _check_resume(connection: Connection, row: Any, now: int) -> None:
     release = connection.execute(select(releases).where(releases.c.id == row.release_id)).one()
     if release.blocked is not None:
         raise Problem(409, "blocked", f"release {release.version} is blocked: {release.blocked}")
-    verdict = stages.judge(_progress(connection, row, now), policy_of(row), now)
+    verdict = stages.judge(tally.progress(connection, row, now), stages.policy_of(row), now)
     if verdict.action == "pause":
         raise Problem(
             409,
@@ -250,7 +175,7 @@ def change_policy(
     """
     row = _changeable(connection, rollout_id)
     policy = stages.Policy(**{**row.policy, **wanted})
-    _set(connection, row, now, policy=dataclasses.asdict(policy))
+    set_(connection, row, now, policy=dataclasses.asdict(policy))
 
 
 def _changeable(connection: Connection, rollout_id: int) -> Any:
@@ -272,23 +197,23 @@ def retarget(connection: Connection, rollout_id: int, target: Mapping[str, Any],
             raise ValueError(f"label {text!r}: expected key=value")
     row = _changeable(connection, rollout_id)
     kept = {name: row.target[name] for name in row.target if name == "took"}
-    _set(connection, row, now, target={**kept, **target}, passed_at=None)
+    set_(connection, row, now, target={**kept, **target}, passed_at=None)
     if row.state != "draft":
         _join(connection, get(connection, rollout_id), row.stage)
 
 
 def _join(connection: Connection, row: Any, stage: int) -> None:
     """Freeze who belongs to the stages up to ``stage``."""
-    chosen = stages.members(audience(connection, row), row.stages, stage, row.seed)
+    chosen = stages.members(audience.boards(connection, row), row.stages, stage, row.seed)
     known = set(
         connection.scalars(select(members.c.device_id).where(members.c.rollout_id == row.id))
     )
     add(connection, row.id, sorted(chosen - known), stage)
 
 
-def _enter(connection: Connection, row: Any, stage: int, now: int) -> None:
+def enter(connection: Connection, row: Any, stage: int, now: int) -> None:
     _join(connection, row, stage)
-    _set(
+    set_(
         connection,
         row,
         now,
@@ -318,63 +243,18 @@ def leave(connection: Connection, rollout_id: int, device_id: str) -> None:
     )
 
 
-def _stop(connection: Connection, row: Any, state: str, why: str, now: int) -> None:
+def stop(connection: Connection, row: Any, state: str, why: str, now: int) -> None:
     """Withdraw what is offered and not begun; boards in flight finish."""
     tries.cancel(connection, attempts.c.rollout_id == row.id, now=now)
     resume = row.state if state == "paused" else None
-    _set(connection, row, now, state=state, resume_state=resume, why=why)
+    set_(connection, row, now, state=state, resume_state=resume, why=why)
 
 
-def _set(connection: Connection, row: Any, now: int, **values: Any) -> None:
+def set_(connection: Connection, row: Any, now: int, **values: Any) -> None:
     connection.execute(
         update(rollouts).where(rollouts.c.id == row.id).values(updated=now, **values)
     )
     bump(connection)
-
-
-def counts(connection: Connection, row: Any, now: int) -> stages.Counts:
-    """Count the members by their newest attempt of this rollout.
-
-    A board that is pinned to another version counts only once it has tried.
-    """
-    newest = (
-        select(attempts.c.device_id, func.max(attempts.c.id).label("id"))
-        .where(attempts.c.rollout_id == row.id)
-        .group_by(attempts.c.device_id)
-        .subquery()
-    )
-    # What was withdrawn, or gave way to an operator's other wish, says nothing of the build.
-    set_aside = attempts.c.presumed & attempts.c.reason.in_(truth.SET_ASIDE)
-    state = case((set_aside, None), else_=attempts.c.state)
-    alive = devices.c.last_seen >= now - policy_of(row).seen_within_s
-    # A board that already runs the build needs no attempt.
-    there = func.coalesce(devices.c.current_build == row.build, False)
-    rows = connection.execute(
-        select(state, alive, there, func.count())
-        .select_from(members)
-        .join(devices, devices.c.device_id == members.c.device_id)
-        .outerjoin(newest, newest.c.device_id == members.c.device_id)
-        .outerjoin(attempts, attempts.c.id == newest.c.id)
-        .where(
-            members.c.rollout_id == row.id,
-            devices.c.enrolment == "accepted",
-            _free(row) | state.is_not(None),
-        )
-        .group_by(state, alive, there)
-    )
-    tally = {field.name: 0 for field in dataclasses.fields(stages.Counts)}
-    for what, is_alive, is_there, count in rows:
-        if what in truth.OPEN:
-            tally["in_flight"] += count
-        elif what in truth.ENDED:
-            tally[what] += count
-        elif is_there:
-            tally["confirmed"] += count
-        elif not is_alive:
-            tally["asleep"] += count
-            continue
-        tally["members"] += count
-    return stages.Counts(**tally)
 
 
 def in_flight(connection: Connection, rollout_id: int) -> int:
@@ -392,86 +272,11 @@ def after_bad_report(connection: Connection, rollout_id: int, now: int) -> str |
     row = get(connection, rollout_id, lock=True)
     if row.state not in stages.ACTIVE:
         return None
-    verdict = stages.judge(_progress(connection, row, now), policy_of(row), now)
+    verdict = stages.judge(tally.progress(connection, row, now), stages.policy_of(row), now)
     if verdict.action != "pause":
         return None
-    _stop(connection, row, "paused", verdict.why, now)
+    stop(connection, row, "paused", verdict.why, now)
     return verdict.why
-
-
-def tick(connection: Connection, rollout_id: int, now: int) -> tuple[str, str]:
-    """Move one rollout on by what has happened; return (action, why)."""
-    row = get(connection, rollout_id, lock=True)
-    if row.state == "draft":
-        if row.starts_at is None or row.starts_at > now:
-            return "hold", row.why
-        try:
-            act(connection, rollout_id, "start", "its time has come", now)
-        except Problem as exc:  # not to be tried again and again: a person starts it
-            why = f"not started at its time: {exc.detail}"
-            _set(connection, row, now, starts_at=None, why=why)
-            return "refused", why
-        return "advance", "started at its time"
-    if row.state not in stages.ACTIVE:
-        return "hold", row.why
-    policy = policy_of(row)
-    _time_out(connection, row, now)
-    progress = _progress(connection, row, now)
-    if row.passed_at is not None and not stages.enough(progress.counts, policy):
-        _set(connection, row, now, passed_at=None)  # by newcomers, or a board that went back
-    verdict = stages.judge(progress, policy, now)
-    if verdict.action == "pause":
-        _stop(connection, row, "paused", verdict.why, now)
-    elif verdict.action == "passed":
-        _set(connection, row, now, passed_at=now, why=verdict.why)
-    elif verdict.action == "advance":
-        _enter(connection, row, row.stage + 1, now)
-    elif verdict.action == "complete":
-        _set(connection, row, now, state="complete", why=verdict.why)
-        connection.execute(
-            update(releases).where(releases.c.id == row.release_id).values(stable=True)
-        )
-    elif verdict.why != row.why:
-        connection.execute(
-            update(rollouts).where(rollouts.c.id == rollout_id).values(why=verdict.why)
-        )
-    return verdict.action, verdict.why
-
-
-def _time_out(connection: Connection, row: Any, now: int) -> None:
-    """Give up on boards of a rollout that are silent, and on attempts that never end."""
-    mine = attempts.c.rollout_id == row.id
-    lost = now - policy_of(row).timeout_s
-    silent = attempts.c.device_id.in_(
-        select(devices.c.device_id).where(devices.c.last_seen < lost)
-    )
-    tries.time_out(connection, mine, silent, before=lost, now=now)
-    tries.time_out(connection, mine, before=min(lost, now - tries.LONGEST_S), now=now)
-
-
-def time_out_others(connection: Connection, now: int) -> None:
-    """Give up on attempts that no running rollout looks after."""
-    left = select(attempts.c.rollout_id).where(attempts.c.state.in_(truth.OPEN)).distinct()
-    for rollout_id in connection.scalars(
-        select(rollouts.c.id).where(
-            rollouts.c.id.in_(left), rollouts.c.state.not_in(stages.ACTIVE)
-        )
-    ).all():
-        _time_out(connection, get(connection, rollout_id), now)
-    without = attempts.c.rollout_id.is_(None)
-    tries.time_out(connection, without, before=now - tries.LONGEST_S, now=now)
-
-
-def _progress(connection: Connection, row: Any, now: int) -> stages.Progress:
-    return stages.Progress(
-        row.state,
-        row.stage,
-        len(row.stages),
-        counts(connection, row, now),
-        row.passed_at,
-        row.gate_open,
-        "percent" in row.stages[row.stage],
-    )
 
 
 def numbers(connection: Connection, limit: int, before: int | None) -> list[int]:
@@ -480,20 +285,6 @@ def numbers(connection: Connection, limit: int, before: int | None) -> list[int]
     if before is not None:
         query = query.where(rollouts.c.id < before)
     return list(connection.scalars(query))
-
-
-def due(connection: Connection) -> list[int]:
-    """The rollouts a tick has to look at."""
-    return list(
-        connection.scalars(
-            select(rollouts.c.id)
-            .where(
-                rollouts.c.state.in_(stages.ACTIVE)
-                | ((rollouts.c.state == "draft") & rollouts.c.starts_at.is_not(None))
-            )
-            .order_by(rollouts.c.id)
-        )
-    )
 
 
 def back(connection: Connection, rollout_id: int, release: Any, now: int) -> int:
@@ -532,7 +323,7 @@ def back(connection: Connection, rollout_id: int, release: Any, now: int) -> int
         now,
     )
     if row.state in ACTIONS["abort"]:
-        _stop(connection, row, "aborted", f"sent back by rollout {new}", now)
+        stop(connection, row, "aborted", f"sent back by rollout {new}", now)
     return new
 
 

@@ -51,6 +51,11 @@ class Policy:
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to {_MOST}")
 
 
+def policy_of(row: Any) -> Policy:
+    """The policy of a rollout's row."""
+    return Policy(**row.policy)
+
+
 @dataclass(frozen=True)
 class Counts:
     """Boards of the stages so far: by their newest attempt in this rollout."""

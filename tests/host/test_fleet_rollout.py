@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twinslot import release as rules
-from twinslot_server import attempts, offers, rollouts, schema, stages, windows
+from twinslot_server import attempts, course, offers, schema, stages, windows
 from twinslot_server.background import Background
 from twinslot_server.stages import Counts, Policy, Progress
 from twinslot_server.windows import Window, WindowError
@@ -215,7 +215,7 @@ def rollout(fleet, plan, start=True, **policy):
 def tick(fleet, number, times=1, ahead=0):
     for _ in range(times):
         now = int(time.time()) + ahead
-        found = fleet.store.write(lambda c, now=now: rollouts.tick(c, number, now))
+        found = fleet.store.write(lambda c, now=now: course.tick(c, number, now))
     return found
 
 
