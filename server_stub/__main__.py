@@ -18,6 +18,7 @@ import socket
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,8 +118,9 @@ def start(arguments: argparse.Namespace, limits: Limits) -> None:
     store = Store(url, limits.database_wait_s, migrate=not arguments.no_migrate)
     try:
         parts = make_parts(store)
+        now = int(time.time())
         store.write(lambda connection: releases.scan(connection, parts.site))
-        store.write(lambda connection: schedules.sync_file(connection, planned))
+        store.write(lambda connection: schedules.sync_file(connection, planned, now))
         _log_start(certificate, parts, keys)
         with _listen(wanted.host, wanted.port) as listener:
             if wanted.workers == 1:

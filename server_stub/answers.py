@@ -365,6 +365,7 @@ class Schedule(_Answer):
 
 class ScheduleRun(Schedule):
     source: Literal["api", "file"]
+    created: Date | None
     last_run: Date | None
     last_result: str | None
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import Connection
 from starlette.datastructures import UploadFile
 
-from . import audience, audit, events, jobs, releases, rollouts, uploads
+from . import audience, audit, jobs, releases, rollouts, uploads
 from .audit import Who
 from .auth import GATEWAY
 from .http import Note, Parts, change, checked, form_of, json_body, with_dates
@@ -157,12 +157,7 @@ def _add_firmware(app: FastAPI, parts: Parts) -> None:
 
     @app.post("/api/v1/firmware/gc")
     async def collect(who: Annotated[Who, operator]) -> dict:
-        def work(_: Connection, note: Note) -> dict:
-            found = releases.collect(parts.site, time.time())
-            note("payloads", None, found)
-            return found
-
-        return await change(parts, who, "firmware.gc", work)
+        return await change(parts, who, "firmware.gc", lambda _, note: collect_one(note, parts))
 
 
 async def upload_one(parts: Parts, who: Who, form: Any) -> tuple[dict, bool]:
@@ -197,17 +192,15 @@ def change_one(
     if not values:
         raise Problem(422, "malformed", "nothing to change")
     row = releases.change(connection, firmware_id, values)
+    after: dict[str, Any] = {name: getattr(row, name) for name in values}
     if row.blocked is not None:
-        for rollout_id in releases.active_rollouts(connection, firmware_id):
-            why = f"release {row.version} is blocked: {row.blocked}"
-            now = int(time.time())
-            rollouts.act(connection, rollout_id, "pause", why, now)
-            events.emit(connection, "rollout.paused", {"rollout": rollout_id, "why": why}, now)
-    note(
-        f"{row.product} {row.version}",
-        {name: getattr(before, name) for name in values},
-        {name: getattr(row, name) for name in values},
-    )
+        why = f"release {row.version} is blocked: {row.blocked}"
+        if paused := releases.active_rollouts(connection, firmware_id):
+            after["paused rollouts"] = paused
+        for rollout_id in paused:
+            rollouts.act(connection, rollout_id, "pause", why, int(time.time()))
+    old = {name: getattr(before, name) for name in values}
+    note(f"{row.product} {row.version}", old, after)
     return releases.public(row)
 
 
@@ -233,6 +226,13 @@ def remove_one(
     row = releases.remove(connection, parts.site, firmware_id)
     note(f"{row.product} {row.version}")
     return {"removed": firmware_id}
+
+
+def collect_one(note: Note, parts: Parts) -> dict[str, int]:
+    """Remove the payloads that no release names."""
+    found = releases.collect(parts.site, time.time())
+    note("payloads", None, found)
+    return found
 
 
 def create_update_one(connection: Connection, note: Note, wanted: NewUpdate) -> dict[str, Any]:

@@ -257,8 +257,9 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
 def import_all(connection: Connection, note: Note, parts: Parts, text: str) -> dict[str, Any]:
     """Register the boards of a CSV file; the answer holds their new tokens, this once."""
     found = imports.import_csv(connection, text, int(time.time()), parts.limits.devices)
-    note("devices", None, {k: found[k] for k in ("imported", "new")})
-    return found
+    after = {"new": found.new, "changed": found.after}
+    note("devices", {"new": [], "changed": found.before}, after)
+    return {"imported": found.boards, "new": len(found.new), "tokens": found.tokens}
 
 
 def accept_all(connection: Connection, note: Note, wanted: AcceptDevices) -> dict[str, Any]:

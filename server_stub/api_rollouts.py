@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI, Query
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from sqlalchemy import Connection, select
 
-from . import audience, events, releases, rollouts, schedules, tally
+from . import audience, releases, rollouts, schedules, tally
 from .audit import Who
 from .http import Note, Parts, change, json_body, seconds, with_dates
 from .messages import Id, LabelText, Name, Text
@@ -146,13 +146,18 @@ def create_one(connection: Connection, note: Note, wanted: dict[str, Any]) -> in
     rollout_id = rollouts.create(connection, wanted, release, now)
     usual = dataclasses.asdict(Policy())
     policy = {name: value for name, value in wanted["policy"].items() if value != usual[name]}
+    if wanted.get("start"):
+        rollouts.act(connection, rollout_id, "start", "", now)
     note(
         f"rollout {rollout_id}",
         None,
-        {"version": release.version, "stages": wanted["stages"], **policy},
+        {
+            "version": release.version,
+            "stages": wanted["stages"],
+            **policy,
+            "state": rollouts.get(connection, rollout_id).state,
+        },
     )
-    if wanted.get("start"):
-        rollouts.act(connection, rollout_id, "start", "", now)
     return rollout_id
 
 
@@ -164,7 +169,6 @@ def act_one(
     before = rollouts.get(connection, rollout_id)
     row = rollouts.act(connection, rollout_id, action, why or f"{_DONE[action]} by hand", now)
     note(f"rollout {rollout_id}", {"state": before.state}, {"state": row.state, "why": why})
-    events.emit(connection, f"rollout.{row.state}", {"rollout": rollout_id, "why": row.why}, now)
     return shown(connection, rollout_id)
 
 
@@ -176,9 +180,11 @@ def back_one(
     release = releases.by_version(connection, row.product, wanted.version)
     now = int(time.time())
     new = rollouts.back(connection, rollout_id, release, now)
-    note(f"rollout {rollout_id}", None, {"back": new, "version": release.version})
     if wanted.start:
         rollouts.act(connection, new, "start", "", now)
+    after = {"state": rollouts.get(connection, rollout_id).state}
+    made = {"back": new, "version": release.version}
+    note(f"rollout {rollout_id}", {"state": row.state}, {**after, **made})
     return shown(connection, new)
 
 
@@ -229,7 +235,7 @@ def remove_window_one(connection: Connection, note: Note, window_id: int) -> dic
 def create_schedule_one(connection: Connection, note: Note, wanted: NewSchedule) -> dict[str, Any]:
     """Make or replace the schedule of a name."""
     values = wanted.model_dump(exclude_none=True)
-    number = schedules.put(connection, values, "api")
+    number = schedules.put(connection, values, "api", int(time.time()))
     note(f"schedule {wanted.name}", None, values)
     return {"id": number, **values}
 

@@ -66,7 +66,7 @@ def create_app(parts: Parts) -> FastAPI:
             page_forms.IMPORT: 4 << 20,
         },
     )
-    add_handlers(app, parts.limits)
+    add_handlers(app, parts.limits, page.refusal(parts))
     _add_device_routes(app, parts)
     for module in (api_fleet, api_firmware, api_rollouts, api_admin, page):
         module.add_routes(app, parts)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Integer, bindparam, case, func, select, update
 
-from . import truth
+from . import devices, events, truth
 from .offers import Tries
 from .schema import attempts, job_nodes, reports
 from .truth import Attempt
@@ -192,8 +192,24 @@ def time_out(connection: Connection, *where: Any, before: int, now: int) -> None
         select(attempts).where(attempts.c.state.in_(truth.OPEN), *late, *where)
     ).all():
         saved = save(connection, row, lambda a: truth.time_out(a, before, now))
-        if row.job_id is not None and not truth.is_set_aside(saved):
+        if saved.reason != "timed_out":  # only withdrawn, or another worker knows better
+            continue
+        if row.job_id is not None:
             set_node(connection, row.job_id, row.device_id, saved)
+        status = {"status": saved.state, "status_version": saved.version}
+        devices.change(connection, saved, status)
+        tell(connection, saved, now)
+
+
+def tell(connection: Connection, row: Any, now: int) -> None:
+    """Tell the world outside how an attempt ended."""
+    about = {
+        "device_id": row.device_id,
+        "version": row.version,
+        "reason": row.reason,
+        "rollout": row.rollout_id,
+    }
+    events.emit(connection, f"attempt.{row.state}", about, now)
 
 
 def cancel(connection: Connection, *where: Any, now: int) -> None:

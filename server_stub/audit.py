@@ -23,6 +23,9 @@ class Who:
 SELF = Who("scheduler", "admin")
 """The server, of its own accord."""
 
+DISK = Who("disk", "admin")
+"""Whoever may write where the server lies: releases in its tree, schedules in its file."""
+
 
 def note(
     connection: Connection,

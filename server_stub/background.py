@@ -4,7 +4,6 @@ Each worker flushes what it holds. The rest is done by one of them, whoever hold
 look only at what the database says, so that nothing depends on when, or by whom, they are run.
 """
 
-import functools
 import logging
 import os
 import threading
@@ -18,19 +17,18 @@ from sqlalchemy import Connection
 
 from . import (
     audit,
-    backup,
     course,
-    events,
     metrics,
+    planned,
     releases,
     retention,
     rollouts,
     schedules,
-    webhooks,
 )
 from .audit import SELF
 from .http import Parts
-from .store import Store, generation
+from .store import Store
+from .webhooks import Courier
 
 log = logging.getLogger("twinslot.server")
 
@@ -111,18 +109,25 @@ def _try(work: Callable[[], None]) -> None:
 
 
 class Background:
-    """The clockwork of one worker; ``start`` and ``stop`` it around serving."""
+    """The clockwork of one worker; ``start`` and ``stop`` it around serving.
 
-    def __init__(self, parts: Parts, data: Path):
+    Args:
+        data: the private folder.
+        now: seconds since 1970.
+    """
+
+    def __init__(self, parts: Parts, data: Path, now: Callable[[], float] = time.time):
         self._parts = parts
         self._data = data
+        self._now = now
         self._leader = Leader(parts.store, data)
+        to_private = parts.settings.webhooks_to_private
+        self._courier = Courier(parts.store, to_private, self._leader.holds)
         self._counters = metrics.Writer(parts.store, parts.desk)
         self._clock = BackgroundScheduler(
             timezone="UTC",
             job_defaults={"coalesce": True, "max_instances": 1, "misfire_grace_time": 3600},
         )
-        self._loaded: int | None = None
         self._at_work = threading.Condition()
         self._working = 0
         self._stopped = False
@@ -132,6 +137,7 @@ class Background:
             (FLUSH_S, self._parts.desk.flush),
             (FLUSH_S, self._counters.flush),
             (TICK_S, self.tick),
+            (TICK_S, self.keep_schedules),
             (1, self.deliver),
             (FORGET_S, self.forget),
         ):
@@ -144,6 +150,7 @@ class Background:
         with self._at_work:
             self._stopped = True
             self._at_work.wait_for(lambda: not self._working)
+        self._courier.stop()
         _try(self._parts.desk.flush)
         self._leader.release()
 
@@ -163,16 +170,14 @@ class Background:
     # -- the leader's ---------------------------------------------------------------------------
 
     def tick(self) -> None:
-        """Move every rollout on; load schedules that changed."""
+        """Move every rollout on."""
         if not self._leader.holds():
-            self._forget_schedules()
             return
         store = self._parts.store
         for rollout_id in store.read(course.due):
             _try(lambda n=rollout_id: self._move_on(n))  # one must not stop the others
-        now = int(time.time())
+        now = int(self._now())
         store.write(lambda c: course.time_out_others(c, now))
-        self._load_schedules()
 
     def _move_on(self, rollout_id: int) -> None:
         action, why = self._parts.store.write(lambda c: self._tick(c, rollout_id))
@@ -181,93 +186,37 @@ class Background:
             log.info("rollout", extra={"fields": fields})
 
     def _tick(self, connection: Connection, rollout_id: int) -> tuple[str, str]:
-        now = int(time.time())
+        now = int(self._now())
         action, why = course.tick(connection, rollout_id, now)
         if action in ("hold", "passed"):
             return action, why
         row = rollouts.get(connection, rollout_id)
-        audit.note(
-            connection,
-            SELF,
-            f"rollout.{action}",
-            f"rollout {rollout_id}",
-            None,
-            {"state": row.state, "stage": row.stage, "why": why},
-        )
-        event = action if action == "refused" else row.state
-        events.emit(connection, f"rollout.{event}", {"rollout": rollout_id, "why": why}, now)
+        after = {"state": row.state, "stage": row.stage, "why": why}
         if action == "complete" and (channel := rollouts.promotes(row)):
             release = releases.get(connection, row.release_id)
             if releases.is_newer(connection, self._parts.site, release, channel):
                 releases.promote(connection, self._parts.site, release, channel)
+                after["channel"] = channel
+        target = f"rollout {rollout_id}"
+        audit.note(connection, SELF, f"rollout.{action}", target, None, after)
         return action, why
+
+    def keep_schedules(self) -> None:
+        """Do what schedules have due."""
+        if not self._leader.holds():
+            return
+        now = int(self._now())
+        for number in self._parts.store.read(lambda c: schedules.due(c, now)):
+            _try(lambda n=number: planned.run(self._parts, self._data, n, now))
 
     def deliver(self) -> None:
         """Hand over webhooks that are due."""
         if self._leader.holds():
-            webhooks.deliver_due(self._parts.store, self._parts.settings.webhooks_to_private)
+            self._courier.round()
 
     def forget(self) -> None:
         """Drop what is older than the operator wants to keep."""
         if self._leader.holds():
-            before = int(time.time()) - self._parts.settings.keep_days * 86400
+            before = int(self._now()) - self._parts.settings.keep_days * 86400
             gone = self._parts.store.write(lambda c: retention.forget(c, before))
             log.info("forgotten", extra={"fields": gone})
-
-    # -- schedules ------------------------------------------------------------------------------
-
-    def _load_schedules(self) -> None:
-        now = self._parts.store.read(generation)
-        if now == self._loaded:
-            return
-        self._loaded = now
-        # What replaces a schedule may have its number.
-        wanted = {
-            f"schedule-{row['id']} {row['cron']} {row['zone']} {row['action']}": row
-            for row in self._parts.store.read(schedules.listing)
-        }
-        for job in self._clock.get_jobs():
-            if job.id.startswith("schedule-") and job.id not in wanted:
-                job.remove()
-        known = {job.id for job in self._clock.get_jobs()}
-        for name, row in wanted.items():
-            if name not in known:
-                trigger = schedules.check(row)
-                run = functools.partial(self._run, row["id"], row["action"])
-                self._clock.add_job(self._guarded(run), trigger, id=name)
-
-    def _forget_schedules(self) -> None:
-        self._loaded = None
-        for job in self._clock.get_jobs():
-            if job.id.startswith("schedule-"):
-                job.remove()
-
-    def _run(self, schedule_id: int, action: dict[str, Any]) -> None:
-        """Do a schedule's action and write down what came of it."""
-        if not self._leader.holds():
-            return  # whoever leads now does it
-        now = int(time.time())
-        try:
-            result = self._do(action, now)
-        except Exception as exc:
-            detail = getattr(exc, "detail", None) or str(exc)
-            result = f"failed: {detail}"
-        self._parts.store.write(lambda c: schedules.ran(c, schedule_id, now, result))
-        log.info("schedule", extra={"fields": {"schedule": schedule_id, "result": result}})
-
-    def _do(self, action: dict[str, Any], now: int) -> str:
-        what = action["do"]
-        if what == "gc":
-            found = releases.collect(self._parts.site, time.time())
-            return f"removed {found['removed']} payloads"
-        if what == "backup":
-            return str(backup.make(self._data, Path(action["to"])))
-
-        def work(connection: Connection) -> str:
-            row = rollouts.act(
-                connection, action["rollout"], what.partition("_")[0], "by schedule", now
-            )
-            audit.note(connection, SELF, f"rollout.{what}", f"rollout {row.id}", None, None)
-            return f"rollout {row.id} is {row.state}"
-
-        return self._parts.store.write(work)

@@ -5,7 +5,7 @@ from typing import Any
 from sqlalchemy import Connection, select, update
 
 from . import attempts as tries
-from . import rollouts, stages, tally, truth
+from . import events, rollouts, stages, tally, truth
 from .problems import Problem
 from .schema import attempts, devices, releases
 from .schema import rollouts as table
@@ -36,6 +36,7 @@ def tick(connection: Connection, rollout_id: int, now: int) -> tuple[str, str]:
         except Problem as exc:  # not to be tried again and again: a person starts it
             why = f"not started at its time: {exc.detail}"
             rollouts.set_(connection, row, now, starts_at=None, why=why)
+            events.emit(connection, "rollout.refused", {"rollout": rollout_id, "why": why}, now)
             return "refused", why
         return "advance", "started at its time"
     if row.state not in stages.ACTIVE:
@@ -60,6 +61,8 @@ def tick(connection: Connection, rollout_id: int, now: int) -> tuple[str, str]:
         )
     elif verdict.why != row.why:
         connection.execute(update(table).where(table.c.id == rollout_id).values(why=verdict.why))
+    if verdict.action in ("pause", "advance", "complete"):
+        rollouts.tell(connection, rollouts.get(connection, rollout_id), now)
     return verdict.action, verdict.why
 
 

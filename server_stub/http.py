@@ -106,30 +106,33 @@ def _malformed(exc: ValidationError) -> Problem:
 
 
 async def change(parts: Parts, who: Who, action: str, work: Callable[[Connection, Note], T]) -> T:
-    """Run a change that must leave a line in the audit log.
+    """Run a change that must leave a line in the audit log, as ``audited``."""
+    result = await parts.store.awrite(lambda c: audited(c, who, action, work))
+    note_event("changed", action=action, who=who.name)
+    return result
+
+
+def audited(
+    connection: Connection, who: Who, action: str, work: Callable[[Connection, Note], T]
+) -> T:
+    """Do ``work``, which must leave a line in the audit log.
 
     Args:
         work: gets the connection and ``note(target, before=None, after=None)``.
     """
+    noted: list[str] = []
 
-    def run(connection: Connection) -> T:
-        noted: list[str] = []
+    def note(
+        target: Any,
+        before: Mapping[str, Any] | None = None,
+        after: Mapping[str, Any] | None = None,
+    ) -> None:
+        audit.note(connection, who, action, str(target), before, after)
+        noted.append(action)
 
-        def note(
-            target: Any,
-            before: Mapping[str, Any] | None = None,
-            after: Mapping[str, Any] | None = None,
-        ) -> None:
-            audit.note(connection, who, action, str(target), before, after)
-            noted.append(action)
-
-        result = work(connection, note)
-        if not noted:
-            raise RuntimeError(f"{action} left no line in the audit log")
-        return result
-
-    result = await parts.store.awrite(run)
-    note_event("changed", action=action, who=who.name)
+    result = work(connection, note)
+    if not noted:
+        raise RuntimeError(f"{action} left no line in the audit log")
     return result
 
 
@@ -182,19 +185,38 @@ def problem_response(problem: Problem) -> JSONResponse:
     )
 
 
-def add_handlers(app: FastAPI, limits: Limits) -> None:
-    app.add_exception_handler(HTTPException, _http_problem)
-    app.add_exception_handler(RequestValidationError, _query_problem)
-    app.add_exception_handler(StoreError, _store_problem(limits))
-    app.add_exception_handler(DatabaseError, _store_problem(limits))
-    app.add_exception_handler(IntegrityError, _conflict_problem)
-    # SQLite's driver says it of a number above 64 bits, PostgreSQL's of one above a column's 32.
-    app.add_exception_handler(OverflowError, _unfit_problem)
-    app.add_exception_handler(DataError, _unfit_problem)
-    app.add_exception_handler(ValueError, _value_problem)
-    app.add_exception_handler(OSError, _file_problem)
-    app.add_exception_handler(ClientDisconnect, _cut_problem)
-    app.add_exception_handler(Exception, _bug)
+def add_handlers(
+    app: FastAPI, limits: Limits, on_page: Callable[[Request, Problem], Awaitable[Response]]
+) -> None:
+    """Answer every refusal and failure: with problem+json, or below ``/-/`` by ``on_page``."""
+
+    def answering(
+        find: Callable[[Request, Exception], Problem],
+    ) -> Callable[[Request, Exception], Awaitable[Response]]:
+        async def handle(request: Request, exc: Exception) -> Response:
+            problem = find(request, exc)
+            if request.url.path.startswith("/-/"):
+                return await on_page(request, problem)
+            return problem_response(problem)
+
+        return handle
+
+    storage = _store_problem(limits)
+    for kind, find in (
+        (HTTPException, _http_problem),
+        (RequestValidationError, _query_problem),
+        (StoreError, storage),
+        (DatabaseError, storage),
+        (IntegrityError, _conflict_problem),
+        # SQLite's driver says it of a number above 64 bits, PostgreSQL's of one above a column's.
+        (OverflowError, _unfit_problem),
+        (DataError, _unfit_problem),
+        (ValueError, _value_problem),
+        (OSError, _file_problem),
+        (ClientDisconnect, _cut_problem),
+        (Exception, _bug),
+    ):
+        app.add_exception_handler(kind, answering(find))
 
 
 def allowed_methods(request: Request) -> list[str]:
@@ -210,7 +232,7 @@ def allowed_methods(request: Request) -> list[str]:
     return sorted(found)
 
 
-async def _http_problem(request: Request, exc: Exception) -> Response:
+def _http_problem(request: Request, exc: Exception) -> Problem:
     assert isinstance(exc, HTTPException)
     if not isinstance(exc, Problem):  # the framework's own: no such route, no such method
         code = {404: "not_found", 405: "method"}.get(exc.status_code, "request")
@@ -222,62 +244,59 @@ async def _http_problem(request: Request, exc: Exception) -> Response:
     note_event(
         "refused", code=exc.code, path=request.url.path[:200], client=client, why=exc.detail
     )
-    return problem_response(exc)
+    return exc
 
 
-async def _query_problem(_request: Request, exc: Exception) -> Response:
+def _query_problem(_request: Request, exc: Exception) -> Problem:
     assert isinstance(exc, RequestValidationError)
     first = exc.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
-    return problem_response(Problem(422, "malformed", f"{where}: {first['msg']}"))
+    return Problem(422, "malformed", f"{where}: {first['msg']}")
 
 
-async def _value_problem(request: Request, exc: Exception) -> Response:
-    problem = refused_value(exc)
-    return problem_response(problem) if problem else await _bug(request, exc)
+def _value_problem(request: Request, exc: Exception) -> Problem:
+    return _refused_value(exc) or _bug(request, exc)
 
 
-def refused_value(exc: Exception) -> Problem | None:
+def _refused_value(exc: Exception) -> Problem | None:
     """The pure rules refuse what can't be by ValueError, whose text is made for people."""
     if type(exc) is not ValueError and type(exc).__module__.partition(".")[0] != __package__:
         return None
     return Problem(422, "malformed", " ".join(str(exc).split())[:300])
 
 
-def _store_problem(limits: Limits) -> Callable[[Request, Exception], Awaitable[Response]]:
-    async def handle(_request: Request, exc: Exception) -> Response:
+def _store_problem(limits: Limits) -> Callable[[Request, Exception], Problem]:
+    def handle(_request: Request, exc: Exception) -> Problem:
         log.error("store", extra={"fields": {"why": str(getattr(exc, "orig", exc))}})
         busy = overloaded(limits)
-        return problem_response(
-            Problem(503, "storage", "the registry can't take this now", busy.headers)
-        )
+        return Problem(503, "storage", "the registry can't take this now", busy.headers)
 
     return handle
 
 
-async def _conflict_problem(_request: Request, _exc: Exception) -> Response:
+def _conflict_problem(_request: Request, _exc: Exception) -> Problem:
     detail = "something there has this name or token already"
-    return problem_response(Problem(409, "conflict", detail))
+    return Problem(409, "conflict", detail)
 
 
-async def _cut_problem(request: Request, _exc: Exception) -> Response:
+def _cut_problem(request: Request, _exc: Exception) -> Problem:
     """For the log: who would read the answer has gone."""
-    return await _http_problem(request, Problem(400, "cut", "the body ended before its length"))
+    return _http_problem(request, Problem(400, "cut", "the body ended before its length"))
 
 
-async def _file_problem(request: Request, exc: Exception) -> Response:
+def _file_problem(request: Request, exc: Exception) -> Problem:
     if getattr(exc, "errno", None) not in _NO_SPACE:
-        return await _bug(request, exc)
+        return _bug(request, exc)
     log.error("no space", extra={"fields": {"why": str(exc)}})
-    return problem_response(Problem(507, "no_space", "the server has no space for this"))
+    return Problem(507, "no_space", "the server has no space for this")
 
 
-async def _unfit_problem(_request: Request, _exc: Exception) -> Response:
+def _unfit_problem(_request: Request, _exc: Exception) -> Problem:
     detail = "a number or text that the registry can't hold"
-    return problem_response(Problem(422, "malformed", detail))
+    return Problem(422, "malformed", detail)
 
 
-async def _bug(_request: Request, exc: Exception) -> Response:
+def _bug(_request: Request, exc: Exception) -> Problem:
     log.error("bug", exc_info=exc)
     # The traceback goes to the log, never to the client.
-    return problem_response(Problem(500, "internal", "the server failed; its log says why"))
+    return Problem(500, "internal", "the server failed; its log says why")

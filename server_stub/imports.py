@@ -1,7 +1,7 @@
 """Boards registered before they call, from CSV with a header line; all of them or none.
 
 Columns: ``device_id``, and any of mac, product, channel, hardware, labels (``k=v;k=v``), token
-(``new`` makes one).
+(``new`` makes one). A board that an operator has retired is not taken back by a file.
 """
 
 import csv
@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy import Connection, select, update
 
-from .devices import count, hash_token, is_label
+from .devices import count, hash_token, is_label, labels_of_all
 from .messages import DEVICE_ID
 from .problems import Problem
 from .schema import devices, labels
@@ -25,6 +25,12 @@ COLUMNS = ("device_id", *_FACTS, "labels", "token")
 _ID = re.compile(DEVICE_ID[1:-1])
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]{16,256}=*")
 _CHARS = 64
+_KNOWN = select(
+    devices.c.device_id,
+    devices.c.enrolment,
+    devices.c.token_hash,
+    *(devices.c[name] for name in _FACTS),
+)
 
 
 @dataclass(frozen=True)
@@ -49,26 +55,71 @@ class _Board:
         }
 
 
-def import_csv(connection: Connection, text: str, now: int, limit: int) -> dict[str, Any]:
-    """Register the boards of a file; return how many, how many are new, and the tokens made.
+@dataclass(frozen=True)
+class Imported:
+    """What a file has changed; ``before`` and ``after`` of boards that were there, by their id."""
+
+    boards: int
+    new: list[str]
+    tokens: dict[str, str | None]  # those made
+    before: dict[str, dict[str, Any]]
+    after: dict[str, dict[str, Any]]
+
+
+def import_csv(connection: Connection, text: str, now: int, limit: int) -> Imported:
+    """Register the boards of a file.
 
     Raises:
-        Problem: 422 with the line that is wrong; 409 where the registry would be too full.
+        Problem: 422 with the line that is wrong; 409 where the registry would be too full, or a
+            board of it was decommissioned.
     """
     boards = list(_read(text))
     if len({board.device_id for board in boards}) != len(boards):
         raise Problem(422, "malformed", "a device_id occurs twice")
-    before = count(connection, {})
-    if before + len(boards) > limit:
+    if count(connection, {}) + len(boards) > limit:
         raise Problem(409, "full", f"the registry takes {limit} devices")
-    _write_boards(connection, [board.row(now) for board in boards])
+    known = {row.device_id: row for row in connection.execute(_KNOWN)}
+    for board in boards:
+        if (row := known.get(board.device_id)) and row.enrolment == "decommissioned":
+            raise Problem(
+                409, "decommissioned", f"{row.device_id} was decommissioned: accept it first"
+            )
+    before, after = _changes(connection, boards, known)
+    _write_boards(connection, [board.row(now) for board in boards], known)
     _write_labels(connection, boards)
     bump(connection)
-    return {
-        "imported": len(boards),
-        "new": count(connection, {}) - before,
-        "tokens": {board.device_id: board.token for board in boards if board.is_new_token},
-    }
+    return Imported(
+        len(boards),
+        [board.device_id for board in boards if board.device_id not in known],
+        {board.device_id: board.token for board in boards if board.is_new_token},
+        before,
+        after,
+    )
+
+
+def _changes(
+    connection: Connection, boards: list[_Board], known: Mapping[str, Any]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """What is to change of boards that are known: as it was, and as it will be."""
+    labels_now = labels_of_all(connection)
+    before: dict[str, dict[str, Any]] = {}
+    after: dict[str, dict[str, Any]] = {}
+    for board in boards:
+        if (row := known.get(board.device_id)) is None:
+            continue
+        tags = labels_now.get(board.device_id, {})
+        old = {name: getattr(row, name) for name in ("enrolment", *_FACTS)}
+        old |= {f"label {key}": tags.get(key) for key in board.labels}
+        new = {"enrolment": "accepted", **{n: v for n, v in board.facts.items() if v is not None}}
+        new |= {f"label {key}": value for key, value in board.labels.items()}
+        changed = {name for name, value in new.items() if value != old[name]}
+        said = {name: new[name] for name in sorted(changed)}
+        if board.token and hash_token(board.token) != row.token_hash:
+            said["token"] = "(secret)"
+        if said:
+            before[board.device_id] = {name: old[name] for name in sorted(changed)}
+            after[board.device_id] = said
+    return before, after
 
 
 def _read(text: str) -> Iterator[_Board]:
@@ -113,8 +164,9 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _write_boards(connection: Connection, rows: list[dict[str, Any]]) -> None:
-    known = set(connection.scalars(select(devices.c.device_id)))
+def _write_boards(
+    connection: Connection, rows: list[dict[str, Any]], known: Mapping[str, Any]
+) -> None:
     new = [row for row in rows if row["device_id"] not in known]
     if new:
         connection.execute(devices.insert(), new)

@@ -8,7 +8,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -44,6 +44,7 @@ PROXY_HEADER = "X-Twinslot-Proxy"
 _EVENT_S = 1.0
 _PAGE = 100  # devices
 _ROLLOUTS = 20  # each counts its boards
+_NOBODY = Who("nobody", "none")
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 
 
@@ -59,6 +60,21 @@ def add_routes(app: FastAPI, parts: Parts) -> None:
     _add_views(app, parts, render, guard)
     page_forms.add_routes(app, parts, render, guard)
     _add_events(app, parts, guard)
+
+
+def refusal(parts: Parts) -> Callable[[Request, Problem], Awaitable[Response]]:
+    """Make what says on a page, in the frame that its reader has, why something was not done."""
+    render = Renderer()
+    guard = Guard(parts)
+
+    async def show(request: Request, problem: Problem) -> Response:
+        try:
+            session = await guard(request)
+        except Exception:  # nobody's, or the database is what has failed
+            session = None
+        return render.refusal(session, problem)
+
+    return show
 
 
 def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> None:
@@ -117,6 +133,8 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
         who = await _known(parts, name, password)
         if who is None:
             throttle.failed(f"name {name}", f"address {address}")
+            tried = _tried(name, address)
+            await change(parts, _NOBODY, "login.failed", lambda _, note: note(*tried))
             return refused(vouched, 401, "Wrong name or password.")
         return await enter(request, who)
 
@@ -126,10 +144,21 @@ def _add_login(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
         async with form_of(request) as form:
             same_page(session, form)
         value = request.cookies.get(auth.COOKIE, "")
-        await parts.store.awrite(lambda c: auth.close_session(c, value))
+
+        def work(connection: Connection, note: Note) -> None:
+            auth.close_session(connection, value)
+            note(session.name)
+
+        await change(parts, Who(session.name, session.role), "logout", work)
         response = RedirectResponse("/-/login", 303)
         response.delete_cookie(auth.COOKIE)
         return response
+
+
+def _tried(name: str, address: str) -> tuple[str, None, dict[str, str]]:
+    """What is noted of a log-in that failed: a name that anybody may have sent, and from where."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in name)
+    return shown, None, {"address": address}
 
 
 async def _known(parts: Parts, name: str, password: str) -> Who | None:
@@ -169,10 +198,7 @@ def _add_views(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
 
     def view(path: str, template: str, read: Callable[..., dict[str, Any]]) -> None:
         async def show(request: Request, me: Annotated[Any, session]) -> Response:
-            try:
-                values = await parts.store.aread(lambda c: read(c, **request.path_params))
-            except Problem as problem:
-                return render.refusal(me, problem)
+            values = await parts.store.aread(lambda c: read(c, **request.path_params))
             return render(template, me, **values)
 
         app.get(path, include_in_schema=False)(show)

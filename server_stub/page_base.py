@@ -71,7 +71,9 @@ class Renderer:
 
     def refusal(self, session: Any, problem: Problem) -> Response:
         """Say on a page why something could not be done."""
-        return self("refused.html", session, problem.status_code, why=problem.detail)
+        response = self("refused.html", session, problem.status_code, why=problem.detail)
+        response.headers.update(problem.headers or {})
+        return response
 
 
 def _ago(seconds: float | None) -> str:

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy import Connection
 
 from . import api_admin, api_firmware, api_fleet, api_rollouts, releases, rollouts
-from .http import Note, Parts, change, checked, form_of, refused_value
+from .http import Note, Parts, change, checked, form_of
 from .messages import Name
 from .page_base import Guard, Renderer, fields, same_page, who
 from .problems import Problem
@@ -64,10 +64,7 @@ def add_routes(app: FastAPI, parts: Parts, render: Renderer, guard: Guard) -> No
         session = await guard.role(request, "operator")
         async with form_of(request, max_files=api_firmware.MAX_FILES) as form:
             same_page(session, form)
-            try:
-                await api_firmware.upload_one(parts, who(session), form)
-            except Problem as problem:
-                return render.refusal(session, problem)
+            await api_firmware.upload_one(parts, who(session), form)
         return RedirectResponse("/-/releases", 303)
 
 
@@ -78,19 +75,12 @@ def _add(app: FastAPI, parts: Parts, render: Renderer, guard: Guard, form: _Form
             same_page(session, sent)
             values = await fields(sent)
         at = request.path_params
-        try:
-            once = await change(
-                parts,
-                who(session),
-                form.action.format(**at),
-                lambda c, note: form.work(c, note, values, at),
-            )
-        except Problem as problem:
-            return render.refusal(session, problem)
-        except ValueError as exc:
-            if (problem := refused_value(exc)) is None:
-                raise
-            return render.refusal(session, problem)
+        once = await change(
+            parts,
+            who(session),
+            form.action.format(**at),
+            lambda c, note: form.work(c, note, values, at),
+        )
         back = form.back.format(**at)
         if once is None:
             return RedirectResponse(back, 303)
@@ -169,11 +159,15 @@ def _release_forms(parts: Parts) -> list[_Form]:
     def remove(c: Connection, note: Note, _: Fields, at: At) -> None:
         api_firmware.remove_one(c, note, parts, at["number"])
 
+    def collect(_: Connection, note: Note, __: Fields, ___: At) -> None:
+        api_firmware.collect_one(note, parts)
+
     one, back = "/-/releases/{number:int}", "/-/releases"
     return [
         _Form(one, "firmware.change", back, change_release),
         _Form(one + "/promote", "firmware.promote", back, promote),
         _Form(one + "/remove", "firmware.remove", back, remove),
+        _Form("/-/releases-collect", "firmware.gc", "/-/logs", collect, "admin"),
     ]
 
 

@@ -21,7 +21,7 @@ from twinslot import release as rules
 from twinslot import semver
 from twinslot.errors import OtaError
 
-from . import stages
+from . import audit, stages
 from .files import write_new
 from .problems import Problem
 from .schema import devices, jobs, releases, rollouts
@@ -112,13 +112,21 @@ def register(connection: Connection, site: Site, name: str, channels: Sequence[s
     Raises:
         ChannelError: it doesn't verify.
     """
-    _insert(connection, site, name, site.release(name), (*channels, "stable")[0], channels, None)
+    release, channel = site.release(name), (*channels, "stable")[0]
+    if _insert(connection, site, name, release, channel, channels, None) is not None:
+        target = f"{release.product} {release.version}"
+        after = {"path": name, "channels": list(channels)}
+        audit.note(connection, audit.DISK, "firmware.register", target, None, after)
 
 
 def note_channels(connection: Connection, row: Any, channels: Iterable[str]) -> None:
     """Note who names a release: there it may stand in for a blocked one from then on."""
     if new := set(channels) - set(row.channels):
-        change(connection, row.id, {"channels": sorted(new | set(row.channels))})
+        after = {"channels": sorted(new | set(row.channels))}
+        change(connection, row.id, after)
+        target = f"{row.product} {row.version}"
+        before = {"channels": row.channels}
+        audit.note(connection, audit.DISK, "firmware.channels", target, before, after)
 
 
 def _insert(

@@ -12,7 +12,7 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, func, select, update
 
 from . import attempts as tries
-from . import audience, stages, tally, truth
+from . import audience, events, stages, tally, truth
 from .problems import Problem
 from .schema import attempts, devices, members, releases, rollouts
 from .store import bump, insert
@@ -147,7 +147,15 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
     else:
         state = {"pause": "paused", "abort": "aborted"}[action]
         stop(connection, row, state, why, now)
-    return get(connection, rollout_id)
+    row = get(connection, rollout_id)
+    tell(connection, row, now)
+    return row
+
+
+def tell(connection: Connection, row: Any, now: int) -> None:
+    """Tell the world outside where a rollout stands now."""
+    about = {"rollout": row.id, "why": row.why}
+    events.emit(connection, f"rollout.{row.state}", about, now)
 
 
 def _check_resume(connection: Connection, row: Any, now: int) -> None:
@@ -324,6 +332,7 @@ def back(connection: Connection, rollout_id: int, release: Any, now: int) -> int
     )
     if row.state in ACTIONS["abort"]:
         stop(connection, row, "aborted", f"sent back by rollout {new}", now)
+        tell(connection, get(connection, rollout_id), now)
     return new
 
 

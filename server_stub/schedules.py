@@ -1,8 +1,11 @@
 """Schedules: a cron expression in a time zone, and one of a few actions.
 
-From ``schedules.yaml`` (the file is the truth for those it names) and from the API.
+From ``schedules.yaml`` (the file is the truth for those it names) and from the API. A moment is
+due until somebody has taken it, and only one takes it: none is lost because the server was away
+for a while, or another worker leads now, and none is done twice.
 """
 
+import datetime as dt
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,9 @@ import yaml
 from apscheduler.triggers.base import BaseTrigger
 from sqlalchemy import Connection, delete, select, update
 
-from . import cron
+from . import audit, cron
 from .problems import Problem
 from .schema import schedules
-from .store import bump
 
 ACTIONS = {
     "start_rollout": {"rollout"},
@@ -24,6 +26,12 @@ ACTIONS = {
     "gc": set(),
     "backup": {"to"},  # in the file only: no request names a path
 }
+
+
+_SAID = ("cron", "zone", "action")
+
+LATE_S = 3600
+"""A moment that was missed is made up for within this time, and dropped after it."""
 
 
 class ScheduleError(Exception):
@@ -47,14 +55,13 @@ def check(wanted: Mapping[str, Any]) -> BaseTrigger:
     return cron.trigger(wanted["cron"], wanted["zone"])
 
 
-def put(connection: Connection, wanted: Mapping[str, Any], source: str) -> int:
+def put(connection: Connection, wanted: Mapping[str, Any], source: str, now: int) -> int:
     """Make or replace the schedule of a name."""
     check(wanted)
     connection.execute(delete(schedules).where(schedules.c.name == wanted["name"]))
-    values = {k: wanted[k] for k in ("name", "cron", "zone", "action")}
-    bump(connection)
+    values = {name: wanted[name] for name in ("name", *_SAID)}
     return connection.execute(
-        schedules.insert().values(**values, source=source).returning(schedules.c.id)
+        schedules.insert().values(**values, source=source, created=now).returning(schedules.c.id)
     ).scalar_one()
 
 
@@ -64,7 +71,6 @@ def remove(connection: Connection, schedule_id: int) -> str:
     if row is None:
         raise Problem(404, "no_schedule", f"no schedule {schedule_id}")
     connection.execute(delete(schedules).where(schedules.c.id == schedule_id))
-    bump(connection)
     return row.name
 
 
@@ -73,12 +79,36 @@ def listing(connection: Connection) -> list[dict[str, Any]]:
     return [dict(row._mapping) for row in rows]
 
 
-def ran(connection: Connection, schedule_id: int, at: int, result: str) -> None:
-    connection.execute(
-        update(schedules)
-        .where(schedules.c.id == schedule_id)
-        .values(last_run=at, last_result=result[:300])
-    )
+def due(connection: Connection, now: int) -> list[int]:
+    """The schedules that have a moment nobody has taken."""
+    rows = connection.execute(select(schedules).order_by(schedules.c.id))
+    return [row.id for row in rows if _is_due(row, now)]
+
+
+def _is_due(row: Any, now: int) -> bool:
+    since = max(row.last_run or 0, row.created, now - LATE_S)
+    after = dt.datetime.fromtimestamp(since + 1, dt.UTC)
+    moment = cron.trigger(row.cron, row.zone).get_next_fire_time(None, after)
+    return moment is not None and moment.timestamp() <= now
+
+
+def take(connection: Connection, schedule_id: int, now: int) -> Any:
+    """Take what is due of a schedule, all moments at once; its row, or None: another has."""
+    query = select(schedules).where(schedules.c.id == schedule_id).with_for_update()
+    row = connection.execute(query).first()
+    if row is None or not _is_due(row, now):
+        return None
+    _change(connection, schedule_id, last_run=now, last_result="begun")
+    return row
+
+
+def ran(connection: Connection, schedule_id: int, result: str) -> None:
+    """Write down what came of it."""
+    _change(connection, schedule_id, last_result=result[:300])
+
+
+def _change(connection: Connection, schedule_id: int, **values: Any) -> None:
+    connection.execute(update(schedules).where(schedules.c.id == schedule_id).values(values))
 
 
 def read_file(path: Path) -> list[dict[str, Any]]:
@@ -107,15 +137,29 @@ def read_file(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def sync_file(connection: Connection, wanted: list[dict[str, Any]]) -> None:
-    """Make the database agree with the file."""
+def sync_file(connection: Connection, wanted: list[dict[str, Any]], now: int) -> None:
+    """Make the database agree with the file; what that changes is in the audit log."""
     old = {
         row.name: row
         for row in connection.execute(select(schedules).where(schedules.c.source == "file"))
     }
     for name in set(old) - {entry["name"] for entry in wanted}:
         remove(connection, old[name].id)
+        _note(connection, "remove", name, _said(old[name]), {})
     for entry in wanted:
-        row = old.get(entry["name"])
-        if row is None or any(getattr(row, k) != entry[k] for k in ("cron", "zone", "action")):
-            put(connection, entry, "file")
+        name = entry["name"]
+        before = _said(old[name]) if name in old else {}
+        after = {member: entry[member] for member in _SAID}
+        if before != after:
+            put(connection, entry, "file", now)
+            _note(connection, "create", name, before, after)
+
+
+def _said(row: Any) -> dict[str, Any]:
+    return {name: getattr(row, name) for name in _SAID}
+
+
+def _note(
+    connection: Connection, what: str, name: str, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    audit.note(connection, audit.DISK, f"schedule.{what}", f"schedule {name}", before, after)

@@ -281,6 +281,7 @@ schedules = Table(
     Column("zone", String, nullable=False),
     Column("action", JSON, nullable=False),
     Column("source", String, nullable=False),  # api or file
+    Column("created", BigInteger, nullable=False, server_default="0"),
     Column("last_run", BigInteger),
     Column("last_result", String),
 )

@@ -40,7 +40,7 @@ from sqlalchemy.exc import DatabaseError
 from .schema import meta
 
 DATABASE = "server.sqlite3"
-HEAD = "0009"
+HEAD = "0010"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _BATCH = 256
 _TRIES = 5

@@ -1,20 +1,26 @@
-"""Deliver events: POST of JSON, signed with HMAC-SHA-256, tried again, given up after two days.
+"""Deliver events: POST of JSON, signed with HMAC-SHA-256, tried again, given up after some hours.
 
     X-Twinslot-Timestamp: seconds since 1970
     X-Twinslot-Signature: sha256=HEX of HMAC(secret, timestamp + "." + body)
 
 Redirects are not followed, and addresses of this network are refused unless the settings allow
 them: a URL that an operator enters must not reach what only this server can.
+
+Each hook is served by itself: one that is slow, or dead, keeps no other waiting, nor the server
+from stopping. What it has taken, and the server could not write down, it gets again: ``id`` tells.
 """
 
 import hashlib
 import hmac
 import http.client
 import ipaddress
+import logging
 import secrets
 import socket
 import ssl
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,7 +30,12 @@ from .problems import Problem
 from .schema import deliveries, webhooks
 from .store import Store
 
+log = logging.getLogger("twinslot.server")
+
 TIMEOUT_S = 5
+STOP_S = 2
+"""A stop waits so long for what hooks are being told, and no longer."""
+
 TRIES = 12
 _BACKOFF_S = 10
 _BATCH = 20
@@ -87,21 +98,73 @@ def signature(secret: str, timestamp: str, body: bytes) -> str:
     return f"sha256={mac.hexdigest()}"
 
 
-def deliver_due(store: Store, to_private: bool) -> int:
-    """Try what is due; return how many were tried."""
+class Courier:
+    """Tells each hook what it waits for, in a thread of its own.
+
+    Args:
+        may: whether to go on, asked before each event.
+    """
+
+    def __init__(self, store: Store, to_private: bool, may: Callable[[], bool]):
+        self._store = store
+        self._to_private = to_private
+        self._may = may
+        self._stopped = False
+        self._under_way: dict[int, threading.Thread] = {}
+
+    def round(self) -> None:
+        """Begin with every hook that has something due and is not being told already."""
+        self._under_way = {n: t for n, t in self._under_way.items() if t.is_alive()}
+        for hook in self._store.read(_hooks_due):
+            if hook not in self._under_way:
+                thread = threading.Thread(target=self._tell, args=(hook,), daemon=True)
+                self._under_way[hook] = thread
+                thread.start()
+
+    def stop(self) -> None:
+        """Begin nothing more; what takes longer than ``STOP_S`` is left, and told anew later."""
+        self._stopped = True
+        until = time.monotonic() + STOP_S
+        for thread in self._under_way.values():
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _tell(self, hook: int) -> None:
+        try:
+            deliver(self._store, hook, self._to_private, lambda: not self._stopped and self._may())
+        except Exception:
+            log.exception("webhook", extra={"fields": {"webhook": hook}})
+
+
+def _due(now: float) -> tuple[Any, ...]:
+    return deliveries.c.state == "waiting", deliveries.c.due <= now
+
+
+def _hooks_due(connection: Connection) -> list[int]:
+    query = select(deliveries.c.webhook_id).where(*_due(time.time())).distinct()
+    return list(connection.scalars(query))
+
+
+def deliver(
+    store: Store, hook: int, to_private: bool, may: Callable[[], bool] = lambda: True
+) -> int:
+    """Tell a hook what is due, up to what it doesn't take; return how many events were tried."""
     now = time.time()
     due = store.read(
         lambda c: c.execute(
             select(deliveries, webhooks.c.url, webhooks.c.secret)
             .join(webhooks, webhooks.c.id == deliveries.c.webhook_id)
-            .where(deliveries.c.state == "waiting", deliveries.c.due <= now)
+            .where(deliveries.c.webhook_id == hook, *_due(now))
             .order_by(deliveries.c.id)
             .limit(_BATCH)
         ).all()
     )
-    for row in due:
+    for tried, row in enumerate(due):
+        if not may():
+            return tried
         error = _post(row.url, row.secret, row.body.encode(), to_private)
         store.write(lambda c, row=row, error=error: _book(c, row, error))
+        if error is not None:
+            return tried + 1
     return len(due)
 
 

@@ -144,6 +144,14 @@ class Fleet:
             files=upload_files(site, published),
         )
 
+    def told(self) -> list[tuple[str, dict[str, Any]]]:
+        """What webhooks are told, in order: event and data."""
+        bodies = self.store.read(
+            lambda c: c.exec_driver_sql("SELECT body FROM deliveries ORDER BY id").scalars().all()
+        )
+        said = map(json.loads, bodies)
+        return [(one["event"], one["data"]) for one in said]
+
     def release(self, version: str) -> dict[str, Any]:
         found = self.api("GET", "firmware")["firmware"]
         return next(row for row in found if row["version"] == version)

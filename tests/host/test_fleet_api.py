@@ -1,10 +1,12 @@
 """The fleet's API: audit, registry, firmware, jobs, users, webhooks, and what the tree allows."""
 
+import contextlib
 import hashlib
 import hmac
 import http.server
 import json
 import os
+import queue
 import re
 import threading
 import time
@@ -17,7 +19,17 @@ from servers import PRODUCT
 from trust import jwk, key
 
 from twinslot.release import TYPE
-from twinslot_server import devices, metrics, releases, retention, settings, webhooks
+from twinslot_server import (
+    devices,
+    metrics,
+    planned,
+    releases,
+    retention,
+    schedules,
+    settings,
+    webhooks,
+)
+from twinslot_server.background import Background
 from twinslot_server.problems import Problem
 from twinslot_server.settings import SettingsError
 from twinslot_tools import keyrings, signing
@@ -132,6 +144,67 @@ def test_every_change_leaves_one_line_in_the_audit_log(fleet, tmp_path):
     assert "Bearer" not in json.dumps(audit_lines(fleet))
 
 
+def actions_of_schedules(fleet, tmp_path):
+    """What each action needs, the line it leaves, and what that says of before and after."""
+    board = Board(fleet, "b1")
+    board.poll()
+    number = uploaded(fleet, tmp_path)["id"]
+    fleet.api("PATCH", f"firmware/{number}", {"pilot_ready": True})
+    plan = {"firmware_id": number, "stages": [{"percent": 100}]}
+    rollout = fleet.api("POST", "rollouts", plan)["id"]
+    of_it = {"rollout": rollout}
+    return [
+        ("start_rollout", of_it, "rollout.start", "draft", "pilot"),
+        ("expand_rollout", of_it, "rollout.expand", None, None),
+        ("pause_rollout", of_it, "rollout.pause", "pilot", "paused"),
+        ("resume_rollout", of_it, "rollout.resume", "paused", "pilot"),
+        ("gc", {}, "firmware.gc", None, None),
+        ("backup", {"to": str(tmp_path / "b.tar.gz")}, "backup", None, None),
+    ]
+
+
+def test_every_action_of_a_schedule_leaves_one_line_in_the_audit_log(fleet, tmp_path):
+    """The actions are those of schedules: one that is added must be added here."""
+    wanted = actions_of_schedules(fleet, tmp_path)
+    assert {name for name, *_ in wanted} == set(schedules.ACTIONS)
+    for name, more, action, was, then in wanted:
+        plan = {"name": name, "cron": "* * * * *", "zone": "UTC", "action": {"do": name, **more}}
+        made = fleet.store.write(lambda c, p=plan: schedules.put(c, p, "file", 0))
+        before = audit_lines(fleet)
+        planned.run(fleet.parts, fleet.data, made, int(time.time()))
+        lines = audit_lines(fleet)
+        assert len(lines) == len(before) + 1, name
+        line = lines[0]
+        assert (line["who"], line["action"]) == ("scheduler", action)
+        assert (line["before"] or {}).get("state") == was, name
+        assert (line["after"] or {}).get("state") == then, name
+        fleet.store.write(lambda c, n=made: schedules.remove(c, n))
+
+
+def test_an_action_that_is_refused_leaves_no_line_but_its_schedule_says_why(fleet):
+    plan = {"name": "n", "cron": "* * * * *", "zone": "UTC"}
+    plan["action"] = {"do": "pause_rollout", "rollout": 7}
+    made = fleet.store.write(lambda c: schedules.put(c, plan, "api", 0))
+    before = audit_lines(fleet)
+    planned.run(fleet.parts, fleet.data, made, int(time.time()))
+    assert audit_lines(fleet) == before
+    assert "no rollout 7" in fleet.api("GET", "schedules")["schedules"][0]["last_result"]
+
+
+def test_what_is_put_into_the_tree_is_in_the_audit_log_once(fleet):
+    fleet.publish("1.1.0")
+    fleet.store.write(lambda c: releases.scan(c, fleet.site))
+    Board(fleet, "b1").poll()
+    lines = [line for line in audit_lines(fleet) if line["target"].endswith(" 1.1.0")]
+    assert [(line["who"], line["action"]) for line in lines] == [("disk", "firmware.register")]
+    assert lines[0]["after"]["channels"] == ["stable"]
+    (fleet.site_folder / PRODUCT / "beta.json").write_text('{"release": "r/1.1.0.jws"}')
+    fleet.store.write(lambda c: releases.scan(c, fleet.site))
+    line = audit_lines(fleet)[0]
+    assert line["before"] == {"channels": ["stable"]}
+    assert line["after"] == {"channels": ["beta", "stable"]}
+
+
 def test_a_change_that_fails_leaves_none(fleet):
     before = audit_lines(fleet)
     assert fleet.api("PATCH", "devices/nobody", {"pin": "1"})["code"] == "no_device"
@@ -186,6 +259,34 @@ def test_an_import_with_a_mistake_imports_nothing(fleet, text, where):
     answer = fleet.api("POST", "devices/import", content=text.encode())
     assert where in answer["detail"]
     assert fleet.api("GET", "devices")["devices"] == []
+
+
+def test_an_import_says_what_it_has_changed(fleet):
+    Board(fleet, "b1", labels=["site=home"]).poll()
+    fleet.api("PATCH", "devices/b1", {"enrolment": "pending"})
+    lines = ("device_id,channel,labels,token", "b1,beta,site=home;ring=pilot,new", "b2,,,new")
+    text = "\n".join(lines).encode()
+    made = fleet.api("POST", "devices/import", content=text)
+    line = audit_lines(fleet)[0]
+    old = {"channel": "stable", "enrolment": "pending", "label ring": None}
+    new = {"channel": "beta", "enrolment": "accepted", "label ring": "pilot", "token": "(secret)"}
+    assert line["before"] == {"changed": {"b1": old}, "new": []}
+    assert line["after"] == {"changed": {"b1": new}, "new": ["b2"]}
+    assert not any(token in json.dumps(line) for token in made["tokens"].values())
+    fleet.api("POST", "devices/import", content=b"device_id,channel\nb1,beta\n")
+    assert audit_lines(fleet)[0]["after"] == {}
+
+
+def test_an_import_takes_no_board_back_that_was_retired(fleet):
+    Board(fleet, "b1").poll()
+    fleet.api("DELETE", "devices/b1")
+    text = b"device_id\nb2\nb1\n"
+    answer = fleet.api("POST", "devices/import", content=text)
+    assert (answer["code"], "b1" in answer["detail"]) == ("decommissioned", True)
+    rows = fleet.api("GET", "devices")["devices"]
+    assert [(row["device_id"], row["enrolment"]) for row in rows] == [("b1", "decommissioned")]
+    fleet.api("PATCH", "devices/b1", {"enrolment": "accepted"})
+    assert fleet.api("POST", "devices/import", content=text)["new"] == 1
 
 
 def test_F106_a_board_with_its_own_token_is_spoken_for_by_nobody_else(fleet):
@@ -964,49 +1065,151 @@ def test_secrets_are_hashed_and_never_shown_again(fleet):
 # ---- webhooks
 
 
-def test_a_webhook_is_signed_tried_again_and_told_once(tmp_path):
-    heard, answers = [], [500, 200, 200]
+@contextlib.contextmanager
+def receiving(answer):
+    """A hook's server that answers with the status ``answer()``; its URL, and what it has heard
+    as (headers, body)."""
+    heard = queue.SimpleQueue()
 
     class Receiver(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            heard.append((dict(self.headers), body))
-            self.send_response(answers.pop(0))
+            heard.put((dict(self.headers), body))
+            self.send_response(answer())
             self.end_headers()
 
         def log_message(self, *_):
             pass
 
-    receiver = http.server.HTTPServer(("127.0.0.1", 0), Receiver)
+    receiver = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
     try:
+        yield f"http://127.0.0.1:{receiver.server_port}/hook", heard
+    finally:
+        receiver.shutdown()
+        receiver.server_close()
+
+
+def boards_of(heard):
+    """The boards of which a hook has heard so far, in that order."""
+    return [json.loads(heard.get_nowait()[1])["data"]["device_id"] for _ in range(heard.qsize())]
+
+
+def test_a_dead_hook_keeps_no_other_waiting_and_no_stop(tmp_path, monkeypatch):
+    monkeypatch.setattr(webhooks, "TIMEOUT_S", 600)
+    monkeypatch.setattr(webhooks, "STOP_S", 0.1)
+    silent = threading.Event()
+
+    def never():
+        silent.wait()
+        return 200
+
+    with (
+        running(tmp_path, webhooks_to_private=True) as fleet,
+        receiving(never) as (dead, of_dead),
+        receiving(lambda: 200) as (well, of_well),
+    ):
+        try:
+            for url in (dead, well):
+                fleet.api("POST", "webhooks", {"url": url, "events": ["device.*"]})
+            for board in ("b1", "b2"):
+                Board(fleet, board).poll()
+            clock = Background(fleet.parts, fleet.data)
+            clock.start()
+            told = [json.loads(of_well.get(timeout=60)[1])["data"]["device_id"] for _ in range(2)]
+            assert told == ["b1", "b2"]
+            of_dead.get(timeout=60)
+            stopping = threading.Thread(target=clock.stop, daemon=True)
+            stopping.start()
+            stopping.join(60)
+            assert not stopping.is_alive()
+            assert of_dead.empty()
+        finally:
+            silent.set()
+
+
+def test_a_hook_that_refuses_is_told_the_next_event_in_the_next_round(tmp_path):
+    answers = [500, 200, 200]
+    with (
+        running(tmp_path) as fleet,
+        receiving(lambda: answers.pop(0)) as (url, heard),
+    ):
+        hook = fleet.api("POST", "webhooks", {"url": url, "events": ["device.*"]})["id"]
+        for board in ("b1", "b2", "b3"):
+            Board(fleet, board).poll()
+        assert webhooks.deliver(fleet.store, hook, to_private=True) == 1
+        assert boards_of(heard) == ["b1"]
+        assert webhooks.deliver(fleet.store, hook, to_private=True, may=heard.empty) == 1
+        assert boards_of(heard) == ["b2"]
+        assert webhooks.deliver(fleet.store, hook, to_private=True) == 1
+        assert boards_of(heard) == ["b3"]
+
+
+def test_webhooks_hear_of_a_rollout_whoever_moves_it(fleet, tmp_path):
+    board = Board(fleet, "b1")
+    board.poll()
+    number = uploaded(fleet, tmp_path)["id"]
+    fleet.api("PATCH", f"firmware/{number}", {"pilot_ready": True})
+    old = uploaded(fleet, tmp_path, "0.9.0", downgrade=True)["id"]
+    fleet.api("PATCH", f"firmware/{old}", {"pilot_ready": True})
+    hook = {"url": "https://example.org/", "events": ["rollout.*"]}
+    fleet.api("POST", "webhooks", hook)
+    plan = {"firmware_id": number, "stages": [{"percent": 100}], "start": True}
+    first = fleet.api("POST", "rollouts", plan)["id"]
+    for name in ("pause", "resume"):
+        action = {"do": f"{name}_rollout", "rollout": first}
+        row = {"name": name, "cron": "* * * * *", "zone": "UTC", "action": action}
+        made = fleet.store.write(lambda c, r=row: schedules.put(c, r, "api", 0))
+        planned.run(fleet.parts, fleet.data, made, int(time.time()))
+    assert board.update() == "1.1.0"
+    fleet.api("PATCH", f"firmware/{number}", {"blocked": "no"})
+    back = fleet.api("POST", f"rollouts/{first}/back", {"version": "0.9.0"})["id"]
+    clock = Background(fleet.parts, fleet.data)
+    assert board.update() == "0.9.0"
+    for _ in range(2):
+        clock.tick()
+    clock._leader.release()
+    assert [(event, data["rollout"]) for event, data in fleet.told()] == [
+        ("rollout.pilot", first),
+        ("rollout.paused", first),
+        ("rollout.pilot", first),
+        ("rollout.paused", first),
+        ("rollout.aborted", first),
+        ("rollout.pilot", back),
+        ("rollout.complete", back),
+    ]
+    whys = [data["why"] for _, data in fleet.told()]
+    assert whys[1] == "by schedule pause" and "blocked" in whys[3]
+
+
+def test_a_webhook_is_signed_tried_again_and_told_once(tmp_path):
+    answers = [500, 200, 200]
+    with receiving(lambda: answers.pop(0)) as (address, queued):
         with running(tmp_path) as fleet:
-            url = f"http://127.0.0.1:{receiver.server_port}/hook?x=1"
+            url = f"{address}?x=1"
             hook = fleet.api("POST", "webhooks", {"url": url, "events": ["device.*"]})
             Board(fleet, "b1").poll()
-            assert webhooks.deliver_due(fleet.store, to_private=True) == 1
-            assert webhooks.deliver_due(fleet.store, to_private=True) == 0  # backs off
+            assert webhooks.deliver(fleet.store, hook["id"], to_private=True) == 1
+            assert webhooks.deliver(fleet.store, hook["id"], to_private=True) == 0  # backs off
             fleet.store.write(lambda c: c.exec_driver_sql("UPDATE deliveries SET due = 0"))
-            webhooks.deliver_due(fleet.store, to_private=True)
-            assert webhooks.deliver_due(fleet.store, to_private=True) == 0
-            assert len(heard) == 2 and heard[0][1] == heard[1][1]
+            webhooks.deliver(fleet.store, hook["id"], to_private=True)
+            assert webhooks.deliver(fleet.store, hook["id"], to_private=True) == 0
+            heard = [queued.get_nowait() for _ in range(2)]
+            assert heard[0][1] == heard[1][1]
             headers, body = heard[1]
             signed = headers["X-Twinslot-Timestamp"].encode() + b"." + body
             mac = hmac.new(hook["secret"].encode(), signed, hashlib.sha256).hexdigest()
             assert headers["X-Twinslot-Signature"] == f"sha256={mac}"
             assert json.loads(body)["data"] == {"device_id": "b1"}
             Board(fleet, "b2").poll()
-            webhooks.deliver_due(fleet.store, to_private=False)
+            webhooks.deliver(fleet.store, hook["id"], to_private=False)
             error = fleet.store.read(
                 lambda c: c.exec_driver_sql(
                     "SELECT error FROM deliveries ORDER BY id DESC"
                 ).scalar()
             )
             assert "address of this network" in error
-            assert len(heard) == 2
-    finally:
-        receiver.shutdown()
-        receiver.server_close()
+            assert queued.empty()
 
 
 def test_many_boards_are_accepted_in_one_call(tmp_path):

@@ -35,6 +35,7 @@ from twinslot_server import (
     backup,
     cron,
     devices,
+    planned,
     rollouts,
     schedules,
     schema,
@@ -119,6 +120,29 @@ def test_a_database_of_the_first_server_is_brought_up_to_date(tmp_path):
         store.close()
 
 
+def went_back(store, revision, *columns):
+    """Make it the database of an older server, and let go of it."""
+    for table, column in columns:
+        store.write(lambda c, t=table, n=column: c.exec_driver_sql(f"ALTER TABLE {t} DROP {n}"))
+    older = f"UPDATE alembic_version SET version_num = '{revision}'"
+    store.write(lambda c: c.exec_driver_sql(older))
+    store.close()
+
+
+def test_an_older_servers_schedule_has_missed_what_it_would_have_done_since(tmp_path):
+    """One that has never run may have been made after its moment: nobody wrote down when."""
+    url = f"sqlite:///{tmp_path / 'x.sqlite3'}"
+    store = Store(url, 5)
+    now = int(time.time())
+    plan = {"cron": "* * * * *", "zone": "UTC", "action": {"do": "gc"}, "source": "api"}
+    rows = [{**plan, "name": str(run), "last_run": run} for run in (None, now - 600)]
+    store.write(lambda c: c.execute(schema.schedules.insert(), rows))
+    went_back(store, "0009", ("schedules", "created"))
+    store = Store(url, 5)
+    assert store.read(lambda c: schedules.due(c, now)) == [2]
+    store.close()
+
+
 def test_what_was_stable_before_channels_were_kept_may_stand_in_on_its_own(tmp_path):
     url = f"sqlite:///{tmp_path / 'x.sqlite3'}"
     store = Store(url, 5)
@@ -127,9 +151,7 @@ def test_what_was_stable_before_channels_were_kept_may_stand_in_on_its_own(tmp_p
     row |= {"security_version": 0, "downgrade": False, "pilot_ready": True, "expires": None}
     rows = [{**row, "version": v, "channels": [], "stable": v == "1"} for v in ("1", "2")]
     store.write(lambda c: c.execute(schema.releases.insert(), rows))
-    store.write(lambda c: c.exec_driver_sql("ALTER TABLE releases DROP COLUMN channels"))
-    store.write(lambda c: c.exec_driver_sql("UPDATE alembic_version SET version_num = '0008'"))
-    store.close()
+    went_back(store, "0008", ("schedules", "created"), ("releases", "channels"))
     store = Store(url, 5)
     table = schema.releases
     found = store.read(
@@ -843,21 +865,6 @@ def test_days_have_names_too():
         assert cron.trigger(expression, "UTC").get_next_fire_time(None, friday).day == day
 
 
-def test_a_schedule_that_is_replaced_runs_as_it_is_now(tmp_path):
-    """SQLite gives the new one the number of the old."""
-    with fleets.running(tmp_path) as fleet:
-        clock = Background(fleet.parts, fleet.data)
-        numbers = set()
-        for hour in (3, 5):
-            plan = {"name": "n", "cron": f"0 {hour} * * *", "action": {"do": "gc"}}
-            numbers.add(fleet.api("POST", "schedules", plan)["id"])
-            clock.tick()
-            (job,) = clock._clock.get_jobs()
-            assert f"hour='{hour}'" in str(job.trigger)
-        assert len(numbers) == 1
-        clock._leader.release()
-
-
 def test_one_rollout_that_can_not_be_moved_on_stops_no_other(tmp_path):
     with fleets.running(tmp_path) as fleet:
         fleet.publish("1.0.0")
@@ -872,23 +879,6 @@ def test_one_rollout_that_can_not_be_moved_on_stops_no_other(tmp_path):
         clock = Background(fleet.parts, fleet.data)
         clock.tick()
         assert fleet.api("GET", f"rollouts/{well}")["state"] == "pilot"
-        clock._leader.release()
-
-
-def test_a_schedule_does_its_action_and_says_what_came_of_it(tmp_path):
-    with fleets.running(tmp_path) as fleet:
-        fleet.publish("1.0.0")
-        Board(fleet, "b1", version="0.9.0").poll()
-        number = fleet.release("1.0.0")["id"]
-        rollout = fleet.api("POST", "rollouts", {"firmware_id": number})["id"]
-        action = {"do": "start_rollout", "rollout": rollout}
-        plan = {"name": "n", "cron": "0 0 1 1 *", "action": action}
-        made = fleet.api("POST", "schedules", plan)["id"]
-        clock = Background(fleet.parts, fleet.data)
-        clock._run(made, action)
-        assert fleet.api("GET", f"rollouts/{rollout}")["state"] == "pilot"
-        clock._run(made, action)
-        assert "can't start" in fleet.api("GET", "schedules")["schedules"][0]["last_result"]
         clock._leader.release()
 
 
@@ -912,17 +902,127 @@ def test_who_leads_is_settled_among_threads_too(store, tmp_path):
     leader.release()
 
 
+TWO_IN_THE_MORNING = int(dt.datetime(2026, 11, 18, 2, tzinfo=dt.UTC).timestamp())
+COLLECTS = {"name": "nightly", "cron": "30 2 * * *", "zone": "UTC", "action": {"do": "gc"}}
+
+
+def planned_at(fleet, made_min=0, plan=COLLECTS):
+    """Make a schedule so many minutes after two in the morning; return its number."""
+    made = TWO_IN_THE_MORNING + 60 * made_min
+    return fleet.store.write(lambda c: schedules.put(c, plan, "api", made))
+
+
+def looked(fleet, *minutes):
+    """Start a worker for each of these minutes after two; return how often a schedule ran."""
+    for minute in minutes:
+        clock = Background(fleet.parts, fleet.data, lambda m=minute: TWO_IN_THE_MORNING + 60 * m)
+        clock.keep_schedules()
+        clock._leader.release()
+    return [line["action"] for line in fleet.api("GET", "audit")["audit"]].count("firmware.gc")
+
+
+@pytest.mark.parametrize(
+    ("made", "looks", "runs"),
+    [
+        pytest.param(0, (29,), 0, id="before it"),
+        pytest.param(0, (30, 31), 1, id="at it"),
+        pytest.param(0, (40, 41), 1, id="ten minutes late"),
+        pytest.param(0, (120, 121), 0, id="too late"),
+        pytest.param(31, (40,), 0, id="made after it"),
+        pytest.param(0, (30, 30 + 1440, 31 + 1440), 2, id="the next day, too"),
+    ],
+)
+def test_a_moment_is_made_up_for_within_the_hour_and_runs_once(tmp_path, made, looks, runs):
+    """Each look is of a worker that has just begun, by a restart or because another ended."""
+    with fleets.running(tmp_path) as fleet:
+        planned_at(fleet, made)
+        assert looked(fleet, *looks) == runs
+
+
+def test_a_schedule_that_is_replaced_runs_as_it_is_now(tmp_path):
+    """SQLite gives the new one the number of the old."""
+    with fleets.running(tmp_path) as fleet:
+        first = planned_at(fleet)
+        assert planned_at(fleet, 0, {**COLLECTS, "cron": "0 5 * * *"}) == first
+        assert looked(fleet, 40) == 0
+        assert looked(fleet, 181) == 1
+
+
+def test_a_moment_is_taken_by_one_of_several_workers(pg, tmp_path):
+    """Both would have seen that it is due, though only one can lead."""
+    url = fresh(pg, "moment")
+    workers = [Fleet(tmp_path, url) for _ in range(2)]
+    other = sqlalchemy.create_engine(url)
+    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+    try:
+        number, late = planned_at(workers[0]), TWO_IN_THE_MORNING + 40 * 60
+        with ThreadPoolExecutor(2) as pool:
+            with other.begin() as connection:
+                schedules.take(connection, number, TWO_IN_THE_MORNING)  # not due: only held
+                runs = [
+                    pool.submit(planned.run, worker.parts, worker.data, number, late)
+                    for worker in workers
+                ]
+                while connection.exec_driver_sql(waits).scalar_one() < len(runs):
+                    assert not any(run.done() for run in runs)
+            for run in runs:
+                run.result()
+        assert looked(workers[0]) == 1
+    finally:
+        other.dispose()
+        for worker in workers:
+            worker.close()
+
+
 def test_a_schedule_that_another_worker_leads_is_left_to_it(tmp_path):
     with fleets.running(tmp_path) as fleet:
-        plan = {"name": "n", "cron": "0 0 1 1 *", "action": {"do": "gc"}}
-        made = fleet.api("POST", "schedules", plan)["id"]
-        one, two = (Background(fleet.parts, fleet.data) for _ in range(2))
-        assert one._leader.holds()
-        two._run(made, plan["action"])
-        assert fleet.api("GET", "schedules")["schedules"][0]["last_run"] is None
-        one._run(made, plan["action"])
-        assert fleet.api("GET", "schedules")["schedules"][0]["last_run"]
-        one._leader.release()
+        planned_at(fleet)
+        leader = Leader(fleet.store, fleet.data)
+        assert leader.holds()
+        assert looked(fleet, 40) == 0
+        leader.release()
+        assert looked(fleet, 41) == 1
+
+
+def test_a_cron_moment_comes_and_what_was_planned_for_it_is_done_once(tmp_path):
+    """By the scheduler itself, whose clock stands just before the minute."""
+    with fleets.running(tmp_path) as fleet:
+        minute = (int(time.time()) // 60 + 2) * 60
+        ahead = minute - 2 - time.time()
+        clock = Background(fleet.parts, fleet.data, lambda: time.time() + ahead)
+        plan = {**COLLECTS, "cron": "* * * * *"}
+        fleet.store.write(lambda c: schedules.put(c, plan, "api", minute - 2))
+        clock.start()
+        try:
+            deadline = time.monotonic() + 60
+            while (row := fleet.store.read(schedules.listing)[0])["last_result"] in (
+                None,
+                "begun",
+            ):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            clock.stop()
+        assert row["last_run"] >= minute
+        assert row["last_result"] == "removed 0 payloads"
+        assert looked(fleet) == 1
+
+
+def test_what_schedules_yaml_changes_is_in_the_log(tmp_path):
+    with fleets.running(tmp_path) as fleet:
+        hourly = {**COLLECTS, "name": "hourly", "cron": "0 * * * *"}
+        for wanted in ([COLLECTS, hourly], [COLLECTS, hourly], [{**COLLECTS, "zone": "CET"}], []):
+            fleet.store.write(lambda c, w=wanted: schedules.sync_file(c, w, TWO_IN_THE_MORNING))
+        lines = fleet.api("GET", "audit")["audit"][::-1]
+        assert {line["who"] for line in lines} == {"disk"}
+        assert [(line["action"], line["target"]) for line in lines] == [
+            ("schedule.create", "schedule nightly"),
+            ("schedule.create", "schedule hourly"),
+            ("schedule.remove", "schedule hourly"),
+            ("schedule.create", "schedule nightly"),
+            ("schedule.remove", "schedule nightly"),
+        ]
+        assert (lines[3]["before"], lines[3]["after"]) == ({"zone": "UTC"}, {"zone": "CET"})
 
 
 def test_it_stops_in_the_middle_of_a_tick(tmp_path):

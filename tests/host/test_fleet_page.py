@@ -43,6 +43,14 @@ def csrf(fleet):
     return re.search(r'name="csrf" value="([^"]+)"', fleet.client.get("/-/").text)[1]
 
 
+def assert_refused(answer, status, why):
+    """It is said on a page, with the way to the others."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "could not be done" in answer.text and why in answer.text, answer.text
+    assert '<a href="/-/devices"' in answer.text
+
+
 def test_nobody_sees_anything_before_logging_in(fleet):
     for path in fleets.PAGES:
         answer = fleet.client.get(path)
@@ -67,7 +75,7 @@ def test_a_form_without_its_token_changes_nothing(fleet):
     logged_in(fleet)
     for token in ("", "x", csrf(fleet)[:-1]):
         answer = fleet.client.post("/-/devices/b1", data={"pin": "9.9.9", "csrf": token})
-        assert answer.json()["code"] == "csrf"
+        assert_refused(answer, 403, "not from this page")
     assert fleet.api("GET", "devices/b1")["pin"] is None
     fleet.client.post("/-/devices/b1", data={"pin": "9.9.9", "csrf": csrf(fleet)})
     assert fleet.api("GET", "devices/b1")["pin"] == "9.9.9"
@@ -161,7 +169,7 @@ def test_a_viewer_sees_and_changes_nothing(fleet):
     page = fleet.client.get("/-/devices/b1").text
     assert "Set label" not in page and "offers nothing" not in page
     answer = fleet.client.post("/-/devices/b1", data={"pin": "1", "csrf": csrf(fleet)})
-    assert answer.json()["code"] == "forbidden"
+    assert_refused(answer, 403, "role operator")
 
 
 def test_guessing_is_slowed_down(fleet):
@@ -261,6 +269,7 @@ def forms(fleet, tmp_path):
         ("/-/releases/{number:int}", newer, {"stable": "yes", "notes": "quieter"}),
         ("/-/releases/{number:int}/promote", newer, {"channel": "beta"}),
         ("/-/releases/{number:int}/remove", spare, {}),
+        ("/-/releases-collect", None, {}),
         ("/-/rollouts", None, {"firmware_id": newer, "stages": stages, **careful}),
         ("/-/rollouts/{number:int}/{action}", "2/start", {}),
         ("/-/rollouts/{number:int}/target", 2, {"label": ""}),
@@ -301,7 +310,7 @@ def test_every_form_does_its_change_once_and_for_those_who_may(fleet, tmp_path):
     logged_in(fleet, "victor", "viewer")
     token = csrf(fleet)
     for path, argument, values in wanted:
-        assert send(fleet, path, argument, values, token).json()["code"] == "forbidden", path
+        assert_refused(send(fleet, path, argument, values, token), 403, "this needs the role")
     logged_in(fleet, "ada", "admin")
     token = csrf(fleet)
     for path, argument, values in wanted:
@@ -350,9 +359,60 @@ def test_what_can_not_be_is_said_on_a_page(fleet):
     ):
         answer = fleet.client.post(f"/-/{path}", data={**values, "csrf": token})
         assert answer.status_code in (404, 422), path
-        assert "could not be done" in answer.text and why in answer.text, (path, answer.text)
-    assert fleet.client.get("/-/devices/nobody").status_code == 404
-    assert fleet.client.get("/-/people").json()["code"] == "forbidden"
+        assert_refused(answer, answer.status_code, why)
+    assert_refused(fleet.client.get("/-/devices/nobody"), 404, "nobody")
+    assert_refused(fleet.client.get("/-/people"), 403, "role admin")
+    assert_refused(fleet.client.get("/-/no-such-page"), 404, "nothing is published")
+    assert_refused(fleet.client.get("/-/devices?q=" + "x" * 65), 422, "at most 64")
+
+
+def test_what_the_database_refuses_is_said_on_a_page_too(fleet):
+    """Two boards with one token: the database knows, not a rule."""
+    logged_in(fleet)
+    text = "device_id,token\na1,0123456789abcdef\na2,0123456789abcdef\n"
+    sent = {"files": {"file": ("b.csv", text)}, "data": {"csrf": csrf(fleet)}}
+    answer = fleet.client.post("/-/devices-import", **sent)
+    assert_refused(answer, 409, "this name or token already")
+    assert fleet.api("GET", "devices")["devices"] == []
+
+
+def test_who_is_not_logged_in_is_refused_on_a_page_without_the_way_to_others(fleet):
+    answer = fleet.client.get("/-/no-such-page")
+    assert answer.status_code == 404 and "could not be done" in answer.text
+    assert '<a href="/-/devices"' not in answer.text
+
+
+def test_only_an_admin_removes_the_payloads_that_no_release_names(fleet):
+    logged_in(fleet)
+    assert "releases-collect" not in fleet.client.get("/-/releases").text
+    answer = fleet.client.post("/-/releases-collect", data={"csrf": csrf(fleet)})
+    assert_refused(answer, 403, "role admin")
+    logged_in(fleet, "ada", "admin")
+    page = fleet.client.get("/-/releases").text
+    assert 'data-ask="Remove the payloads that no release names?"' in page
+    left = fleet.site_folder / servers.PRODUCT / "blobs" / "00" / "left.bin"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"left")
+    os.utime(left, (0, 0))
+    answer = fleet.client.post("/-/releases-collect", data={"csrf": csrf(fleet)})
+    assert answer.headers["location"] == "/-/logs" and not left.exists()
+    assert "removed=1" in fleet.client.get("/-/logs").text
+
+
+def test_who_comes_goes_and_guesses_is_in_the_audit_log(fleet):
+    logged_in(fleet)
+    fleet.client.post("/-/logout", data={"csrf": csrf(fleet)})
+    for name in ("anna", "nobody\x00\x1b[2J"):
+        fleet.client.post("/-/login", data={"name": name, "password": "guessed it"})
+    lines = fleet.api("GET", "audit")["audit"][:4]
+    assert [(line["action"], line["who"], line["target"]) for line in lines] == [
+        ("login.failed", "nobody", "nobody??[2J"),
+        ("login.failed", "nobody", "anna"),
+        ("logout", "anna", "anna"),
+        ("login", "anna", "anna"),
+    ]
+    assert lines[0]["after"] == {"address": "127.0.0.1"}
+    assert "guessed" not in str(lines)
 
 
 # ---- in a browser

@@ -487,9 +487,15 @@ def test_a_lost_board_is_a_failure_after_its_time(fleet):
     (board,) = boards(fleet, 1)
     number = rollout(fleet, [{"percent": 100}])
     board.fetch()
+    hook = {"url": "https://example.org/", "events": ["attempt.*", "rollout.*"]}
+    fleet.api("POST", "webhooks", hook)
     tick(fleet, number, ahead=4000)
     assert board.attempts()[0]["reason"] == "timed_out"
     assert state(fleet, number)["state"] == "paused"
+    assert fleet.api("GET", f"devices/{board.device_id}")["status"] == "failed"
+    (event, about), (then, _) = fleet.told()
+    assert (event, then) == ("attempt.failed", "rollout.paused")
+    assert (about["device_id"], about["reason"]) == (board.device_id, "timed_out")
     board.version = "1.1.0"
     board.poll()
     board.report("confirmed", "1.1.0")  # it was only slow: its word counts

@@ -267,7 +267,7 @@ LONE = b"\\ud800"  # a lone surrogate, by what Python calls unicode_escape
 def test_a_login_in_an_encoding_of_python_s_own_is_refused_not_failed(asking, charset):
     kind, body = multipart({"name": "a", "password": LONE.decode()}, {}, charset)
     status, text = asking("POST", "/-/login", headers=[kind], body=body)
-    assert (status, '"code":"charset"' in text) == (400, True)
+    assert (status, "expected utf-8" in text) == (400, True)
 
 
 @pytest.mark.parametrize("token", ["é", "\ud800", "", "x" * 5000])
@@ -275,7 +275,7 @@ def test_a_form_s_token_that_no_page_can_have_made_is_wrong_not_a_failure(asking
     cookie, _ = asking.session()
     kind, body = urlencoded({"csrf": token})
     status, text = asking("POST", "/-/logout", headers=[kind, session_header(cookie)], body=body)
-    assert (status, '"code":"csrf"' in text) == (403, True)
+    assert (status, "not from this page" in text) == (403, True)
 
 
 def test_a_secret_that_can_not_be_encoded_matches_nothing(asking):
