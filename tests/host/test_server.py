@@ -585,7 +585,7 @@ def test_a_wrong_method_is_told_the_right_ones(server, method, path, allowed):
 
 SHORT = """
 import sys
-from twinslot_server.__main__ import main
+from twinslot_server.serve import main
 from twinslot_server.limits import Limits
 sys.exit(main(sys.argv[1:], Limits(**LIMITS)))
 """
