@@ -192,16 +192,21 @@ def change_one(
     if not values:
         raise Problem(422, "malformed", "nothing to change")
     row = releases.change(connection, firmware_id, values)
-    after: dict[str, Any] = {name: getattr(row, name) for name in values}
-    if row.blocked is not None:
-        why = f"release {row.version} is blocked: {row.blocked}"
-        if paused := releases.active_rollouts(connection, firmware_id):
-            after["paused rollouts"] = paused
-        for rollout_id in paused:
-            rollouts.act(connection, rollout_id, "pause", why, int(time.time()))
     old = {name: getattr(before, name) for name in values}
-    note(f"{row.product} {row.version}", old, after)
+    after: dict[str, Any] = {name: getattr(row, name) for name in values}
+    note(f"{row.product} {row.version}", old, after | pause_rollouts(connection, row))
     return releases.public(row)
+
+
+def pause_rollouts(connection: Connection, release: Any) -> dict[str, list[int]]:
+    """Pause the rollouts of a release, if it is blocked; returns what is to be noted of it."""
+    active = releases.active_rollouts(connection, release.id)
+    if release.blocked is None or not active:
+        return {}
+    why = f"release {release.version} is blocked: {release.blocked}"
+    for rollout_id in active:
+        rollouts.act(connection, rollout_id, "pause", why, int(time.time()))
+    return {"paused rollouts": active}
 
 
 def promote_one(
@@ -308,7 +313,8 @@ def _add_updates(app: FastAPI, parts: Parts) -> None:
         gateway: Annotated[str | None, Query(max_length=64)] = None,
     ) -> dict:
         gateway = _gateway(who) or gateway
-        rows = await parts.store.aread(lambda c: jobs.pending(c, gateway))
+        now = int(time.time())
+        rows = await parts.store.aread(lambda c: jobs.pending(c, gateway, now))
         return {"updates": [with_dates(row) for row in rows]}
 
     @app.get("/api/v1/ota/updates/{update_id}", dependencies=[viewer])

@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI, Query
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from sqlalchemy import Connection, select
 
-from . import audience, releases, rollouts, schedules, tally
+from . import api_firmware, audience, releases, rollouts, schedules, tally
 from .audit import Who
 from .http import Note, Parts, change, json_body, seconds, with_dates
 from .messages import Id, LabelText, Name, Text
@@ -175,15 +175,23 @@ def act_one(
 def back_one(
     connection: Connection, note: Note, rollout_id: int, wanted: SendBack
 ) -> dict[str, Any]:
-    """Make the rollout that sends everyone back; it starts at once unless told otherwise."""
+    """Make the rollout that sends everyone back; it starts at once unless told otherwise.
+
+    A channel that has offered the release would offer it to them again: then it is blocked.
+    """
     row = rollouts.get(connection, rollout_id)
     release = releases.by_version(connection, row.product, wanted.version)
     now = int(time.time())
     new = rollouts.back(connection, rollout_id, release, now)
+    made: dict[str, Any] = {"back": new, "version": release.version}
+    left = releases.get(connection, row.release_id)
+    if left.channels and left.blocked is None:
+        made["blocked"] = f"its boards are sent back by rollout {new}"
+        left = releases.change(connection, left.id, {"blocked": made["blocked"]})
+        made |= api_firmware.pause_rollouts(connection, left)
     if wanted.start:
         rollouts.act(connection, new, "start", "", now)
     after = {"state": rollouts.get(connection, rollout_id).state}
-    made = {"back": new, "version": release.version}
     note(f"rollout {rollout_id}", {"state": row.state}, {**after, **made})
     return shown(connection, new)
 

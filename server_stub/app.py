@@ -15,12 +15,14 @@ from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import RedirectResponse
 from fastapi.routing import APIRoute
+from sqlalchemy import Connection
 
 from . import (
     api_admin,
     api_firmware,
     api_fleet,
     api_rollouts,
+    devices,
     openapi,
     page,
     page_forms,
@@ -166,7 +168,11 @@ def _elsewhere(parts: Parts, method: str, name: str) -> str | None:
 
 
 class _Fetchers:
-    """Who may download where the tree is not public: accepted boards, and people."""
+    """Who may download where the tree is not public: accepted boards, and people.
+
+    Who comes with the fleet's token does not say which board it is: where that one would be enough
+    to register and be accepted, it is enough to download.
+    """
 
     def __init__(self, parts: Parts):
         self._parts = parts
@@ -176,13 +182,15 @@ class _Fetchers:
         if await self._parts.people.find(request) is not None:
             return
         digest = await self._boards(request)
+        if not await self._parts.store.aread(lambda c: self._is_accepted(c, digest)):
+            raise refused()
+
+    def _is_accepted(self, connection: Connection, digest: str | None) -> bool:
         if digest is None:
-            settings = await self._parts.store.aread(
-                lambda c: policy.in_force(c, self._parts.settings)
-            )
-            # The fleet's token registers a board; what it may have is decided first.
-            if settings.enrolment.default == "pending":
-                raise refused()
+            settings = policy.in_force(connection, self._parts.settings)
+            return settings.enrolment.default == "accepted"
+        board = devices.of_token(connection, digest)
+        return board is not None and board.enrolment == "accepted"
 
 
 class _Places:

@@ -129,10 +129,11 @@ class Chooser:
 
     def rules(self, connection: Connection) -> policy.Policy:
         """What operators have decided, as this transaction sees it."""
-        now = generation(connection)
-        if self._policy is None or self._policy[0] != now:
-            self._policy = (now, policy.read(connection, self._settings))
-        return self._policy[1]
+        now, kept = generation(connection), self._policy
+        if kept is None or kept[0] != now:
+            # What is kept may be another thread's in the next moment.
+            kept = self._policy = (now, policy.read(connection, self._settings))
+        return kept[1]
 
     def _candidate(self, release: Any, origin: str, says: str, **more: Any) -> Candidate:
         """Make a candidate of a row of releases, read and verified."""
@@ -172,16 +173,8 @@ class Chooser:
             if job is None:
                 continue
             release = rules.releases[job.release_id]
-            if release.product == row.product:
-                return [
-                    self._candidate(
-                        release,
-                        "job",
-                        f"Job {job_id}",
-                        job_id=job_id,
-                        force=job.force_update,
-                    )
-                ]
+            force = job.force_update
+            return [self._candidate(release, "job", f"Job {job_id}", job_id=job_id, force=force)]
         return []
 
     def _of_rollouts(
@@ -327,20 +320,20 @@ class Chooser:
         ]
         return [f"Rollout {r.id} '{r.name}' is paused: {r.why}." for r in paused]
 
-    def poll_s(
-        self, connection: Connection, caller: Caller, channel: Channel | None, now: int
-    ) -> int:
-        """How soon the board shall ask again; not later than its window opens."""
+    def poll_s(self, connection: Connection, caller: Caller, channel: Channel | None) -> int:
+        """How often the board shall ask."""
         rules = self.rules(connection)
-        seconds = rules.settings.poll_s
-        if channel is not None and channel.poll is not None:
-            seconds = channel.poll
         for label, wanted in rules.settings.poll_by_label.items():
             if stages.matches({"label": label}, caller.labels):
-                seconds = wanted
-                break
-        opens_in = _windows_in(rules, caller.labels, now)
-        return max(1, min([seconds, *filter(None, opens_in)]))
+                return wanted
+        if channel is not None and channel.poll is not None:
+            return channel.poll
+        return rules.settings.poll_s
+
+    def sooner_s(self, connection: Connection, caller: Caller, poll_s: int, now: int) -> int:
+        """How soon a board shall ask that something waits for: not later than its window opens."""
+        opens_in = _windows_in(self.rules(connection), caller.labels, now)
+        return min([poll_s, *filter(None, opens_in)])
 
 
 def _is_meant(rollout: Any, release: Any, row: Any) -> bool:

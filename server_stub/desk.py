@@ -166,9 +166,12 @@ class Desk:
         elif not _under_way(latest):
             _part(connection, row.device_id, decision, now)
         _log_poll(row.device_id, decision)
-        poll_s = self._chooser.poll_s(connection, caller, channel, now)
+        settled = _settled(decision, latest)
+        poll_s = self._chooser.poll_s(connection, caller, channel)
+        if not settled:  # an answer that is remembered must not hang on the time of day
+            poll_s = self._chooser.sooner_s(connection, caller, poll_s, now)
         body = _body(decision, poll_s, self._site.keyring(row.product))
-        return _told(body), _settled(decision, latest)
+        return _told(body), settled
 
     def _registered(
         self, connection: Connection, polls: Mapping[str, _Poll], now: int

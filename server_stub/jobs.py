@@ -7,17 +7,18 @@ reports how far each of its nodes is. A node that polls for itself is shown by i
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, Select, func, select, update
 
 from . import attempts as attempt_store
-from . import devices, releases, stages
+from . import devices, policy, releases, stages, windows
 from .problems import Problem
-from .schema import attempts, job_nodes, jobs
+from .schema import attempts, job_nodes, jobs, labels
 from .schema import devices as device_table
+from .schema import releases as release_table
 from .store import bump
 
 PART_BYTES = 1024
-STATUSES = ("pending", "in_progress", "completed", "failed", "cancelled")
+_OPEN = ("pending", "in_progress")
 _ENDED = ("completed", "failed", "cancelled")
 
 
@@ -32,7 +33,8 @@ def create(
     """Make a job for ``{"nodes": [...]}``, ``{"node_type": ...}``, ``{"label": ...}`` or all.
 
     Raises:
-        Problem: 422 for nodes that are not known, or none.
+        Problem: 422 for nodes that are not known or of another product, or none; 409 for a release
+            that is blocked.
     """
     if release.blocked is not None:
         raise Problem(409, "blocked", f"release {release.version} is blocked: {release.blocked}")
@@ -70,22 +72,25 @@ def create(
 def _nodes(connection: Connection, release: Any, target: Mapping[str, Any]) -> list[str]:
     wanted = target.get("nodes")
     if wanted is not None:
-        known = set(
-            connection.scalars(
-                select(device_table.c.device_id).where(
+        products = dict(
+            connection.execute(
+                select(device_table.c.device_id, device_table.c.product).where(
                     device_table.c.device_id.in_(wanted), device_table.c.enrolment == "accepted"
                 )
-            )
+            ).all()
         )
-        missing = [node for node in wanted if node not in known]
-        if missing:
-            raise Problem(422, "no_device", f"not known or not accepted: {missing[0]!r}"[:200])
-        nodes = sorted(known)
+        for node in wanted:
+            if node not in products:
+                raise Problem(422, "no_device", f"not known or not accepted: {node!r}"[:200])
+            if products[node] not in (None, release.product):
+                why = f"{node} is a {products[node]}, the release is for {release.product}"
+                raise Problem(422, "product", why[:200])
+        nodes = sorted(products)
     else:
         selector: dict[str, Any] = {"label": list(target.get("label") or [])}
         if target.get("node_type"):
             selector["label"].append(f"node_type={target['node_type']}")
-        labels = devices.labels_of_all(connection)
+        tags = devices.labels_of_all(connection)
         nodes = [
             device_id
             for device_id in connection.scalars(
@@ -96,7 +101,7 @@ def _nodes(connection: Connection, release: Any, target: Mapping[str, Any]) -> l
                 )
                 .order_by(device_table.c.device_id)
             )
-            if stages.matches(selector, labels.get(device_id, {}))
+            if stages.matches(selector, tags.get(device_id, {}))
         ]
     if not nodes:
         raise Problem(422, "no_device", "the target holds no device")
@@ -112,27 +117,40 @@ def status_of(counts: Mapping[str, int], cancelled: bool) -> str:
         return "pending"
     if sum(counts.get(name, 0) for name in _ENDED) < total:
         return "in_progress"
-    return "failed" if counts.get("failed") else "completed"
+    return next(name for name in ("failed", "completed", "cancelled") if counts.get(name))
 
 
 def listing(connection: Connection, status: str | None = None) -> list[dict[str, Any]]:
     """All jobs with their counts, newest first."""
-    counts: dict[int, dict[str, int]] = {}
-    for job_id, name, number in connection.execute(
-        select(job_nodes.c.job_id, job_nodes.c.status, func.count()).group_by(
-            job_nodes.c.job_id, job_nodes.c.status
-        )
-    ):
-        counts.setdefault(job_id, {})[name] = number
+    counts = _counts(connection, select(job_nodes))
     found = [
-        _public(connection, row, counts.get(row.id, {}))
-        for row in connection.execute(select(jobs).order_by(jobs.c.id.desc()))
+        _public(row, release, counts.get(row.id, {}))
+        for row, release in _with_releases(connection)
     ]
     return [job for job in found if status is None or job["status"] == status]
 
 
-def _public(connection: Connection, row: Any, counts: Mapping[str, int]) -> dict[str, Any]:
-    release = releases.get(connection, row.release_id)
+def _with_releases(connection: Connection, *where: Any) -> list[tuple[Any, Any]]:
+    """The jobs that fit ``where``, newest first, each with its release."""
+    rows = connection.execute(select(jobs).where(*where).order_by(jobs.c.id.desc())).all()
+    wanted = select(jobs.c.release_id).where(*where)
+    found = connection.execute(select(release_table).where(release_table.c.id.in_(wanted)))
+    known = {release.id: release for release in found}
+    return [(row, known[row.release_id]) for row in rows]
+
+
+def _counts(connection: Connection, nodes: Select) -> dict[int, dict[str, int]]:
+    """How many of these nodes have each status, by job."""
+    columns = job_nodes.c.job_id, job_nodes.c.status
+    found: dict[int, dict[str, int]] = {}
+    for job_id, name, number in connection.execute(
+        nodes.with_only_columns(*columns, func.count()).group_by(*columns)
+    ):
+        found.setdefault(job_id, {})[name] = number
+    return found
+
+
+def _public(row: Any, release: Any, counts: Mapping[str, int]) -> dict[str, Any]:
     return {
         "id": row.id,
         "firmware_id": release.id,
@@ -160,21 +178,25 @@ def get(connection: Connection, job_id: int) -> dict[str, Any]:
     row = connection.execute(select(jobs).where(jobs.c.id == job_id)).first()
     if row is None:
         raise Problem(404, "no_update", f"no update {job_id}")
+    release = releases.get(connection, row.release_id)
     nodes = connection.execute(
-        select(job_nodes).where(job_nodes.c.job_id == job_id).order_by(job_nodes.c.device_id)
+        select(job_nodes, device_table.c.product, device_table.c.enrolment, device_table.c.pin)
+        .join(device_table, device_table.c.device_id == job_nodes.c.device_id)
+        .where(job_nodes.c.job_id == job_id)
+        .order_by(job_nodes.c.device_id)
     ).all()
     counts: dict[str, int] = {}
     for node in nodes:
         counts[node.status] = counts.get(node.status, 0) + 1
     return {
-        **_public(connection, row, counts),
+        **_public(row, release, counts),
         "nodes": [
             {
                 "node_id": node.device_id,
                 "status": node.status,
                 "current_part": node.current_part,
                 "total_parts": node.total_parts,
-                "error_message": node.error_message,
+                "error_message": node.error_message or _held_up(node, release),
                 "updated": node.updated,
             }
             for node in nodes
@@ -182,27 +204,78 @@ def get(connection: Connection, job_id: int) -> dict[str, Any]:
     }
 
 
-def pending(connection: Connection, gateway: str | None) -> list[dict[str, Any]]:
-    """What a gateway has to do: open jobs with the nodes that wait.
+def _held_up(node: Any, release: Any) -> str | None:
+    """Why a node that waits is offered nothing, where it could wait for ever."""
+    if node.status not in _OPEN:
+        return None
+    if release.blocked is not None:
+        return f"the release is blocked ({release.blocked})"
+    if node.enrolment != "accepted":
+        return "this board waits to be accepted"
+    if node.product not in (None, release.product):
+        return f"this board is a {node.product}"
+    if node.pin not in (None, release.version):
+        return f"this board is pinned to {node.pin}"
+    return None
 
-    Nodes with a label ``gateway=ID`` are that gateway's; without a name, all are meant.
+
+def pending(connection: Connection, gateway: str | None, now: int) -> list[dict[str, Any]]:
+    """What a gateway has to do: open jobs with the nodes that wait; the counts are of its nodes.
+
+    Nodes with a label ``gateway=ID`` are that gateway's; without a name, all are meant. It gets
+    none that would be offered nothing if it asked by itself: not accepted, pinned to another
+    version, or outside its windows where the job is not forced.
     """
-    labels = devices.labels_of_all(connection) if gateway else {}
+    nodes = select(job_nodes)
+    if gateway is not None:
+        nodes = nodes.join(labels, labels.c.device_id == job_nodes.c.device_id).where(
+            labels.c.key == "gateway", labels.c.value == gateway
+        )
+    waiting: dict[int, list[str]] = {}
+    for job_id, node in connection.execute(_waiting(nodes)):
+        waiting.setdefault(job_id, []).append(node)
+    shut = _shut(connection, gateway, waiting, now)
+    counts = _counts(connection, nodes.where(job_nodes.c.job_id.in_(list(waiting))))
     found = []
-    for job in reversed(listing(connection)):
-        if job["status"] not in ("pending", "in_progress"):
-            continue
-        if releases.get(connection, job["firmware_id"]).blocked is not None:
-            continue
-        nodes = [
-            node["node_id"]
-            for node in get(connection, job["id"])["nodes"]
-            if node["status"] in ("pending", "in_progress")
-            and (gateway is None or labels.get(node["node_id"], {}).get("gateway") == gateway)
-        ]
-        if nodes:
-            found.append({**job, "nodes": nodes})
-    return found
+    for row, release in _with_releases(connection, jobs.c.id.in_(list(waiting))):
+        free = [node for node in waiting[row.id] if row.force_update or node not in shut]
+        if free:
+            found.append({**_public(row, release, counts[row.id]), "nodes": free})
+    return found[::-1]
+
+
+def _waiting(nodes: Select) -> Select:
+    """Of these nodes of jobs those that may go on, by job and id; windows apart."""
+    return (
+        nodes.with_only_columns(job_nodes.c.job_id, job_nodes.c.device_id)
+        .join(jobs, jobs.c.id == job_nodes.c.job_id)
+        .join(release_table, release_table.c.id == jobs.c.release_id)
+        .join(device_table, device_table.c.device_id == job_nodes.c.device_id)
+        .where(
+            job_nodes.c.status.in_(_OPEN),
+            release_table.c.blocked.is_(None),
+            device_table.c.enrolment == "accepted",
+            func.coalesce(device_table.c.product, release_table.c.product)
+            == release_table.c.product,
+            func.coalesce(device_table.c.pin, release_table.c.version) == release_table.c.version,
+        )
+        .order_by(job_nodes.c.job_id, job_nodes.c.device_id)
+    )
+
+
+def _shut(
+    connection: Connection, gateway: str | None, waiting: Mapping[int, list[str]], now: int
+) -> set[str]:
+    """Those nodes whose maintenance windows are closed."""
+    rules = policy.maintenance(connection)
+    if not (rules and waiting):
+        return set()
+    nodes = set().union(*waiting.values())
+    if gateway is None:
+        tags = devices.labels_of_all(connection)
+    else:
+        tags = devices.labels_by_board(connection, nodes)
+    return windows.shut(rules, {node: tags.get(node, {}) for node in nodes}, now)
 
 
 def cancel(connection: Connection, job_id: int, now: int) -> dict[str, Any]:

@@ -86,9 +86,14 @@ def read(connection: Connection, configured: Settings) -> Policy:
             row.id: row
             for row in connection.execute(select(jobs).where(jobs.c.cancelled.is_(False)))
         },
-        windows=tuple(
-            Window(row.label, row.kind, row.zone, tuple(row.days), row.start, row.end)
-            for row in connection.execute(select(windows))
-        ),
+        windows=maintenance(connection),
         settings=in_force(connection, configured),
+    )
+
+
+def maintenance(connection: Connection) -> tuple[Window, ...]:
+    """The windows."""
+    return tuple(
+        Window(row.label, row.kind, row.zone, tuple(row.days), row.start, row.end)
+        for row in connection.execute(select(windows))
     )

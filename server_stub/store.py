@@ -296,7 +296,8 @@ def bump(connection: Connection) -> None:
 
 def generation(connection: Connection) -> int:
     """The number that every change of policy renews, looked up once in a transaction."""
-    known = connection.info.get(_GENERATION)
+    # Outside a transaction it is still that of the one before, which may be long ago.
+    known = connection.info.get(_GENERATION) if connection.in_transaction() else None
     if known is None:
         known = connection.info[_GENERATION] = connection.execute(_READ).scalar_one()
     return known

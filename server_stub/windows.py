@@ -1,12 +1,14 @@
 """Maintenance windows: when may boards with a label download, and when install. Pure.
 
 Evaluated by the server in the window's own time zone, so that a board needs no clock. Days are
-those on which a window opens; one whose end is not after its start lasts into the next day.
+those on which a window opens; one whose end is not after its start lasts into the next day. One
+that would open in the hour which summer time skips opens an hour later by the clock, and lasts as
+long as usual.
 """
 
 import datetime as dt
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
@@ -59,9 +61,11 @@ class Window:
             day = today + dt.timedelta(days=offset)
             if day.weekday() not in self.days:
                 continue
-            opens = _moment(day, self.start, zone)
             overnight = self.end <= self.start
-            closes = _moment(day + dt.timedelta(days=overnight), self.end, zone)
+            start, end = _at(day, self.start), _at(day + dt.timedelta(days=overnight), self.end)
+            opens, closes = _moment(start, zone), _moment(end, zone)
+            if dt.datetime.fromtimestamp(opens, zone).replace(tzinfo=None) != start:
+                closes = opens + int((end - start).total_seconds())
             if opens <= now < closes:
                 return 0
             if opens > now and (best is None or opens < best):
@@ -79,6 +83,25 @@ def opens_in(windows: Iterable[Window], kind: str, labels: Mapping[str, str], no
     return min((w.opens_in(now) for w in own or applying), default=0)
 
 
-def _moment(day: dt.date, clock: str, zone: ZoneInfo) -> int:
-    hour, minute = map(int, clock.split(":"))
-    return int(dt.datetime(day.year, day.month, day.day, hour, minute, tzinfo=zone).timestamp())
+def shut(
+    windows: Collection[Window], boards: Mapping[str, Mapping[str, str]], now: int
+) -> set[str]:
+    """Those of these boards, each with its labels, that may not both download and install now."""
+    asked = {window.label for window in windows}
+    known: dict[frozenset[str], bool] = {}  # by those labels that matter: boards are many
+    found = set()
+    for board, labels in boards.items():
+        alike = frozenset(asked.intersection(f"{k}={v}" for k, v in labels.items()))
+        if alike not in known:
+            known[alike] = any(opens_in(windows, kind, labels, now) for kind in KINDS)
+        if known[alike]:
+            found.add(board)
+    return found
+
+
+def _at(day: dt.date, clock: str) -> dt.datetime:
+    return dt.datetime.combine(day, dt.time.fromisoformat(clock))
+
+
+def _moment(when: dt.datetime, zone: ZoneInfo) -> int:
+    return int(when.replace(tzinfo=zone).timestamp())

@@ -14,6 +14,7 @@ import time
 import fleet as fleets
 import pytest
 import servers
+import sqlalchemy
 from fleet import FLEET, Board, running, upload_files
 from servers import PRODUCT
 from trust import jwk, key
@@ -394,10 +395,19 @@ def test_where_the_tree_is_not_public_only_the_known_may_fetch(tmp_path):
         fleet.publish("1.1.0")
         Board(fleet, "b1").poll()
         own = fleet.api("POST", "devices/b1/token")["token"]
-        url = f"/{servers.PRODUCT}/stable.json"
-        for token, status in ((None, 401), (FLEET, 401), (own, 200), (fleets.ADMIN, 200)):
+
+        def may_fetch(token):
             headers = {"Authorization": f"Bearer {token}"} if token else {}
-            assert fleet.client.get(url, headers=headers).status_code == status
+            url = f"/{servers.PRODUCT}/stable.json"
+            return fleet.client.get(url, headers=headers).status_code == 200
+
+        assert [may_fetch(token) for token in (None, FLEET, fleets.ADMIN)] == [False, False, True]
+        assert not may_fetch(own), "it waits to be accepted"
+        for enrolment, may in (("accepted", True), ("pending", False), ("accepted", True)):
+            fleet.api("PATCH", "devices/b1", {"enrolment": enrolment})
+            assert may_fetch(own) == may
+        fleet.api("DELETE", "devices/b1")
+        assert not may_fetch(own)
 
 
 def test_payloads_may_come_from_elsewhere_and_nothing_else_does(tmp_path):
@@ -963,6 +973,63 @@ def test_a_gateway_speaks_for_its_own_nodes_and_nobody_else(fleet, tmp_path):
     assert fleet.status("GET", "ota/updates/pending", None, token) == 401
 
 
+HINDRANCES = {
+    "download window": ("POST", "windows", {"label": "site=far", "kind": "download"}, "window"),
+    "install window": ("POST", "windows", {"label": "site=far", "kind": "install"}, "window"),
+    "not accepted": ("PATCH", "devices/node", {"enrolment": "pending"}, "pending"),
+    "pinned": ("PATCH", "devices/node", {"pin": "1.0.0"}, "up_to_date"),
+}
+
+
+@pytest.mark.parametrize("hindrance", HINDRANCES)
+def test_a_gateway_gets_no_node_that_would_be_offered_nothing_if_it_asked(
+    fleet, tmp_path, hindrance
+):
+    made = uploaded(fleet, tmp_path)
+    node = Board(fleet, "node", labels=["gateway=g", "site=far"])
+    node.poll(), Board(fleet, "other", labels=["gateway=g"]).poll()
+
+    def given():
+        jobs = fleet.api("GET", "ota/updates/pending", params={"gateway": "g"})["updates"]
+        everybody = fleet.api("GET", "ota/updates/pending")["updates"]
+        assert [job["nodes"] for job in everybody] == [job["nodes"] for job in jobs]
+        return [job["nodes"] for job in jobs]
+
+    fleet.api("POST", "ota/updates", {"firmware_id": made["id"]})
+    assert given() == [["node", "other"]]
+    method, path, body, reason = HINDRANCES[hindrance]
+    in_days = {"start": "00:00", "end": "00:01", "days": [(time.gmtime().tm_wday + 3) % 7]}
+    fleet.api(method, path, {**in_days, **body} if path == "windows" else body)
+    assert node.poll()["reason"] == reason
+    assert given() == [["other"]]
+    fleet.api("POST", "ota/updates", {"firmware_id": made["id"], "force_update": True})
+    forced = ["node", "other"] if reason == "window" else ["other"]
+    assert given() == [["other"], forced]
+
+
+def test_what_a_gateway_has_to_do_takes_few_statements_and_counts_its_own_nodes(fleet, tmp_path):
+    """However many jobs there are, and however many nodes of other gateways they have."""
+    number = uploaded(fleet, tmp_path)["id"]
+    lines = [f"n{n},{servers.PRODUCT},gateway=g{n % 3}" for n in range(12)]
+    text = "\n".join(["device_id,product,labels", *lines])
+    fleet.api("POST", "devices/import", content=text.encode())
+    fetched = []
+
+    def ask():
+        statements = []
+        note = lambda *arguments: statements.append(arguments[2])  # noqa: E731
+        sqlalchemy.event.listen(fleet.store.engine, "before_cursor_execute", note)
+        found = fleet.api("GET", "ota/updates/pending", params={"gateway": "g1"})["updates"]
+        sqlalchemy.event.remove(fleet.store.engine, "before_cursor_execute", note)
+        fetched.append(len(statements))
+        return found
+
+    for _ in range(4):
+        fleet.api("POST", "ota/updates", {"firmware_id": number})
+        assert {job["nodes_by_status"]["pending"] for job in ask()} == {4}
+    assert len(set(fetched)) == 1
+
+
 def test_a_job_for_boards_that_poll_follows_their_attempts(fleet, tmp_path):
     made = uploaded(fleet, tmp_path)
     one, two = Board(fleet, "b1"), Board(fleet, "b2")
@@ -998,6 +1065,62 @@ def test_a_job_ends_for_boards_that_need_it_not_or_can_not_take_it(fleet, tmp_pa
     assert found["status"] == "failed"
     fleet.publish("2.1.0")
     assert newer.poll()["release"].endswith("/2.1.0.jws")
+
+
+def test_a_job_whose_boards_are_all_retired_has_completed_nothing(fleet, tmp_path):
+    made = uploaded(fleet, tmp_path)
+    Board(fleet, "b1").poll()
+    job = fleet.api("POST", "ota/updates", {"firmware_id": made["id"]})["id"]
+    fleet.api("DELETE", "devices/b1")
+    assert fleet.api("GET", f"ota/updates/{job}")["status"] == "cancelled"
+    assert fleet.api("GET", "ota/updates?status=completed")["updates"] == []
+
+
+def test_a_job_for_a_board_of_another_product_is_refused_or_fails_when_it_says_so(fleet, tmp_path):
+    made = uploaded(fleet, tmp_path)
+    pump = Board(fleet, "pump", product="pump")
+    pump.poll()
+    wanted = {"firmware_id": made["id"], "target": {"nodes": ["pump"]}}
+    refused = fleet.api("POST", "ota/updates", wanted)
+    assert (refused["code"], "pump is a pump" in refused["detail"]) == ("product", True)
+    fleet.api("POST", "devices/import", content=b"device_id\nnew\n")
+    wanted["target"] = {"nodes": ["new"]}
+    job = fleet.api("POST", "ota/updates", wanted)["id"]
+    new = Board(fleet, "new", product="pump")
+    assert new.poll()["reason"] == "product"
+    found = fleet.api("GET", f"ota/updates/{job}")
+    assert found["status"] == "failed"
+    assert "expected pump" in found["nodes"][0]["error_message"]
+    assert new.poll()["reason"] == "no_channel", "the job stands in nobody's way"
+
+
+@pytest.mark.parametrize(
+    ("path", "waits", "goes_on", "says"),
+    [
+        ("devices/b1", {"pin": "1.0.0"}, {"pin": None}, "pinned to 1.0.0"),
+        ("devices/b1", {"enrolment": "pending"}, {"enrolment": "accepted"}, "to be accepted"),
+        ("firmware/2", {"blocked": "too hot"}, {"blocked": None}, "blocked (too hot)"),
+    ],
+    ids=["pinned", "pending", "blocked"],
+)
+def test_a_job_says_what_a_board_waits_for(fleet, tmp_path, path, waits, goes_on, says):
+    assert uploaded(fleet, tmp_path)["id"] == 2
+    board = Board(fleet, "b1")
+    board.poll()
+    job = fleet.api("POST", "ota/updates", {"firmware_id": 2})["id"]
+
+    def node():
+        board.poll()
+        (found,) = fleet.api("GET", f"ota/updates/{job}")["nodes"]
+        return found["status"], found["error_message"]
+
+    fleet.api("PATCH", path, waits)
+    status, why = node()
+    assert status == "pending" and says in why
+    fleet.api("PATCH", path, goes_on)
+    assert node()[1] is None
+    assert board.update() == "1.1.0"
+    assert node() == ("completed", None)
 
 
 def test_a_job_is_not_done_while_its_build_is_on_trial(fleet, tmp_path):

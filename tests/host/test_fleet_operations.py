@@ -43,7 +43,9 @@ from twinslot_server import (
     tokens,
     truth,
 )
+from twinslot_server import store as store_module
 from twinslot_server.background import Background, Leader
+from twinslot_server.choices import Chooser
 from twinslot_server.desk import Desk
 from twinslot_server.limits import Limits
 from twinslot_server.messages import CheckUpdate
@@ -52,6 +54,9 @@ from twinslot_tools import fleet_cli, lab, publish
 from twinslot_tools.fleet_http import Api
 
 ROOT = Path(__file__).parents[2]
+
+# How many transactions of PostgreSQL's databases wait for another one.
+WAITS = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +318,25 @@ def test_what_was_remembered_of_a_change_that_was_undone_fits_no_other(store):
     assert store.read(generation) == store.generation
 
 
+def test_a_poll_goes_by_the_rules_it_has_read_whoever_reads_others_meanwhile(tmp_path):
+    """As a thread that explains may, whose transaction began before a release was blocked."""
+    with fleets.running(tmp_path) as fleet:
+        fleet.publish("1.1.0")
+        older = fleet.store.engine.connect()
+        before = generation(older)
+
+        class Meanwhile(Chooser):
+            def __setattr__(self, name, value):
+                super().__setattr__(name, value)
+                if name == "_policy" and value and value[0] != before:
+                    assert self.rules(older).releases[1].blocked is None
+
+        fleet.api("PATCH", "firmware/1", {"blocked": "too hot"})
+        found = fleet.store.read(Meanwhile(fleet.site, fleet.settings).rules)
+        older.close()
+    assert found.releases[1].blocked == "too hot"
+
+
 def test_at_most_one_leads(store, tmp_path):
     one, two = Leader(store, tmp_path), Leader(store, tmp_path)
     assert one.holds() and one.holds()
@@ -329,14 +353,13 @@ def test_a_poll_undoes_no_decommission_of_another_worker(pg, tmp_path):
     """The poll has read the board as accepted, and its writing waits for the other worker's."""
     fleet = Fleet(tmp_path, fresh(pg, "retired"))
     other = sqlalchemy.create_engine(fleet.store.engine.url)
-    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     try:
         Board(fleet, "b1").poll()
         with ThreadPoolExecutor(1) as pool:
             with other.begin() as connection:
                 devices.decommission(connection, "b1")
                 poll = pool.submit(Board(fleet, "b1", agent="says something new").poll)
-                while not (fleet.store.read(lambda c: c.exec_driver_sql(waits).scalar_one())):
+                while not (fleet.store.read(lambda c: c.exec_driver_sql(WAITS).scalar_one())):
                     assert not poll.done()
             assert poll.result()["reason"] == "decommissioned"
         found = fleet.api("GET", "devices/b1")
@@ -372,7 +395,6 @@ def test_one_board_that_asks_two_workers_begins_once(pg, tmp_path):
     url = fresh(pg, "twice")
     workers = [Fleet(tmp_path, url) for _ in range(2)]
     other = sqlalchemy.create_engine(url)
-    waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
     try:
         workers[0].publish("1.0.0")
         release = workers[0].upload(tmp_path, "1.1.0").json()["id"]
@@ -384,7 +406,7 @@ def test_one_board_that_asks_two_workers_begins_once(pg, tmp_path):
             with other.begin() as connection:
                 rollouts.get(connection, number, lock=True)
                 polls = [pool.submit(Board(worker, "b1").poll) for worker in workers]
-                while connection.exec_driver_sql(waits).scalar_one() < len(polls):
+                while connection.exec_driver_sql(WAITS).scalar_one() < len(polls):
                     assert not any(poll.done() for poll in polls)
             assert all(poll.result()["update_available"] for poll in polls)
         assert [a["state"] for a in Board(workers[0], "b1").attempts()] == ["offered"]
@@ -392,6 +414,60 @@ def test_one_board_that_asks_two_workers_begins_once(pg, tmp_path):
         other.dispose()
         for worker in workers:
             worker.close()
+
+
+@pytest.fixture
+def two_workers(pg, tmp_path, monkeypatch):
+    """On one database, and the channel at 1.0.0; 1.1.0 may be rolled out.
+
+    Each asks the database what is new at every poll, not every half second.
+    """
+    monkeypatch.setattr(store_module, "_FOREIGN_GENERATION_S", 0)
+    url = fresh(pg, tmp_path.name)
+    workers = [Fleet(tmp_path, url) for _ in range(2)]
+    workers[0].publish("1.0.0")
+    release = workers[0].upload(tmp_path, "1.1.0").json()["id"]
+    workers[0].api("PATCH", f"firmware/{release}", {"pilot_ready": True})
+    for worker in workers:
+        worker.release_id = release
+    yield workers
+    for worker in workers:
+        worker.close()
+
+
+def test_what_one_worker_remembers_gives_way_to_what_another_was_told(two_workers):
+    one, two = two_workers
+    for _ in range(3):
+        answers = [Board(worker, "b1").poll()["reason"] for worker in two_workers]
+        assert answers == ["up_to_date"] * 2
+    assert all(worker.desk.remembered for worker in two_workers)
+    one.api("PATCH", "devices/b1", {"pin": "1.1.0"})
+    offers = [Board(worker, "b1").poll().get("release", "") for worker in (two, one)]
+    assert [offer.rpartition("/")[2] for offer in offers] == ["1.1.0.jws"] * 2
+    two.api("PATCH", "devices/b1", {"pin": None})
+    assert [Board(worker, "b1").poll()["reason"] for worker in two_workers] == ["up_to_date"] * 2
+    two.api("POST", "devices/b1/token")
+    for worker in two_workers:
+        with pytest.raises(AssertionError, match="unauthorized"):
+            Board(worker, "b1").poll()
+
+
+def test_two_workers_give_one_place_of_a_rollout_to_one_board(two_workers):
+    """Nobody can write an attempt until both are as far: each would find the place free."""
+    one, two = two_workers
+    both = [Board(one, "b1"), Board(two, "b2")]
+    assert [board.poll()["reason"] for board in both] == ["up_to_date"] * 2
+    plan = {"firmware_id": one.release_id, "start": True, "stages": [{"percent": 100}]}
+    one.api("POST", "rollouts", {**plan, "policy": {"max_concurrent": 1}})
+    with ThreadPoolExecutor(2) as pool:
+        with two.store.engine.begin() as connection:
+            connection.exec_driver_sql("LOCK TABLE attempts IN SHARE MODE")
+            polls = [pool.submit(board.poll) for board in both]
+            # A transaction sees only those sessions that there were when it first looked.
+            while one.store.read(lambda c: c.exec_driver_sql(WAITS).scalar_one()) < len(polls):
+                assert not any(poll.done() for poll in polls)
+        answers = [poll.result() for poll in polls]
+    assert sorted(a.get("reason", "offered") for a in answers) == ["busy", "offered"]
 
 
 def test_more_boards_are_accepted_than_a_statement_has_parameters(pg, tmp_path):

@@ -145,6 +145,29 @@ def test_a_window_opens_by_its_own_clock(moment, open_in):
     assert NIGHT.opens_in(at(moment)) == open_in
 
 
+@pytest.mark.parametrize(
+    ("start", "end", "opens", "closes"),
+    [
+        ("02:30", "03:15", "01:30", "02:15"),
+        ("02:10", "02:50", "01:10", "01:50"),
+        ("02:30", "03:00", "01:30", "02:00"),
+        ("02:00", "04:00", "01:00", "03:00"),
+        ("01:30", "02:30", "00:30", "01:30"),
+        ("03:00", "03:30", "01:00", "01:30"),
+    ],
+)
+def test_a_window_in_the_hour_that_summer_time_skips_is_open_all_the_same(
+    start, end, opens, closes
+):
+    """In Berlin, on 29 March 2026: 03:00 there is 01:00 UTC. A window of a Sunday comes weekly."""
+    window = Window("*", "install", "Europe/Berlin", (6,), start, end)
+    first, last = (at(f"2026-03-29T{clock}:00+00:00") for clock in (opens, closes))
+    midnight = at("2026-03-28T23:00:00+00:00")
+    assert window.opens_in(midnight) == first - midnight
+    assert (window.opens_in(first), window.opens_in(last - 1)) == (0, 0)
+    assert window.opens_in(last) > 86400
+
+
 def test_a_window_of_its_label_stands_above_the_one_for_all():
     every = Window("*", "install", "UTC", tuple(range(7)), "00:00", "00:00")
     noon = at("2026-11-18T12:00:00+00:00")
@@ -735,6 +758,7 @@ def test_everyone_is_sent_back_by_a_new_rollout_and_nobody_else(fleet, tmp_path)
     older(fleet, tmp_path)
     back = fleet.api("POST", f"rollouts/{number}/back", {"version": "0.9.0"})
     assert (back["state"], back["counts"]["members"], back["promotes"]) == ("pilot", 2, None)
+    assert fleet.release("1.1.0")["blocked"] is None, "no channel has offered it"
     assert state(fleet, number)["state"] == "aborted"
     others += [waits, Board(fleet, "new")]
     offered = [board.poll().get("release", "") for board in others]
@@ -776,6 +800,25 @@ def test_one_that_took_the_offer_as_it_was_withdrawn_is_sent_back_when_it_asks(f
     late.version = "1.1.0"  # it had begun, and has not said so
     assert late.poll()["release"].endswith("/0.9.0.jws")
     assert state(fleet, back["id"])["counts"]["members"] == 2
+
+
+def test_what_everyone_was_sent_back_from_is_offered_by_no_channel_again(fleet, tmp_path):
+    """It was complete, and so the channel points to it."""
+    (board,) = boards(fleet, 1)
+    number = rollout(fleet, [{"percent": 100}])
+    assert board.update() == "1.1.0"
+    ticks(fleet)
+    assert Board(fleet, "new").poll()["release"].endswith("/1.1.0.jws")
+    older(fleet, tmp_path)
+    back = fleet.api("POST", f"rollouts/{number}/back", {"version": "0.9.0"})["id"]
+    assert f"rollout {back}" in fleet.release("1.1.0")["blocked"]
+    assert fleet.api("GET", "audit")["audit"][0]["after"]["blocked"]
+    assert Board(fleet, "new").poll()["reason"] == "blocked"
+    assert board.update() == "0.9.0"
+    ticks(fleet)
+    assert state(fleet, back)["state"] == "complete"
+    assert board.update() == "1.0.0", "the last good one of its channel"
+    assert not board.poll()["update_available"]
 
 
 def test_where_nobody_took_it_nobody_is_sent_back(fleet, tmp_path):
@@ -855,6 +898,18 @@ def test_outside_its_window_a_board_waits_and_asks_in_time(fleet):
     assert answer["poll"] <= 120
     fleet.api("DELETE", f"windows/{made['id']}")
     assert board.poll()["update_available"]
+
+
+def test_a_board_that_nothing_waits_for_asks_no_sooner_for_a_window(fleet):
+    """Its answer is remembered: it would ask as soon again when the window has long been open."""
+    (board,) = boards(fleet, 1)
+    fleet.api("POST", "windows", opens_in(2))
+    remembered = fleet.desk.remembered
+    for _ in range(2):
+        assert board.poll()["poll"] == offers.DEFAULT_POLL_S
+    assert fleet.desk.remembered == remembered + 1
+    rollout(fleet, [{"percent": 100}])
+    assert board.poll()["poll"] <= 120, "but for this it is to come in time"
 
 
 def opens_in(minutes, kind="install", length=5):
