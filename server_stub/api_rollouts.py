@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI, Query
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from sqlalchemy import Connection, select
 
-from . import api_firmware, audience, releases, rollouts, schedules, tally
+from . import api_firmware, audience, releases, rollouts, schedules, sendback, tally
 from .audit import Who
 from .http import Note, Parts, change, json_body, seconds, with_dates
 from .messages import Id, LabelText, Name, Text
@@ -182,7 +182,7 @@ def back_one(
     row = rollouts.get(connection, rollout_id)
     release = releases.by_version(connection, row.product, wanted.version)
     now = int(time.time())
-    new = rollouts.back(connection, rollout_id, release, now)
+    new = sendback.back(connection, rollout_id, release, now)
     made: dict[str, Any] = {"back": new, "version": release.version}
     left = releases.get(connection, row.release_id)
     if left.channels and left.blocked is None:

@@ -295,47 +295,6 @@ def numbers(connection: Connection, limit: int, before: int | None) -> list[int]
     return list(connection.scalars(query))
 
 
-def back(connection: Connection, rollout_id: int, release: Any, now: int) -> int:
-    """Make the rollout that sends everyone back: ``release`` to all that took this one's.
-
-    Its target names this rollout and its build: boards that begin to run it later, because they
-    were about to, join it then.
-
-    Raises:
-        Problem: 409 where boards would refuse it.
-    """
-    row = get(connection, rollout_id)
-    if not release.downgrade:
-        raise Problem(
-            409,
-            "no_downgrade",
-            f"{release.version} was not signed with --downgrade, so boards on {row.version}"
-            " refuse it: publish the old firmware as a new, higher version, or sign it with"
-            " --downgrade",
-        )
-    new = create(
-        connection,
-        {
-            "name": f"back from {row.version} to {release.version}",
-            "stages": [{"percent": 100}],
-            "target": {"took": {"rollout": rollout_id, "build": row.build}},
-            "policy": {
-                **row.policy,
-                "bake_s": 0,
-                "gate": False,
-                "promote": False,
-                "include_new": False,
-            },
-        },
-        release,
-        now,
-    )
-    if row.state in ACTIONS["abort"]:
-        stop(connection, row, "aborted", f"sent back by rollout {new}", now)
-        tell(connection, get(connection, rollout_id), now)
-    return new
-
-
 def newest_attempt(connection: Connection, rollout_id: int, device_id: str) -> Any:
     """A board's newest attempt of a rollout, or None."""
     return connection.execute(_NEWEST, {"rollout": rollout_id, "board": device_id}).first()
