@@ -5,7 +5,7 @@ and handed to the pure rules. ``explain`` goes the same way as a poll and books 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,11 @@ class Chooser:
             "install_in_s": decision.install_in_s,
             "notes": self._notes(connection, row),
         }
+
+    def hold(self, connection: Connection, boards: Collection[str]) -> None:
+        """Let no other worker book anything of what these boards take part in, until the end."""
+        if any(rollout.state in stages.ACTIVE for rollout in self.rules(connection).rollouts):
+            rollouts.hold(connection, boards)
 
     def callers(
         self, connection: Connection, rows: Mapping[str, Any], latest: Mapping[str, Any], now: int

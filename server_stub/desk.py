@@ -149,6 +149,7 @@ class Desk:
             return [self._answers(connection, [poll])[0] for poll in polls]
         now = int(time.time())
         rows = self._registered(connection, by_board, now)
+        self._chooser.hold(connection, rows.keys())
         latest = attempts.latest_of(connection, rows)
         for board, before in latest.items():
             after = attempts.on_poll(connection, before, rows[board], now)

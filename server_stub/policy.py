@@ -71,21 +71,19 @@ def change(connection: Connection, wanted: Changes) -> None:
 
 def read(connection: Connection, configured: Settings) -> Policy:
     """Read the snapshot."""
+    running = connection.execute(
+        select(rollouts)
+        .where(rollouts.c.state.in_((*stages.ACTIVE, "paused")))
+        .order_by(rollouts.c.id.desc())
+    ).all()
+    wanted = connection.execute(select(jobs).where(jobs.c.cancelled.is_(False))).all()
+    # After what refers to them: each statement sees what other workers have made meanwhile.
     all_releases = connection.execute(select(releases)).all()
     return Policy(
         releases={row.id: row for row in all_releases},
         by_version={(row.product, row.version): row for row in all_releases},
-        rollouts=tuple(
-            connection.execute(
-                select(rollouts)
-                .where(rollouts.c.state.in_((*stages.ACTIVE, "paused")))
-                .order_by(rollouts.c.id.desc())
-            ).all()
-        ),
-        jobs={
-            row.id: row
-            for row in connection.execute(select(jobs).where(jobs.c.cancelled.is_(False)))
-        },
+        rollouts=tuple(running),
+        jobs={row.id: row for row in wanted},
         windows=maintenance(connection),
         settings=in_force(connection, configured),
     )

@@ -6,7 +6,7 @@ newcomer joins a running rollout only where its policy says ``include_new``.
 
 import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, select, update
@@ -39,7 +39,22 @@ _GET = (
     .join(releases, releases.c.id == rollouts.c.release_id)
     .where(rollouts.c.id == bindparam("rollout"))
 )
-_LOCK = _GET.with_for_update(of=rollouts)
+# Without the key: who writes what only refers to a rollout need not wait.
+_LOCK = _GET.with_for_update(of=rollouts, key_share=True)
+# Always in the same order, so that two workers do not wait for each other. SQLite has one writer.
+_HOLD = (
+    select(rollouts.c.id)
+    .where(
+        rollouts.c.state.in_(stages.ACTIVE),
+        rollouts.c.id.in_(
+            select(members.c.rollout_id).where(
+                members.c.device_id.in_(bindparam("boards", expanding=True))
+            )
+        ),
+    )
+    .order_by(rollouts.c.id)
+    .with_for_update(key_share=True)
+)
 _MINE = select(members.c.rollout_id).where(members.c.device_id == bindparam("board"))
 _IN_FLIGHT = (
     select(func.count())
@@ -71,6 +86,12 @@ def get(connection: Connection, rollout_id: int, lock: bool = False) -> Any:
     if row is None:
         raise Problem(404, "no_rollout", f"no rollout {rollout_id}")
     return row
+
+
+def hold(connection: Connection, device_ids: Iterable[str]) -> None:
+    """Let no other worker book anything of the running rollouts of these boards, until the end."""
+    if connection.dialect.name != "sqlite":
+        connection.execute(_HOLD, {"boards": list(device_ids)})
 
 
 def create(connection: Connection, wanted: Mapping[str, Any], release: Any, now: int) -> int:

@@ -52,7 +52,11 @@ def check(wanted: Mapping[str, Any]) -> BaseTrigger:
         raise ValueError(
             f"action {action['do']}: expected {', '.join(sorted(needs)) or 'no more'}"
         )
-    return cron.trigger(wanted["cron"], wanted["zone"])
+    trigger = cron.trigger(wanted["cron"], wanted["zone"])
+    if trigger.get_next_fire_time(None, dt.datetime.now(dt.UTC)) is None:
+        # To find that out takes longer than all else, and ``due`` would at every look.
+        raise ValueError(f"cron {wanted['cron']!r}: no day is like that")
+    return trigger
 
 
 def put(connection: Connection, wanted: Mapping[str, Any], source: str, now: int) -> int:

@@ -470,6 +470,57 @@ def test_two_workers_give_one_place_of_a_rollout_to_one_board(two_workers):
     assert sorted(a.get("reason", "offered") for a in answers) == ["busy", "offered"]
 
 
+def test_two_workers_that_answer_for_two_rollouts_keep_each_other_from_none(two_workers):
+    """Each would hold one and want the other, until the database undoes what one has done."""
+    one, two = two_workers
+    asked = {one: ("x1", "y1"), two: ("y2", "x2")}
+    for board in itertools.chain(*asked.values()):
+        Board(one, board).poll()
+        one.api("PATCH", f"devices/{board}", {"labels": {"site": board[0]}})
+    plan = {"firmware_id": one.release_id, "start": True, "stages": [{"percent": 100}]}
+    for site in "xy":
+        one.api("POST", "rollouts", {**plan, "target": {"label": [f"site={site}"]}})
+    undone = []
+
+    def note(connection):
+        if connection.get_execution_options().get("write"):
+            undone.append(connection)
+
+    for worker in two_workers:
+        sqlalchemy.event.listen(worker.store.engine, "rollback", note)
+    with ThreadPoolExecutor(2) as pool:
+        with sqlalchemy.create_engine(one.store.engine.url).begin() as connection:
+            connection.exec_driver_sql("LOCK TABLE attempts IN SHARE MODE")
+            polls = [pool.submit(ask_together, worker, asked[worker]) for worker in two_workers]
+            while one.store.read(lambda c: c.exec_driver_sql(WAITS).scalar_one()) < len(polls):
+                assert not any(poll.done() for poll in polls)
+        answers = [json.loads(a.body) for poll in polls for a in poll.result()[0]]
+    assert [answer["update_available"] for answer in answers] == [True] * 4
+    assert undone == []
+
+
+def test_a_release_and_its_rollout_may_be_made_while_another_worker_reads_the_rules(
+    two_workers, tmp_path
+):
+    """By statements of which each sees more than the one before."""
+    one, two = two_workers
+    assert Board(two, "b1").poll()["reason"] == "up_to_date"
+    one.api("PATCH", "devices/b1", {"labels": {"site": "x"}})  # the rules are to be read anew
+    made = []
+
+    def make(_connection, _cursor, statement, *_):
+        if not made and ("FROM releases" in statement or "FROM rollouts" in statement):
+            made.append(one.upload(tmp_path, "1.2.0").json()["id"])
+            one.api("PATCH", f"firmware/{made[0]}", {"pilot_ready": True})
+            plan = {"firmware_id": made[0], "start": True, "stages": [{"percent": 100}]}
+            made.append(one.api("POST", "rollouts", plan)["state"])
+
+    sqlalchemy.event.listen(two.store.engine, "after_cursor_execute", make)
+    answers = [Board(two, "b1").poll() for _ in range(2)]
+    assert made[1:] == ["pilot"]
+    assert answers[1]["release"].endswith("/1.2.0.jws")
+
+
 def test_more_boards_are_accepted_than_a_statement_has_parameters(pg, tmp_path):
     fleet = Fleet(tmp_path, fresh(pg, "many"))
     waiting = (
@@ -933,6 +984,18 @@ def test_what_is_no_cron_expression_says_so(expression):
         cron.trigger(expression, "UTC")
     with pytest.raises(ValueError, match="Mars"):
         cron.trigger("* * * * *", "Mars/Base")
+
+
+@pytest.mark.parametrize("days", ["30 2 *", "31 4,6 *", "31 2 */2"])
+def test_a_schedule_whose_moment_never_comes_is_refused(tmp_path, days):
+    plan = {"name": "x", "cron": f"0 0 {days}", "action": {"do": "gc"}}
+    with fleets.running(tmp_path) as fleet:
+        refused = fleet.api("POST", "schedules", plan)
+        assert (refused["code"], refused["status"]) == ("malformed", 422)
+        assert plan["cron"] in refused["detail"]
+        assert fleet.api("GET", "schedules")["schedules"] == []
+        plan["cron"] = "0 0 29 2 *"
+        assert fleet.api("POST", "schedules", plan)["id"] == 1
 
 
 def test_days_have_names_too():
