@@ -178,6 +178,8 @@ def _configuration(say, path):
     _keys(say, settings)
     if settings["url"].startswith("http://"):
         say("warn", "transport", "http: anybody on the way sees the update", "use https")
+    if not settings["wifi"]:
+        say("warn", "network", "no wifi in " + path, "safe mode connects by it, and by it alone")
 
 
 def _keys(say, settings):

@@ -11,6 +11,7 @@ import twinslot
 
 HEAP = "1M"
 OLD = bench.make_image(2 * BLOCK)
+NO_WIFI = "no wifi in /ota.json -> safe mode connects by it, and by it alone"
 KEY = {"kty": "RSA", "n": "v" + "7" * 340 + "Q", "e": "AQAB", "alg": "PS256"}
 
 
@@ -48,6 +49,13 @@ def test_a_board_in_good_order():
         assert topics[topic][0] == "ok", topics[topic]
     assert topics["config"][0] == "ok" and topics["keys"][0] == "ok", topics
     assert "transport" not in topics
+
+
+def test_a_network_that_only_the_application_joins():
+    board()
+    assert found()["network"] == ("warn", NO_WIFI)
+    board(config={"wifi": {"ssid": "shed"}})
+    assert "network" not in found()
 
 
 def test_the_clock_of_a_board_just_switched_on():

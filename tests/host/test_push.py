@@ -249,8 +249,10 @@ def test_the_doctor_is_asked_over_the_cable(lab, attended):
     assert {line["level"] for line in found} <= {"ok", "warn"}
     assert {"firmware", "running", "otadata", "config", "keys"} <= {x["topic"] for x in found}
     done = twinslot("doctor", "--port", attended.url)
-    assert done.out.endswith("This board can be updated.\n")
-    assert "ok  running" in done.out and "1 trusted, by the key file" in done.out
+    assert done.out.endswith(
+        "safe mode connects by it, and by it alone\nThis board can be updated.\n"
+    )
+    assert "ok    running" in done.out and "1 trusted, by the key file" in done.out
 
 
 @pytest.mark.filterwarnings("ignore:set(Daemon|Name):DeprecationWarning")  # pyserial 3.5
