@@ -240,10 +240,7 @@ def _read_verdicts(boot, tests, verdicts):
 @cache
 def _base_flash(chip, size, table):
     """A flash file: an image with the library frozen in runs, in the other slots one without."""
-    stock, with_library = (
-        make_firmware(tree, chip=chip, version="", project="", mpy=False)
-        for tree in (None, _library())
-    )
+    stock, with_library = (_image(tree, chip) for tree in (None, _library()))
     parts = layout.load_layout(table, size)
     apps = [p.label for p in parts if p.type == 0]
     slots = dict.fromkeys(apps, stock) | {apps[0]: with_library}
@@ -252,6 +249,10 @@ def _base_flash(chip, size, table):
     helpers = set(DEVICE.glob("*.py")) - set(DEVICE.glob("test_*.py"))
     vfs.write_files(path, {f"/lib/{h.name}": h.read_bytes() for h in helpers})
     return path
+
+
+def _image(tree, chip):
+    return make_firmware(tree, chip=chip, version="", project="", mpy=False)
 
 
 @cache

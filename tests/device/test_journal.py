@@ -28,17 +28,21 @@ class Flaky:
         self.commits = 0
 
     def set_blob(self, key, value):
+        self._count()
+        self._nvs.set_blob(key, value)
+
+    def _count(self):
         if self.full:
             raise OSError(-4357, "ESP_ERR_NVS_NOT_ENOUGH_SPACE")
         self.sets += 1
-        self._nvs.set_blob(key, value)
 
     def commit(self):
         self.commits += 1
         self._nvs.commit()
 
     def set_i32(self, key, value):
-        self.set_blob(key, b"")
+        self._count()
+        self._nvs.set_i32(key, value)
 
     def get_i32(self, key):
         return self._nvs.get_i32(key)

@@ -115,7 +115,7 @@ def states():
 def new_journal(**content):
     """Return the board's journal, emptied, with this in it."""
     nvs = NVS("twinslot")
-    for key in ("journal", "checkpoint", "log", "starts", "fetch"):
+    for key in ("journal", "checkpoint", "log", "starts", "fetch", "spare", "probe"):
         try:
             nvs.erase_key(key)
         except OSError:

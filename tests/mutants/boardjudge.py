@@ -1,7 +1,7 @@
 """Judge mutants by tests of tests/device: on a virtual board, with MicroPython.
 
-Each mutant is compiled and put on the volume of a board of its own, in the place of the module;
-the board runs the tests, up to the first that fails.
+Each mutant is compiled and frozen into the image of a board of its own, in the place of the
+module; the board runs the tests, up to the first that fails.
 """
 
 import ast
@@ -80,7 +80,7 @@ class _File:
         sys.path.insert(0, str(ROOT / "tests"))
         import conftest
 
-        from twinslot_tools.virtual_esp32 import vfs
+        from twinslot_tools.virtual_esp32 import layout, vfs
 
         self.conftest = conftest
         self.name = path.stem
@@ -95,7 +95,10 @@ class _File:
         size = conftest.parse_size(options.get("flash", "4MiB"))
         table = options.get("table", f"{size >> 20}MiB")
         self.template = scratch / f"{path.stem}.bin"
-        base = conftest._base_flash(options.get("chip", "esp32"), size, table)
+        self.chip = options.get("chip", "esp32")
+        parts = layout.load_layout(table, size)
+        self.offset = next(part.offset for part in parts if part.type == 0)  # of what runs
+        base = conftest._base_flash(self.chip, size, table)
         shutil.copyfile(base, self.template)
         vfs.write_files(self.template, {f"/{path.name}": path.read_bytes()})
         self.took: dict[str, float] = {}  # seconds of each test that passes here
@@ -153,10 +156,11 @@ class _File:
 
         flash = self.scratch / f"{threading.get_ident()}.bin"
         shutil.copyfile(self.template, flash)
+        if modules:
+            self._freeze(modules, flash)
         tests = [(name, self.tests[name]) for name in order]
         main = f"import harness\nharness.run({self.name!r}, {tests!r})\n"
-        files = {f"/lib/twinslot/{name}.mpy": code for name, code in modules.items()}
-        vfs.write_files(flash, {"/main.py": main.encode(), **files})
+        vfs.write_files(flash, {"/main.py": main.encode()})
         board = Board(flash, heap=self.heap, **self.options)
         watch = _Watch(board.stop, self.silent_s)
         running, failed, done = order[0], "", False
@@ -185,6 +189,15 @@ class _File:
         if watch.bitten:
             return ENDLESS
         return failed if failed or done else running  # or the board died in it
+
+    def _freeze(self, modules: dict[str, bytes], flash: Path) -> None:
+        tree = self.scratch / f"{threading.get_ident()}.tree"
+        shutil.copytree(self.conftest._library(), tree, dirs_exist_ok=True)
+        for name, code in modules.items():
+            (tree / "twinslot" / f"{name}.mpy").write_bytes(code)
+        with flash.open("r+b") as file:
+            file.seek(self.offset)
+            file.write(self.conftest._image(tree, self.chip))
 
 
 class _Watch:
