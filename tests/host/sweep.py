@@ -492,15 +492,15 @@ def main() -> None:
 # Stories of which pairs are cut: all of them, or those of so many operations of the first life.
 PAIRS = {
     "good": None,
-    "crash-down": 12,
-    "unhealthy": 6,
-    "mended": 3,
-    "resumed": 3,
-    "gzip": 2,
-    "delta": 2,
+    "crash-down": 6,
+    "unhealthy": 4,
+    "mended": 2,
+    "resumed": 2,
+    "gzip": 1,
+    "delta": 1,
 }
 TRIPLES = 100  # of each of these
-TORN_PAIRS = 400  # of each of these
+TORN_PAIRS = 300  # of each of these
 SECONDS = 8  # cuts of a life that was cut once
 # What all stories must come to, so that none can fall silent.
 POINTS, RUNS = 10_000, 50_000
