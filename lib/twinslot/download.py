@@ -178,8 +178,6 @@ class Download:
 
 def _is_missing(error):
     """True for an answer that speaks of this one file: not there, moved away, of another size."""
-    if not isinstance(error, errors.HttpError):
-        return False
-    if error.status in (408, 429):
+    if error.status in (408, 429):  # 0 where nothing answered
         return False
     return error.status in (200, 206) or 300 <= error.status < 500

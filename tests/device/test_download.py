@@ -216,12 +216,13 @@ async def test_a_mark_of_the_download_goes_when_a_checkpoint_comes_further_than_
     it = Downloading(Site(a=serves(IMAGE, cut=BOUNDARY + 9000)))
     it.journal.set_fetching(5)
     await it.fails(NetworkError, plain())
-    assert it.journal.fetching() == 0
+    assert it.journal.fetching() == 0 and it.download.further
     it.journal.set_fetching(6)
     site = Site(a=Body(IMAGE, status=200, cut=BOUNDARY + 9000))
     it.download = download.Download(it.slot, it.journal, site, it.emit, it.spend)
     await it.fails(NetworkError, plain())
     assert site.wanted[0][0] == BOUNDARY and it.journal.fetching() == 6
+    assert not it.download.further
 
 
 async def test_a_checkpoint_of_another_build_or_payload_is_not_gone_on_from():

@@ -54,6 +54,39 @@ class Flaky:
         self._nvs.erase_key(key)
 
 
+class Told:
+    """The board's NVS; notes what is asked of it, and keeps no spare blob if ``full``."""
+
+    def __init__(self, full=False):
+        self._nvs = NVS("twinslot")
+        self._full = full
+        self.log = []
+
+    def __getattr__(self, name):
+        return getattr(self._nvs, name)
+
+    def blobs(self, key):
+        return [entry[2] for entry in self.log if entry[:2] == ("blob", key)]
+
+    def set_blob(self, key, value):
+        self.log.append(("blob", key, len(value)))
+        if self._full and key == "spare":
+            raise OSError(-4357, "ESP_ERR_NVS_NOT_ENOUGH_SPACE")
+        self._nvs.set_blob(key, value)
+
+    def get_blob(self, key, buf):
+        self.log.append(("look", key))
+        return self._nvs.get_blob(key, buf)
+
+    def set_i32(self, key, value):
+        self.log.append(("number", key, value))
+        self._nvs.set_i32(key, value)
+
+    def commit(self):
+        self.log.append(("commit",))
+        self._nvs.commit()
+
+
 def store(blob, key="journal"):
     nvs = NVS("twinslot")
     nvs.set_blob(key, blob)
@@ -259,6 +292,58 @@ def test_F28_the_journal_has_room_in_an_nvs_that_is_filled_again_and_again():
     assert read_back().get("floor", int) == 7
     for key in keys:
         mine.erase_key(key)
+
+
+def test_F7_the_first_write_of_each_boot_is_one_that_may_be_lost():
+    """What is written behind a torn entry is lost, and nothing shows that there is one."""
+    bench.new_journal()
+    for n, number in enumerate((1, 0, 1)):
+        nvs = Told()
+        journal = Journal(nvs)
+        journal.update(floor=n + 1)
+        journal.update(floor=n + 5)
+        journal.set_starts(n + 1)
+        written = [entry for entry in nvs.log if entry[0] in ("blob", "number")]
+        assert written[0] == ("number", "probe", number), "another one, or nothing is written"
+        assert [entry[1] for entry in written].count("probe") == 1
+    nvs = Told()
+    Journal(nvs).set_starts(9)
+    assert nvs.log[-3:] == [("number", "probe", 0), ("number", "starts", 9), ("commit",)]
+
+
+def test_F28_the_room_that_is_kept_is_what_the_journal_may_still_need():
+    for length in range(32):
+        bench.new_journal()
+        nvs = Told()
+        Journal(nvs).update(x="y" * length)
+        rest = LIMIT - nvs.blobs("journal")[0]
+        assert nvs.blobs("spare") == [rest // 32 * 32], "whole entries of NVS"
+        assert nvs.log[-1] == ("commit",)
+
+
+def test_room_is_looked_for_once_in_each_boot_and_kept_as_it_is():
+    bench.new_journal()
+    for spares in (1, 0, 0):
+        nvs = Told()
+        journal = Journal(nvs)
+        for n in range(3):
+            journal.update(x=[spares, n])
+        assert nvs.log.count(("look", "spare")) == 1
+        assert len(nvs.blobs("spare")) == spares
+
+
+def test_F28_less_room_is_kept_where_that_much_is_not_to_be_had():
+    for rest, tried in (
+        (128, []),
+        (129, [128]),
+        (146, [128]),
+        (300, [288, 256, 224, 192, 160, 128, 128]),
+    ):
+        bench.new_journal()
+        nvs = Told(full=True)
+        Journal(nvs).update(x="y" * (LIMIT - rest - len(framed(b'{"x": ""}'))))
+        assert nvs.blobs("journal") == [LIMIT - rest]
+        assert nvs.blobs("spare") == tried, rest
 
 
 def test_a_full_nvs_may_have_room_later_and_a_full_journal_never():

@@ -150,6 +150,11 @@ def test_F78_a_floor_is_set_as_well_where_the_power_failed_before_the_journal(de
     assert device.journal.get("floor", int) == 0
 
 
+def test_F78_a_floor_may_be_as_high_as_any(device):
+    device.boot().take(keyring(1, "first", security_floor=2**30 - 1))
+    assert device.journal.get("floor", int) == 2**30 - 1
+
+
 @pytest.mark.parametrize("floor", [-1, 2**30, True, "1", [1], {}], ids=str)
 def test_F78_a_floor_of_a_keyring_has_one_type_and_range(device, floor):
     with pytest.raises(KeyringError, match="security_floor"):
