@@ -1052,6 +1052,24 @@ async def test_F31_releases_that_take_turns_rest_together():
             await installs(agent)
 
 
+async def test_F31_another_release_has_three_tries_of_its_own_and_all_have_twelve():
+    world = World()
+    world.content = bytearray(IMAGE)
+    world.content[-40] ^= 1
+    agent, _ = start(world)
+    clock = Time(1_000_000)
+    with Instead(twinslot.agent, time=clock):
+        for n in range(20):
+            version = "2.0.%d" % (0 if n == 0 else 1 if n < 8 else n)
+            world.offer = {"release": HOME + "lamp/r/%s.jws" % version}
+            world.manifest = make_release(version=version)
+            await fails_or_rests(agent)
+            clock.now += 60
+            if n == 7:
+                assert len(world.fetched) == 1 + 3
+    assert len(world.fetched) == 12
+
+
 async def fails_or_rests(agent):
     try:
         await agent.update_now()
