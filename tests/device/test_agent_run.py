@@ -10,13 +10,14 @@ import sys
 import machine
 import workbench as bench
 from harness import raises
-from workbench import NEW, PENDING, VALID
+from workbench import BLOCK, NEW, PENDING, VALID
 from world import (
     HOME,
     IMAGE,
     OTHER,
     OWN,
     SETTINGS,
+    Body,
     Reset,
     World,
     installs,
@@ -1068,6 +1069,56 @@ async def test_F31_another_release_has_three_tries_of_its_own_and_all_have_twelv
             if n == 7:
                 assert len(world.fetched) == 1 + 3
     assert len(world.fetched) == 12
+
+
+async def test_F31_what_failed_six_hours_ago_counts_with_nothing_that_fails_now():
+    world = World()
+    agent, _ = start(world)
+    clock = Time(1_000_000)
+    with Instead(twinslot.agent, time=clock):
+        for n in range(16):
+            world.offer = {"release": HOME + "lamp/r/2.0.%d.jws" % n}
+            world.manifest = UnreachableError("nobody there")
+            await fails_or_rests(agent)
+            clock.now += 6 * 3600 if n == 7 else 60
+    assert len(world.released) == 16
+
+
+async def test_a_release_that_rests_is_not_asked_for_again_in_the_start_of_its_last_try():
+    outage = Outage()
+    await outage.tries_in(2, polls=2)
+    assert len(outage.world.released) == 3
+
+
+class Breaks(Body):
+    """A connection that breaks after so many bytes."""
+
+    def __init__(self, content, after):
+        super().__init__(content)
+        self._after = after
+
+    def take(self, view, n):
+        if self.received >= self._after:
+            raise UnreachableError("gone")
+        return super().take(view, min(n, self._after - self.received))
+
+
+async def test_a_download_that_came_to_a_checkpoint_is_no_try_in_vain():
+    image = bench.make_image(18 * BLOCK, version="2.0.0")
+    payload = release.Payload("blobs/a.bin", "identity", len(image), 0, None, None)
+    sha256, build = bench.signed(image).sha256, bench.signed(image).build
+    firmware = release.Image("firmware", 0, len(image), sha256, build, [payload])
+    for after, tries in ((15 * BLOCK, 1), (17 * BLOCK, 0)):
+        world = World()
+        world.manifest = make_release(firmware=firmware)
+        agent, _ = start(world)
+
+        async def get(url, **kw):
+            return Breaks(image, after)  # noqa: B023
+
+        world.get = get
+        await refuses(UnreachableError, agent)
+        assert agent._journal.get("tried", list)[1:2] == [1] * tries
 
 
 async def fails_or_rests(agent):
