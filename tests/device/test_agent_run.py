@@ -1517,7 +1517,8 @@ def test_progress_is_printed_at_every_tenth():
     with Instead(builtins, print=lambda *args: lines.append(args)):
         for done in range(65536, 20 * 65536 + 1, 65536):
             twinslot.agent._console("progress", {"done": done, "total": 20 * 65536})
-    assert len(lines) == 10
+    tenths = [2 * n * 65536 for n in range(1, 11)]
+    assert [line[1] for line in lines] == ["progress done=%d total=1310720" % n for n in tenths]
     with Instead(builtins, print=lambda *args: lines.append(args)):
         twinslot.agent._console("idle", {"b": 2, "a": 1})
     assert lines[-1] == ("twinslot:", "idle a=1 b=2")
