@@ -72,17 +72,36 @@ class Results:
         faults_page.keep(kept)
 
 
-# Files of few tests that take long: begun first, so that no worker is left alone with one.
+# Files that take long, the longest first: begun first, so that no worker is left alone with one.
 SLOW = (
     "test_power_cut.py",
-    "test_statements.py",
-    "test_network_faults.py",
+    "test_fleet_operations.py",
+    "test_update.py",
     "test_time_and_space.py",
+    "test_fleet_rollout.py",
+    "test_safe_mode.py",
+    "test_server.py",
+    "test_push.py",
+    "test_network_faults.py",
+    "test_statements.py",
+    "test_guides.py",
+    "test_update_payloads.py",
+    "test_recovery.py",
+    "test_attacks.py",
+    "test_cli.py",
+    "test_fleet_api.py",
+    "test_readme.py",
+    "test_openapi.py",
+    "test_bench.py",
+    "test_http.py",
+    "test_transport.py",
+    "test_agent_run.py",
     "test_fuzz.py",
     "test_soak.py",
-    "test_fleet_page.py",
-    "test_attacks.py",
-    "test_update.py",
+    "test_flash_tool.py",
+    "test_keyrings.py",
+    "test_exhaustive.py",
+    "test_policy.py",
 )
 
 

@@ -489,7 +489,8 @@ def test_two_workers_that_answer_for_two_rollouts_keep_each_other_from_none(two_
     for worker in two_workers:
         sqlalchemy.event.listen(worker.store.engine, "rollback", note)
     with ThreadPoolExecutor(2) as pool:
-        with sqlalchemy.create_engine(one.store.engine.url).begin() as connection:
+        url = one.store.engine.url
+        with sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool).begin() as connection:
             connection.exec_driver_sql("LOCK TABLE attempts IN SHARE MODE")
             polls = [pool.submit(ask_together, worker, asked[worker]) for worker in two_workers]
             while one.store.read(lambda c: c.exec_driver_sql(WAITS).scalar_one()) < len(polls):

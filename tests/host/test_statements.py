@@ -32,9 +32,9 @@ from station import LEISURE, LIB, Station
 LONG = os.environ.get("FAULTS") == "long"
 ROLLED = int(os.environ.get("SEED") or SEED)
 PIECE, PIECES = (int(n) for n in (os.environ.get("PIECE") or "1/1").split("/"))
-SAMPLE = 110
+SAMPLE = 80
 SAMPLE_OF_LOOP = 6
-SAMPLE_OF_TRIAL = 24
+SAMPLE_OF_TRIAL = 18
 SAMPLE_ON_THE_WAY = 14
 SIZE = 70_000  # one checkpoint
 NO_MEMORY = "None"  # whatever the statement allocates first can't be had

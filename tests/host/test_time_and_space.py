@@ -416,8 +416,8 @@ def test_F35_heaps_swept_downward_update_or_refuse_for_want_of_memory(tmp_path, 
     assert "Traceback" not in console
 
 
-STEP = 128 if LONG else 1_024
-STEP_ON_THE_WAY = 128 if LONG else 7_000
+STEP = 128 if LONG else 1_536
+STEP_ON_THE_WAY = 128 if LONG else 9_000
 BARE = "import sys; sys.modules['twinslot.agent']._HEAP_NEED = 0"  # the check that stands in front
 
 
