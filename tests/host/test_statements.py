@@ -250,7 +250,7 @@ def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_p
             one.scene = plain
     record_property("ended", dict(met))
     # Which of them run hangs a little on how the bytes come.
-    assert met["not met"] < len(chosen) / 2
+    assert met["not met"] < len(chosen) * 2 / 3
 
 
 def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers, record_property):
