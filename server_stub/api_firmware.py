@@ -194,19 +194,9 @@ def change_one(
     row = releases.change(connection, firmware_id, values)
     old = {name: getattr(before, name) for name in values}
     after: dict[str, Any] = {name: getattr(row, name) for name in values}
-    note(f"{row.product} {row.version}", old, after | pause_rollouts(connection, row))
+    after |= rollouts.pause_blocked(connection, row, int(time.time()))
+    note(f"{row.product} {row.version}", old, after)
     return releases.public(row)
-
-
-def pause_rollouts(connection: Connection, release: Any) -> dict[str, list[int]]:
-    """Pause the rollouts of a release, if it is blocked; returns what is to be noted of it."""
-    active = releases.active_rollouts(connection, release.id)
-    if release.blocked is None or not active:
-        return {}
-    why = f"release {release.version} is blocked: {release.blocked}"
-    for rollout_id in active:
-        rollouts.act(connection, rollout_id, "pause", why, int(time.time()))
-    return {"paused rollouts": active}
 
 
 def promote_one(

@@ -8,7 +8,7 @@ from fastapi import Depends, FastAPI, Query
 from pydantic import BaseModel, ConfigDict, Field, create_model
 from sqlalchemy import Connection, select
 
-from . import api_firmware, audience, releases, rollouts, schedules, sendback, tally
+from . import audience, releases, rollouts, schedules, sendback, tally
 from .audit import Who
 from .http import Note, Parts, change, json_body, seconds, with_dates
 from .messages import Id, LabelText, Name, Text
@@ -188,7 +188,7 @@ def back_one(
     if left.channels and left.blocked is None:
         made["blocked"] = f"its boards are sent back by rollout {new}"
         left = releases.change(connection, left.id, {"blocked": made["blocked"]})
-        made |= api_firmware.pause_rollouts(connection, left)
+        made |= rollouts.pause_blocked(connection, left, now)
     if wanted.start:
         rollouts.act(connection, new, "start", "", now)
     after = {"state": rollouts.get(connection, rollout_id).state}

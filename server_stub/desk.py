@@ -288,17 +288,7 @@ class Desk:
             devices.change(connection, after, status)
         if after.job_id is not None:
             attempts.set_node(connection, after.job_id, after.device_id, after)
-        events.emit(
-            connection,
-            f"attempt.{after.state}",
-            {
-                "device_id": after.device_id,
-                "version": after.version,
-                "reason": after.reason,
-                "rollout": after.rollout_id,
-            },
-            now,
-        )
+        attempts.tell(connection, after, now)
         if after.state in truth.BAD and after.rollout_id is not None:
             why = rollouts.after_bad_report(connection, after.rollout_id, now)
             if why:
@@ -312,7 +302,7 @@ class Desk:
                     None,
                     {"state": "paused", "why": why},
                 )
-                events.emit(connection, "rollout.paused", said_of, now)
+                rollouts.tell(connection, rollouts.get(connection, after.rollout_id), now)
 
     def downloaded(
         self, path: str, client: str | None, first: int, sent: int, complete: bool

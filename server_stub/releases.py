@@ -21,7 +21,7 @@ from twinslot import release as rules
 from twinslot import semver
 from twinslot.errors import OtaError
 
-from . import audit, stages
+from . import audit
 from .files import write_new
 from .problems import Problem
 from .schema import devices, jobs, releases, rollouts
@@ -294,16 +294,6 @@ def change(connection: Connection, release_id: int, values: Mapping[str, Any]) -
     connection.execute(update(releases).where(releases.c.id == release_id).values(**values))
     bump(connection)
     return get(connection, release_id)
-
-
-def active_rollouts(connection: Connection, release_id: int) -> list[int]:
-    return list(
-        connection.scalars(
-            select(rollouts.c.id).where(
-                rollouts.c.release_id == release_id, rollouts.c.state.in_(stages.ACTIVE)
-            )
-        )
-    )
 
 
 def is_newer(connection: Connection, site: Site, row: Any, channel: str) -> bool:

@@ -173,6 +173,21 @@ def act(connection: Connection, rollout_id: int, action: str, why: str, now: int
     return row
 
 
+def pause_blocked(connection: Connection, release: Any, now: int) -> dict[str, list[int]]:
+    """Pause the rollouts of a release, if it is blocked; return what is to be noted of it."""
+    active = connection.scalars(
+        select(rollouts.c.id).where(
+            rollouts.c.release_id == release.id, rollouts.c.state.in_(stages.ACTIVE)
+        )
+    ).all()
+    if release.blocked is None or not active:
+        return {}
+    why = f"release {release.version} is blocked: {release.blocked}"
+    for rollout_id in active:
+        act(connection, rollout_id, "pause", why, now)
+    return {"paused rollouts": list(active)}
+
+
 def tell(connection: Connection, row: Any, now: int) -> None:
     """Tell the world outside where a rollout stands now."""
     about = {"rollout": row.id, "why": row.why}
