@@ -321,6 +321,33 @@ def test_seed_alone_chooses_among_all_shapes():
     assert kinds == set(nor.SHAPES)
 
 
+def test_unsteady_cells_read_differently_until_they_are_erased_or_programmed_to_0():
+    cells = io.BytesIO(nor.unsteady_cells(PAGE, b"\x0f" * PAGE))
+    file = io.BytesIO(b"\xff" * SIZE)
+
+    def reads(flash, at):
+        got = bytearray(PAGE)
+        for _ in range(20):
+            flash.read(at, got)
+            yield bytes(got)
+
+    flash = Flash(file, SIZE, unsteady=cells)
+    seen = set(reads(flash, PAGE))
+    assert len(seen) == 20
+    assert {b | 0x0F for got in seen for b in got} == {0xFF}
+    assert set(reads(flash, 0)) == {b"\xff" * PAGE}
+    half = next(reads(flash, PAGE // 2))
+    assert half[: PAGE // 2] == b"\xff" * (PAGE // 2) and half[PAGE // 2 :] != half[: PAGE // 2]
+
+    flash.program(PAGE, b"\xf5" * PAGE)  # two of the four bits to 0
+    cells.seek(0)  # as the next boot finds it
+    flash = Flash(file, SIZE, unsteady=cells)
+    assert {b | 0x05 for got in reads(flash, PAGE) for b in got} == {0xF5}
+    assert len(set(reads(flash, PAGE))) == 20
+    flash.erase(0, SECTOR)
+    assert set(reads(flash, PAGE)) == {b"\xff" * PAGE}
+
+
 @pytest.mark.parametrize(
     "fault", [Fault(0, "torn", None, 0), Fault(1, "never", None, 0), Fault(1, "torn", "half", 0)]
 )

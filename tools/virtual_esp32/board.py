@@ -208,6 +208,7 @@ class Board:
         mac: 6 bytes; by default Espressif's prefix and three bytes of the file name's hash.
         network: False: no Wi-Fi in reach, until `set_network`.
         strict: True: programming a 0 bit back to 1 is an error; False: the flash ANDs.
+        unsteady: file of flash cells whose reads differ, see `chip/flash.py`, or None.
         idf6: set_boot of the active slot as IDF 6 does it.
         idf_heap: regions that esp32.idf_heap_info(HEAP_DATA) tells.
         speed: how many seconds of the board pass in one of the host's.
@@ -227,6 +228,7 @@ class Board:
         mac: bytes | None = None,
         network: bool = True,
         strict: bool = True,
+        unsteady: Path | None = None,
         idf6: bool = False,
         idf_heap: list[tuple[int, int, int, int]] | None = None,
         speed: int = 1,
@@ -249,6 +251,7 @@ class Board:
             "machine": machine if hardware in (None, build) else f"{hardware} with {self.chip}",
             "mac": list(mac or b"\x24\x0a\xc4" + tail),
             "strict": strict,
+            "unsteady": unsteady and str(unsteady),
             "idf6": idf6,
             "idf_heap": idf_heap or _IDF_HEAP,
             "speed": speed,
@@ -443,10 +446,12 @@ class _Run:
         self.wdt_ms = 0
         log: list[str] = []
         boot = Boot(None, cause, bootloader_log=log)
+        unsteady = board._config["unsteady"]
         with (
             board.path.open("r+b", buffering=0) as f,
             self.stats_path.open("r+b", buffering=0) as s,
             self.trace.open("ab", buffering=0) if self.trace else nullcontext() as trace,
+            open(unsteady, "r+b", buffering=0) if unsteady else nullcontext() as cells,
         ):
             flash = Flash(
                 f,
@@ -455,6 +460,7 @@ class _Run:
                 strict=board._config["strict"],
                 fault=self.fault,
                 trace=trace,
+                unsteady=cells,
             )
             try:
                 found = run_bootloader(

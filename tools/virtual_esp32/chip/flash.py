@@ -271,9 +271,14 @@ class Flash:
         trace: open binary file, or None. Every erase and program is appended to it before it is
             carried out: offset and length as u32, little-endian, bit 31 of the length set for an
             erase command, then the bytes that a program was given (up to a sector).
+        unsteady: open binary file, read and write, unbuffered, or None: cells that were erased or
+            programmed in part, so that each read of them gives another answer until an erase, or
+            a program of 0, is carried out to the end. As `unsteady_cells` packs them.
     """
 
-    def __init__(self, file, size, *, stats=None, strict=True, fault=None, trace=None):
+    def __init__(
+        self, file, size, *, stats=None, strict=True, fault=None, trace=None, unsteady=None
+    ):
         found = file.seek(0, 2)
         if found != size or size % SECTOR:
             raise FlashError(
@@ -288,6 +293,8 @@ class Flash:
         self.strict = strict
         self.fault = fault
         self.trace = trace
+        self._unsteady = unsteady
+        self._cells = _unpack_cells(unsteady)
         self.dead = False
         # Called once with no arguments when the power fails, before PowerCut is raised: C code
         # between us and the caller (littlefs) would turn the exception into an I/O error.
@@ -305,6 +312,12 @@ class Flash:
         self.stats.count_read(len(buf))
         self._file.seek(offset)
         self._file.readinto(buf)
+        for at, mask in self._cells:
+            begin, end = max(at, offset), min(at + len(mask), offset + len(buf))
+            if begin < end:
+                noise = _noise(self.stats.head[7] + at, b"read", end - begin)
+                for i in range(begin, end):
+                    buf[i - offset] ^= noise[i - begin] & mask[i - at]
 
     def program(self, offset, buf):
         """Clear bits: flash becomes flash AND buf, page by page. Any offset and length.
@@ -323,6 +336,8 @@ class Flash:
                 self.trace.write(piece)
             if not self._program_at_once(offset + done, piece, n):
                 self._program_pages(offset + done, memoryview(piece), n)
+            if self._cells:
+                self._make_firm(offset + done, n, piece)
             done += n
 
     def _program_at_once(self, at, new, n):
@@ -372,7 +387,17 @@ class Flash:
             self._file.seek(offset)
             for _ in range(n // SECTOR):
                 self._file.write(_BLANK)
+            if self._cells:
+                self._make_firm(offset, n, None)
             offset += n
+
+    def _make_firm(self, offset, n, new):
+        """What is erased (`new` is None) or programmed to 0 reads as it should from now on."""
+        for at, mask in self._cells:
+            for i in range(max(at, offset), min(at + len(mask), offset + n)):
+                mask[i - at] &= 0 if new is None else new[i - offset]
+        self._unsteady.seek(0)
+        self._unsteady.write(b"".join(unsteady_cells(at, mask) for at, mask in self._cells))
 
     def _check(self, what, offset, size):
         if self.dead:
@@ -426,6 +451,26 @@ class Flash:
 
 
 _BLANK_PAGE = _BLANK[:PAGE]
+
+
+def unsteady_cells(offset, mask):
+    """Pack cells for `Flash(unsteady=)`; several may follow each other.
+
+    Args:
+        offset: of the first byte.
+        mask: bytes; a 1 bit is one whose reads differ.
+    """
+    return struct.pack("<II", offset, len(mask)) + bytes(mask)
+
+
+def _unpack_cells(file):
+    """Return [(offset, mask)] of a file of unsteady cells, or of None."""
+    found, raw = [], file.read() if file else b""
+    while raw:
+        at, n = struct.unpack_from("<II", raw, 0)
+        found.append((at, bytearray(raw[8 : 8 + n])))
+        raw = raw[8 + n :]
+    return found
 
 
 def flip_bits(file, offset, mask):

@@ -67,6 +67,7 @@ def open_flash(settings):
     stats = config.get("stats")
     fault = config.get("fault")
     trace = config.get("trace")
+    unsteady = config.get("unsteady")
     flash = nor.Flash(
         open(config["flash"], "r+b"),
         size,
@@ -74,6 +75,7 @@ def open_flash(settings):
         strict=config.get("strict", True),
         fault=nor.Fault(*fault) if fault else None,
         trace=open(trace, "ab") if trace else None,
+        unsteady=open(unsteady, "r+b") if unsteady else None,
     )
     flash.on_cut = power_cut
     raw = bytearray(table.TABLE_SIZE)
