@@ -10,7 +10,9 @@ The rules (design section 5) live here and nowhere else: the running slot is nev
 wrong file is refused before the first erase; a block that already holds its bytes costs no
 erase; block 0 is erased first and its first 32 bytes, the 0xE9 header, are programmed last, so
 that no bootloader can take a slot half done for a bootable one; what counts is what flash holds
-when read back; the only fallback of an image on trial is never overwritten.
+when read back; the only fallback of an image on trial is never overwritten. What an operation
+that was cut short has left may read right now, and wrong tomorrow: in a slot without a header
+that another boot has left, each block is written, whatever it seems to hold.
 
 ``write`` blocks for one erase and write of a block (typically 50 ms, at most 1 s); ``activate``
 for a hash of the whole image (the bootloader's own check). The rest yields every few blocks.
@@ -70,6 +72,7 @@ class FirmwareSlot:
             )
         if self._target.get_next_update().info() == self._target.info():
             raise errors.PartitionError("this board has one OTA slot; an update needs two")
+        self._firm = False  # no operation was cut short behind its header
         self.abandon()
 
     @property
@@ -199,7 +202,7 @@ class FirmwareSlot:
         Raises:
             BusyError: the running image is on trial, and the inactive slot its only way back.
             SpaceError: the image is larger than the slot.
-            PartitionError: flash can't be read.
+            PartitionError: flash refused to be read, or what is complete to be written once more.
         """
         if self._state(self._running) == "pending":
             raise errors.BusyError("the running image is on trial; the other slot is its way back")
@@ -211,16 +214,27 @@ class FirmwareSlot:
         self._crc = 0
         self._header = None
         try:
-            same = self._build(self._target) == image.build
-            if same and await self._digest() == image.sha256:
+            build = self._build(self._target)
+            if build:
+                self._firm = True
+            if build == image.build and await self._is_whole():
                 self._pos = image.size
             elif checkpoint:  # also behind a header that was torn: the same is programmed over it
                 await self._resume(checkpoint)
         except OSError as exc:
-            raise errors.PartitionError("flash can't be read: %s" % exc)
+            raise errors.PartitionError("flash failed before the update: %s" % exc)
         unload()  # what has looked at the image that was there
         self._piece = memoryview(bytearray(_PIECE))
         return self._pos
+
+    async def _is_whole(self):
+        """True if the slot holds all of the image, for good."""
+        # Programmed once more, over itself: had that been cut short, or an erase of what it
+        # replaces, its bits might not stay what they are now.
+        block = self.block()
+        self._target.readblocks(0, block)  # pyright: ignore (any buffer will do)
+        self._target.writeblocks(0, block, 0)
+        return await self._digest() == self._image.sha256
 
     async def _resume(self, checkpoint):
         """Go on at ``checkpoint`` if the slot holds all that lies before it."""
@@ -270,6 +284,7 @@ class FirmwareSlot:
             else:
                 self._rest(self._pos // BLOCK, buf)
         except OSError as exc:
+            self._firm = False  # as if the power had failed
             raise errors.PartitionError("flash write at %d failed: %s" % (self._pos, exc))
         self._crc = binascii.crc32(buf, self._crc)
         self._pos += n
@@ -300,7 +315,7 @@ class FirmwareSlot:
         self._target.writeblocks(0, memoryview(buf)[_HEADER_LEN:], _HEADER_LEN)
 
     def _rest(self, block, buf):
-        if self._holds(block, buf):
+        if self._firm and self._holds(block, buf):
             return
         if len(buf) == BLOCK:
             self._target.writeblocks(block, buf)

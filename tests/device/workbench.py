@@ -52,10 +52,10 @@ def signed(image, build=None, sha256=None, size=None):
     )
 
 
-def put(image, label="ota_1"):
-    """Write an image into a slot, past everything that guards it."""
+def put(image, label="ota_1", first=0):
+    """Write an image into a slot, past everything that guards it, from its first block on."""
     part = Partition(label)
-    for offset in range(0, len(image), BLOCK):
+    for offset in range(first * BLOCK, len(image), BLOCK):
         block = bytearray(b"\xff" * BLOCK)
         piece = image[offset : offset + BLOCK]
         block[: len(piece)] = piece

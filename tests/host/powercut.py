@@ -95,7 +95,8 @@ with open("starts.new", "w") as f:
 os.rename("starts.new", "starts.txt")
 print("starts:", starts)
 
-if FirmwareSlot().status()["version"] in %(crashes)r:
+found = FirmwareSlot().status()
+if found["version"] in %(crashes)r:
     machine.reset()
 
 FILES = %(files)r  # {URL: (offset on the shelf, length)}
@@ -163,10 +164,10 @@ class Hasty:
 
 
 agent = twinslot.Agent(%(settings)r, source=Source())
-agent.check("well", lambda: FirmwareSlot().status()["version"] not in %(unhealthy)r)
+agent.check("well", lambda: found["version"] not in %(unhealthy)r)
 if %(hasty)r and guard.start() == "idle":
     agent._machine = Hasty
-if FirmwareSlot().status()["state"] == "pending":
+if found["state"] == "pending":
     try:
         asyncio.run(FirmwareSlot().begin(None))
         print("error: the way back was given away")
@@ -523,7 +524,10 @@ def journal_of(flash: bytes) -> dict:
 
 def version_in(flash: bytes, label: str, story: Story) -> str | None:
     """Which image a slot holds, every byte compared."""
-    content = slot_bytes(flash, label)
+    return _version_of(slot_bytes(flash, label), story)
+
+
+def _version_of(content: bytes, story: Story) -> str | None:
     return next((v for v in SMALL if content.startswith(story.image(v))), None)
 
 
@@ -776,10 +780,10 @@ def _scramble(flash: bytearray, seed: int) -> None:
 WIPES = {"both": _wipe_both, "one": _wipe_one, "noise": _scramble}
 
 
-def switch_on(path: Path, cuts: tuple[Cut, ...] = ()) -> Board:
+def switch_on(path: Path, cuts: tuple[Cut, ...] = (), unsteady: Path | None = None) -> Board:
     """The board of a flash file, the same one whatever the file is called; with memory enough
     that no life takes another turn for want of it."""
-    return Board(path, strict=is_strict(cuts), mac=MAC, heap="512K")
+    return Board(path, strict=is_strict(cuts), mac=MAC, heap="256K", unsteady=unsteady)
 
 
 def is_strict(cuts: tuple[Cut, ...]) -> bool:
@@ -803,7 +807,10 @@ def run_to_rest(board: Board, story: Story, on_console=None, **options) -> RunRe
 
 def _look(board: Board, story: Story, event: dict) -> None:
     if event["event"] == "boot":
-        runs = version_in(board.path.read_bytes(), event["partition"], story)
+        part = PARTITIONS[event["partition"]]
+        with board.path.open("rb", buffering=0) as f:
+            f.seek(part.offset)
+            runs = _version_of(f.read(part.size), story)
         known = runs in (*story.complete, ANCIENT)
         check(known, f"{event['partition']} runs, no complete image", "unverified")
 
@@ -856,12 +863,13 @@ def check_checkpoint(flash: bytes, fetched: list[Fetch]) -> None:
 
 
 def prove(
-    path: Path, story: Story, point: Point, on_console=None
+    path: Path, story: Story, point: Point, on_console=None, **options
 ) -> tuple[bytes, tuple[Cut, ...], RunResult]:
     """Live a life, cut where the point says, and hold it to the oracle after each cut.
 
     Args:
         path: flash file of the board; changed.
+        options: of its last run, see `Board.run`.
 
     Returns:
         What flash held when the power failed last, the cuts by then, and what came after.
@@ -888,7 +896,7 @@ def prove(
             WIPES[point.wipe](changed, point.seed)
             path.write_bytes(changed)
     else:
-        result = run_to_rest(switch_on(path, point.cuts), story, on_console)
+        result = run_to_rest(switch_on(path, point.cuts), story, on_console, **options)
         if left and not point.wipe:
             check_checkpoint(left, fetches(result.console, story))
     check_end(path.read_bytes(), result, story, volume, anywhere=bool(point.wipe))

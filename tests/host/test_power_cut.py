@@ -20,6 +20,7 @@ from powercut import (
     CHIP,
     KINDS,
     PARTITIONS,
+    SLOTS,
     STORIES,
     Broken,
     Cut,
@@ -47,7 +48,7 @@ from sweep import (
 )
 
 from twinslot_tools.virtual_esp32.chip import nvs
-from twinslot_tools.virtual_esp32.chip.flash import PAGE, Fault, Flash
+from twinslot_tools.virtual_esp32.chip.flash import PAGE, SECTOR, Fault, Flash, unsteady_cells
 from twinslot_tools.virtual_esp32.firmware import make_firmware
 
 ONE_SHAPE = {"bits": 1}
@@ -438,6 +439,53 @@ def test_F3_power_cut_in_the_erase_of_a_complete_image_that_failed(sweep):
     for flash, cuts in found.points(found.base, found.uncut.operations, shapes, (), {erases[-1]}):
         found.prove(flash, cuts)
     assert not found.tally.replays, "\n".join(found.tally.replays)
+
+
+@pytest.mark.parametrize(("name", "count"), [("good-down", 40), ("resumed", 20), ("delta", 20)])
+def test_F3_cells_of_an_interrupted_operation_read_differently_each_time(
+    sweep, tmp_path, name, count
+):
+    found = sweep(name)
+    slots = [(p.offset, p.offset + p.size) for p in map(PARTITIONS.get, SLOTS)]
+    operations = list(enumerate(found.uncut.operations, 1))
+    mine = [n for n, op in operations if any(begin <= op.at < end for begin, end in slots)]
+    chosen = {*random.Random(f"{SEED} {name} unsteady").sample(mine, count), mine[0], mine[-1]}
+    now, path, cells = bytearray(found.base), tmp_path / "flash.bin", tmp_path / "cells"
+    for number, op in operations:
+        now[op.at : op.at + op.size] = carried_out(now, op)
+        if number not in chosen:
+            continue
+        cut = Cut(number, "after")
+        path.write_bytes(now)
+        changed = found.changes[number].to_bytes(op.size, "little")
+        cells.write_bytes(unsteady_cells(op.at, changed))
+        volume = Volume.read(bytes(now))
+        try:
+            result = run_to_rest(switch_on(path, (cut,), cells), found.story)
+            check_end(path.read_bytes(), result, found.story, volume)
+        except Broken as broken:
+            pytest.fail(f"{name}, unsteady behind {cut}: {broken}")
+
+
+def test_F3_a_block_that_another_boot_has_left_must_be_written_again(tmp_path, monkeypatch):
+    """Whatever it seems to hold; a board that believes it is noticed."""
+    lib = Path(shutil.copytree(powercut.LIB, tmp_path / "lib"))
+    slot = lib / "twinslot" / "slot.py"
+    text = slot.read_text()
+    assert text.count("self._firm and ") == 1
+    slot.write_text(text.replace("self._firm and ", ""))
+    monkeypatch.setattr(powercut, "LIB", lib)
+    found = Sweep(tmp_path / "sweep", "good")
+    last = {_page_of(found, 3 * SECTOR - PAGE)}
+    ends = [
+        found.prove(flash, cuts).complaint
+        for flash, cuts in found.points(found.base, found.uncut.operations, {}, (), last)
+    ]
+    assert ends == [None, None] and len(found.tally.replays) == 1
+    assert "weak at 0x2f00" in found.tally.replays[0]
+    cut = Cut.parse(found.tally.replays[0].split("--cut ")[1].split()[0])
+    with pytest.raises(Broken, match="weak at 0x2f00"):
+        replay(tmp_path / "replay", "good", Point((cut,)))
 
 
 @pytest.mark.parametrize("name", ["good", "good-down", "crash-down", "factory"])

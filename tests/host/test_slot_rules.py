@@ -235,7 +235,8 @@ async def go_on(board, image):
     for at in range(start, len(image), BLOCK):
         slot.write(image[at : at + BLOCK])
         if (at + BLOCK) % BOUNDARY == 0:
-            journal.save_checkpoint(slot.checkpoint())
+            kept = slot.checkpoint()
+            journal.save_checkpoint({**kept, "at": kept["offset"], "position": 0})
     await slot.finish()
     slot.activate()
 
