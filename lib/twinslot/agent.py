@@ -41,9 +41,9 @@ _DAY_S = 86400
 _POSTPONE_MAX_S = _DAY_S  # an application that is never ready gets its update all the same
 _WAIT_MAX_MS = 0x1FFFFFFF  # what the ticks of a 32-bit port can span: 6.2 days
 # Bytes of GC heap: what verifies a release, then the modules of the download, a block, the JWS,
-# headers, and room to run. What `make bench` measures on a 64-bit port; objects of a 32-bit one
-# are half as large.
-_HEAP_NEED = (27 if sys.maxsize > 1 << 32 else 24) * 1024
+# headers, and room to run, beside the room that waits for the TLS context. What `make bench`
+# measures on a 64-bit port; objects of a 32-bit one are half as large.
+_HEAP_NEED = (24 if sys.maxsize > 1 << 32 else 21) * 1024
 _TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
 
 
@@ -68,8 +68,11 @@ class Agent:
 
         from . import config
 
-        self._settings = s = config.check(settings)
+        settings = config.check(settings)
         del config
+        _tidy()
+        self._settings = s = dict(settings)  # a copy, where its makers were
+        del settings
         self._machine = machine
         self.device_id = _hex(machine.unique_id())
         self._verdict = guard.start(s["wdt"])  # no second time if boot.py has done it
@@ -83,8 +86,9 @@ class Agent:
         )
         # The clock began anew with this start, which is not counted yet.
         self._anew = self._clock.state == "unknown"
+        _tidy()  # what comes now stays: it finds the room, and leaves no hole behind
         self._trust = Trust(s, self._journal, self._clock)
-        unload()  # what comes now stays: it finds the room, and leaves no hole behind
+        _tidy()
         self._client = self._trust.client
         self._source = source
         self._ours = source is None  # made when it is asked, let go for a release
@@ -121,6 +125,7 @@ class Agent:
         try:
             settings = config.load(path)
             del config
+            _tidy()
             agent = cls(settings)
         except OtaError as exc:
             print("twinslot: NO UPDATES:", exc)
@@ -417,8 +422,7 @@ class Agent:
                 guard.started()
             self._slot.abandon()
             await self._client.close()  # TLS holds 20 KB and more that others may want meanwhile
-            unload()
-            gc.collect()
+            _tidy()
 
     async def _from_anywhere(self, force):
         """One update from the server or, where the network fails on the way, from a mirror."""
@@ -501,7 +505,13 @@ class Agent:
             raise exc
 
     async def _bring(self, report, url, name, force, wait_s):
-        manifest = await self._trust.release(self._client, url)
+        threshold = gc.threshold()
+        if threshold == guard.GC_THRESHOLD:
+            gc.threshold(threshold // 4)  # what verifying leaves lies closer together
+        try:
+            manifest = await self._trust.release(self._client, url)
+        finally:  # a download leaves nothing, and the application's own goes on meanwhile
+            gc.threshold(threshold)
         self._fetching = False
         report["version"] = manifest.version
         report["build"] = build = manifest.firmware.build
@@ -605,8 +615,7 @@ class Agent:
 
     def _preflight(self):
         """Raise BusyError unless both heaps can carry an update."""
-        unload()
-        gc.collect()
+        _tidy()
         if gc.mem_free() < _HEAP_NEED:
             raise errors.BusyError(
                 "heap", "%d bytes free" % gc.mem_free(), "%d or more" % _HEAP_NEED
@@ -845,6 +854,12 @@ def _give_up(reason):
         print("twinslot:", exc)
 
 
+def _tidy():
+    """Give back what was loaded for a moment: what comes next finds its place there."""
+    unload()
+    gc.collect()
+
+
 async def persist(step):
     """Await ``step()`` for ever: a slip must not end the updates of a board nobody can reach."""
     while True:
@@ -860,8 +875,7 @@ def foreseen(exc):
     if isinstance(exc, OtaError):
         return exc
     if isinstance(exc, MemoryError):
-        unload()  # what comes now has to find room: a report, a line in the log
-        gc.collect()
+        _tidy()  # what comes now has to find room: a report, a line in the log
         return errors.BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
     sys.print_exception(exc)
     return errors.InternalError("%s: %s" % (type(exc).__name__, exc))

@@ -6,6 +6,7 @@ what to do about it.
 Source: MicroPython extmod/modtls_mbedtls.c (verify_callback since 1.23); mbedtls x509.h (texts).
 """
 
+import gc
 from binascii import unhexlify
 from hashlib import sha256
 
@@ -15,6 +16,8 @@ from . import errors
 
 # mbedtls/include/mbedtls/x509.h
 _X509_FATAL_ERROR = const(-0x3000)
+# Bytes of an SSLContext, with what of mbedTLS lies in it, on a 64-bit port, and then some.
+_ROOM = const(3584)
 
 
 class Tls:
@@ -52,6 +55,9 @@ class Tls:
                 )
         self._sources = (ca, client_cert, client_key)
         self._context = None
+        # Where the context will lie, not in the middle of the room that the update needs. It is
+        # not made yet: before the radio is on, random numbers are none.
+        self._room = bytearray(_ROOM)
         self.pinned = False  # the certificate of the current handshake is the pinned one
         self._seen = None  # SHA-256 of the one that was not
 
@@ -84,6 +90,8 @@ class Tls:
 
                 ca, cert, key = self._sources
                 check = self._check if self._pin else None
+                self._room = None
+                gc.collect()
                 self._context = make_context(ca, cert, key, check)
                 self._sources = (None, None, None)
             return self._context.wrap_socket(

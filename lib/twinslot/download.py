@@ -62,7 +62,7 @@ class Download:
         kept = self._journal.checkpoint(self._slot.block())
         if kept.get("build") != image.build:
             kept = {}
-        error = errors.RefusedError("release has no payload this device can apply")
+        error = None
         mark = self._journal.fetching()
         for chosen in self._choose(image, build, kept):
             try:
@@ -84,7 +84,7 @@ class Download:
             gc.collect()
         if isinstance(error, MemoryError):
             error = errors.BusyError("out of memory: %s; %d bytes free" % (error, gc.mem_free()))
-        raise error
+        raise error or errors.RefusedError("release has no payload this device can apply")
 
     def _choose(self, image, build, kept):
         """Payloads to try, in order."""

@@ -27,7 +27,7 @@ import machine
 _STARTS = 5  # that fail in a row, then the agent runs alone
 _SOFT_STARTS = 20  # soft resets that count as one of these
 _ALONE_S = 3600  # then the application gets another chance
-_GC_THRESHOLD = 8192  # bytes
+GC_THRESHOLD = 8192  # bytes
 _PWRON = 1  # machine.PWRON_RESET
 _DEEPSLEEP = 4
 _SOFT = 5
@@ -56,7 +56,7 @@ def start(wdt=0, config="/ota.json", patience=120):
         # Left alone, the collector lets garbage spread over the whole heap before its first run,
         # and what stays lies scattered in it: of 45 KB free no 4 KB were in one piece, with this
         # 33 KB are. An application that has set its own threshold keeps it.
-        gc.threshold(_GC_THRESHOLD)
+        gc.threshold(GC_THRESHOLD)
     try:
         if _verdict is None:
             _verdict = "idle"

@@ -75,7 +75,6 @@ class Trust:
         self._journal = journal
         self._clock = clock
         self._known = [journal.get("keyring", int)]  # see Keyring
-        self._keyring()
         self._regardless = None
         tls = None
         if s["url"].startswith("https:"):
@@ -86,6 +85,7 @@ class Trust:
                 client_key=read(s["client_key"]) if s["client_key"] else None,
             )
         self.client = self._open(tls, s["token"], clock.observe)
+        self._keyring()  # last: it takes and gives back most
 
     def _open(self, tls, token=None, on_date=None):
         s = self._settings
@@ -194,6 +194,7 @@ class Trust:
                     status=response.status,
                     retry_after=response.retry_after,
                 )
+            await _make_room()  # without what has asked, and read the head of the answer
             return await response.read(_TOKEN_LIMIT)
         finally:
             await response.close()

@@ -36,7 +36,8 @@ def _native_xor():
         from .native import xor
 
         return xor
-    except (ImportError, SyntaxError, ValueError):  # left out, no emitter, another architecture
+    # left out, no emitter, another architecture, no room for it
+    except (ImportError, SyntaxError, ValueError, MemoryError):
         return plain_xor
 
 

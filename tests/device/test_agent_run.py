@@ -367,6 +367,35 @@ async def test_one_update_alone_is_watched_while_it_lasts():
         assert heard == ["poll"], "the loop has a watch of its own"
 
 
+async def test_garbage_is_collected_oftener_for_a_release_unless_the_application_has_its_own_way():
+    import gc
+
+    before = gc.threshold()
+    try:
+        for found, wanted in ((guard.GC_THRESHOLD, guard.GC_THRESHOLD // 4), (20_000, 20_000)):
+            for error in (None, NetworkError("gone")):
+                world = World()
+                agent, _ = start(world)
+                seen = []
+                real = world.release
+
+                async def release(*words, real=real, error=error, seen=seen):
+                    seen.append(gc.threshold())
+                    if error:
+                        raise error
+                    return await real(*words)
+
+                world.release = release
+                gc.threshold(found)
+                if error:
+                    await refuses(NetworkError, agent)
+                else:
+                    await installs(agent)
+                assert seen == [wanted] and gc.threshold() == found
+    finally:
+        gc.threshold(before)
+
+
 def test_checks_are_asked_in_their_order_and_the_source_last():
     agent, _ = start(World())
     for name in ("sensor", "display", "radio"):

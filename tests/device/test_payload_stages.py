@@ -635,3 +635,8 @@ def test_where_the_native_loop_can_not_be_loaded_the_plain_one_adds():
         with Without("native", error):
             assert patch._adder() is patch.plain_add
             assert walk._native_xor() is walk.plain_xor
+
+
+def test_an_image_is_verified_without_the_native_loop_where_there_is_no_room_for_it():
+    with Without("native", MemoryError("1280 bytes")):
+        assert walk._native_xor() is walk.plain_xor
