@@ -45,12 +45,15 @@ release was asked for, and want of memory.
 
 The proofs run on the virtual board (see its limits in the README). `make test` cuts the power some
 3,000 times; `make powercut` does so before, in and after every flash operation of 24 stories, torn
-in every shape; twice (all pairs of clean cuts of one story, a sample in four more, and pairs that
-both tear) and thrice (a sample). One case is replayed by the command that it prints, or on any
-board file by `twinslot board run flash.bin --cut-at 40 --torn half`. `make faults-long` takes each
-fault at many more places, the connection cut at every byte among them, and at every statement an
-exception and a heap that has nothing left; `make soak N=1000 SEED=1` updates one board a thousand
-times under faults and power cuts. A seed is printed, and plays the same faults again.
+in every shape (of two stories; in the others the many alike that fill a slot are torn in one);
+twice (all pairs of clean cuts of one story, a sample in seven more, and pairs that both tear) and
+thrice (a sample). No image may rest on a cell that an interrupted operation was to change and
+nothing has written since: it may read differently tomorrow. One case is replayed by the command
+that it prints, or on any board file by `twinslot board run flash.bin --cut-at 40 --torn half`.
+`make faults-long` takes each fault at many more places, the connection cut at every byte among
+them, and at every statement an exception and a heap that has nothing left; `make soak N=1000
+SEED=1` updates one board a thousand times under faults and power cuts. A seed is printed, and
+plays the same faults again.
 """
 
 
