@@ -447,6 +447,8 @@ class Agent:
             self._log_once(exc)
             raise
         await self._clock.ensure()
+        self._trust.prepare()
+        _tidy()
         offer = await self._poll()
         await self._deliver()
         self._remember_time()

@@ -76,24 +76,40 @@ class Tls:
         # A positive value would reach the reader as a count of bytes read (modtls socket_read).
         return _X509_FATAL_ERROR
 
+    def prepare(self, host):
+        """Make the context, if there is none yet: before an update loads what it needs.
+
+        Args:
+            host: for a message.
+
+        Raises:
+            TlsError, ConfigError
+        """
+        if self._context is not None:
+            return
+        self._seen = None
+        from .handshake import make_context, tls_error
+
+        ca, cert, key = self._sources
+        check = self._check if self._pin else None
+        self._room = None
+        gc.collect()
+        try:
+            self._context = make_context(ca, cert, key, check)
+        except (OSError, ValueError) as e:
+            raise tls_error(e, host, self)
+        self._sources = (None, None, None)
+
     def wrap(self, sock, host):
         """Return ``sock`` wrapped, its handshake not begun; it runs in the first reads and writes.
 
         Raises:
             TlsError, ConfigError
         """
+        self.prepare(host)
         self.pinned = self._pin is None
         self._seen = None
         try:
-            if self._context is None:
-                from .handshake import make_context
-
-                ca, cert, key = self._sources
-                check = self._check if self._pin else None
-                self._room = None
-                gc.collect()
-                self._context = make_context(ca, cert, key, check)
-                self._sources = (None, None, None)
             return self._context.wrap_socket(
                 sock, server_hostname=host, do_handshake_on_connect=False
             )

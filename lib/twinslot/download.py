@@ -14,7 +14,7 @@ connection costs is at most that much, and what was already under way.
 import gc
 from binascii import crc32
 
-from . import errors, payload, unload
+from . import errors, unload
 from .errors import OtaError
 
 # For all else that happens meanwhile: reads, events, checkpoints, and holes between objects. What
@@ -88,6 +88,8 @@ class Download:
 
     def _choose(self, image, build, kept):
         """Payloads to try, in order."""
+        from . import payload
+
         gc.collect()
         self._slot.block()  # is there, or is now
         room = gc.mem_free() - _SPARE_HEAP
@@ -109,6 +111,7 @@ class Download:
         # Of one server: a mirror gives the same file another one. There its size must do, and in
         # the end the image's hash.
         etag = resume.get("etag") if state and resume.get("base") == crc32(base.encode()) else None
+        gc.collect()
         from .url import resolve
 
         response = await self._client.get(
@@ -137,6 +140,8 @@ class Download:
                 )
             del resolve
             unload()  # what has asked, and read the head of the answer
+            from . import payload
+
             writer = payload.Writer(self._slot, image.size, offset, self._slot.block())
             stage = payload.open_stage(chosen, response, self._slot.base(), image.size, state)
             await payload.pump(stage, writer, self._boundary(image, chosen, response, base))

@@ -8,11 +8,12 @@ Source: RFC 9110 (fields, Range, dates), RFC 9112 (message framing).
 from micropython import const
 
 from . import errors
-from .http import LENGTH_MAX, clip, is_visible
+from .http import LENGTH_MAX
 from .link import HEAD_MAX
 from .url import decimal
 
 _LINES_MAX = const(64)
+_FIELD_MAX = const(512)
 _INTERIM_MAX = const(8)  # 1xx answers before the real one
 _RETRY_AFTER_MAX = const(21600)  # 6 h: no server may silence a device for longer
 
@@ -66,6 +67,20 @@ def http_date(text):
     if (days + 3) % 7 != weekday // 3:
         return None
     return days * 86400 + hour * 3600 + minute * 60 + second
+
+
+def is_visible(value):
+    if len(value) > _FIELD_MAX:
+        return False
+    for c in value:
+        if not 33 <= c <= 126:
+            return False
+    return True
+
+
+def clip(value):
+    # What a server sent, for a message: short and printable.
+    return "".join(chr(c) if 32 <= c <= 126 else "?" for c in value[:40])
 
 
 async def fields(link, since, limit_ms, doing, room, wanted=()):

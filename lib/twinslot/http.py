@@ -8,9 +8,10 @@
 What it does not do: proxies, cookies, authentication other than Bearer, compression, HTTP/2,
 bodies without a length, more than one request at a time (one client is one connection).
 
-Memory: one buffer of 1 KiB per client for header lines; a body goes from the socket straight into
-the caller's buffer. TLS buffers (20 KiB on the ESP32) are outside the Python heap: close() what
-is not in use. What holds the event loop: see `twinslot.link`.
+Memory: a buffer of 1 KiB while header lines, or those between chunks, are read; a body goes from
+the socket straight into the caller's buffer. What asks (`twinslot.request`) need not be loaded by
+then. TLS buffers (20 KiB on the ESP32) are outside the Python heap: close() what is not in use.
+What holds the event loop: see `twinslot.link` and `twinslot.request`.
 
 Every error that leaves is an OtaError: TimeoutError_, TlsError, HttpError, NetworkError,
 UnreachableError, FormatError (a URL), ConfigError, BusyError. A token is in none of them, nor
@@ -20,20 +21,17 @@ Source: RFC 9110, RFC 9112 section 7 (chunks).
 """
 
 import json
-from asyncio import current_task, sleep_ms
+from asyncio import sleep_ms
 from time import ticks_add, ticks_diff, ticks_ms
 
 from micropython import const
 
 from . import errors
 from .certs import Tls  # noqa: F401 (for users)
-from .link import HEAD_MAX, LINE_MAX, Link, longer, lookup
+from .link import HEAD_MAX, longer
 
 _EXTENSION_MAX = const(128)  # a chunk-size line
 LENGTH_MAX = 0x7FFFFFFF
-_FIELD_MAX = const(512)
-_ETAG_MAX = const(128)
-_ADDRESSES_MAX = const(4)
 _DEADLINE_MAX_MS = const(0x1FFFFFFF)  # half the period of ticks_ms on 32-bit ports: 6.2 days
 
 
@@ -69,6 +67,7 @@ class Response:
 
         head.tell(self, found, minor, start, if_range)
         link.owner = self
+        link.lines = self._chunked
         self._left = self.length or 0  # of the body, or of the current chunk
         if not self._chunked and not self._left:
             self._end()
@@ -177,6 +176,8 @@ class Response:
 
         size = hexadecimal(line.split(b";")[0].rstrip(b" \t"), LENGTH_MAX)
         if size is None or len(line) > _EXTENSION_MAX:
+            from .head import clip
+
             raise self._refuse("chunk size", clip(line))
         self._in_chunk = True
         self._left = size
@@ -220,20 +221,6 @@ class Response:
         self._link = None
         if link is not None and link.owner is self:
             link.close()
-
-
-def is_visible(value):
-    if len(value) > _FIELD_MAX:
-        return False
-    for c in value:
-        if not 33 <= c <= 126:
-            return False
-    return True
-
-
-def clip(value):
-    # What a server sent, for a message: short and printable.
-    return "".join(chr(c) if 32 <= c <= 126 else "?" for c in value[:40])
 
 
 class Client:
@@ -283,17 +270,18 @@ class Client:
 
             if not origin or parse(origin).scheme != "https":
                 raise errors.ConfigError("a token needs the https origin it belongs to")
+            from .head import is_visible
+
             if not is_visible(token.encode()):
                 raise errors.ConfigError("token: only visible ASCII characters")
             self._token = token
             self._token_for = parse(origin)[:3]
-        self._buf = bytearray(LINE_MAX)
         self._link = None
         self._asker = None  # the task that waits for an answer
         self._addresses = (None, None)
 
-    async def get(self, url, etag=None, start=None, if_range=None, deadline_ms=None, redirects=0):
-        """Ask for a document.
+    def get(self, url, etag=None, start=None, if_range=None, deadline_ms=None, redirects=0):
+        """Ask for a document; to be awaited.
 
         Args:
             url: text or Url.
@@ -309,37 +297,18 @@ class Client:
         Raises:
             any error of the module docstring
         """
-        extra = []
-        if etag:
-            extra.append("If-None-Match: " + _field(etag))
-        if if_range and if_range.startswith("W/"):
-            start = None
-        if start:
-            extra.append("Range: bytes=%d-" % start)
-            if if_range:
-                extra.append("If-Range: " + _field(if_range))
-        url = _parsed(url)
-        deadline = _deadline(deadline_ms)
-        answer = await self._request("GET", url, extra, None, deadline, start, if_range)
-        if not redirects or answer.status not in (301, 302, 303, 307, 308):
-            return answer
-        url = self._redirect(url, answer)
-        await answer.close()
-        answer = await self._request("GET", url, extra, None, deadline, start, if_range)
-        if answer.status in (301, 302, 303, 307, 308):
-            await answer.close()
-            raise errors.HttpError("redirected twice", status=answer.status)
-        return answer
+        from . import request
 
-    async def post_json(self, url, obj, deadline_ms=None):
-        """Send ``obj`` as JSON; returns Response, never follows a redirect.
+        return request.get(self, url, etag, start, if_range, _deadline(deadline_ms), redirects)
+
+    def post_json(self, url, obj, deadline_ms=None):
+        """Send ``obj`` as JSON; await a Response. Never follows a redirect.
 
         Sent a second time when the kept connection turns out closed: give reports an identity.
         """
-        body = json.dumps(obj).encode()
-        extra = ["Content-Type: application/json", "Content-Length: %d" % len(body)]
-        url = _parsed(url)
-        return await self._request("POST", url, extra, body, _deadline(deadline_ms))
+        from . import request
+
+        return request.post(self, url, json.dumps(obj).encode(), _deadline(deadline_ms))
 
     async def close(self):
         """Close the connection; the client can be used again."""
@@ -350,122 +319,6 @@ class Client:
             self._link.close()
             self._link = None
 
-    def _redirect(self, url, answer):
-        from .url import parse, resolve
-
-        if not answer.location:
-            raise errors.HttpError("redirect without a usable Location", status=answer.status)
-        try:
-            return parse(resolve(url, answer.location, self._allow_hosts))
-        except errors.FormatError as e:
-            raise errors.HttpError("redirect refused: %s" % e.message, status=answer.status)
-
-    def _head(self, method, url, extra):
-        from .url import host_of
-
-        lines = [
-            "%s %s HTTP/1.1" % (method, url.path),
-            "Host: " + host_of(url),
-            "User-Agent: twinslot",
-            "Accept-Encoding: identity",
-        ]
-        if self._token and url[:3] == self._token_for:
-            lines.append("Authorization: Bearer " + self._token)
-        return ("\r\n".join(lines + extra) + "\r\n\r\n").encode()
-
-    async def _request(self, method, url, extra, body, deadline, start=None, if_range=None):
-        if url.scheme != "https" and not self._allow_http:
-            from .url import shown
-
-            raise errors.ConfigError("plain http is not allowed here", shown(url), "https")
-        if url.scheme == "https" and self._tls is None:
-            raise errors.ConfigError("https needs a certificate (ca) or its SHA-256 (fingerprint)")
-        task = current_task()
-        # The task and not a mark: a mark could be left behind, and close the client for ever.
-        if self._asker not in (None, task) and not self._asker.done():
-            raise errors.BusyError("the client waits for another answer")
-        data = self._head(method, url, extra) + (body or b"")
-        try:
-            self._asker = task
-            status, minor, found = await self._exchange(url, data, deadline)
-            answer = Response(self._link, self, status, minor, found, start, if_range)
-        except BaseException:  # cancelled, too: the stream is in an unknown state
-            self._drop()
-            raise
-        finally:
-            self._asker = None
-        if self._on_date and answer.secure and answer.date is not None:
-            self._on_date(answer.date)
-        return answer
-
-    async def _exchange(self, url, data, deadline):
-        """Send a request and return the head of its answer, over the kept connection or anew."""
-        link = self._link
-        kept = (
-            link is not None and link.origin == url[:3] and link.owner is None and link.is_quiet()
-        )
-        while True:
-            since = ticks_ms()
-            limit_ms = self.read_timeout_ms
-            if not kept:
-                limit_ms = self._connect_timeout_ms
-                self._drop()
-                await self._connect(url, deadline, since)
-            link = self._link
-            link.deadline = deadline
-            link.heard = False
-            try:
-                await link.send(data, since, limit_ms)
-                from . import head
-
-                return await head.read(link, ticks_ms(), self.read_timeout_ms)
-            except errors.NetworkError as e:
-                # A kept connection that the server closed meanwhile: once more on a new one.
-                if not kept or link.heard or isinstance(e, errors.TimeoutError_):
-                    raise
-                kept = False
-
-    async def _connect(self, url, deadline, since):
-        origin = url[:3]
-        limit_ms = self._connect_timeout_ms
-        if self._addresses[0] != origin:
-            left = limit_ms
-            if deadline is not None:
-                left = min(left, ticks_diff(deadline, since))
-            self._addresses = (origin, await lookup(url.host, url.port, limit_ms=left))
-        addresses = self._addresses[1][:_ADDRESSES_MAX]
-        for i, address in enumerate(addresses):
-            self._link = link = Link(origin, self._buf)
-            link.deadline = deadline
-            # Each address gets its share of the time that is left.
-            now = ticks_ms()
-            share = (limit_ms - ticks_diff(now, since)) // (len(addresses) - i)
-            try:
-                await link.dial(address, now, share)
-                break
-            except (errors.UnreachableError, errors.TimeoutError_):
-                self._drop()
-                if i + 1 == len(addresses):
-                    self._addresses = (None, None)  # the name may lead elsewhere next time
-                    raise
-        if url.scheme == "https":
-            await link.secure(self._tls, since, limit_ms)
-
-
-def _parsed(url):
-    from .url import parse  # which goes while a body comes
-
-    return parse(url) if isinstance(url, str) else url
-
 
 def _deadline(ms):
     return None if ms is None else ticks_add(ticks_ms(), min(ms, _DEADLINE_MAX_MS))
-
-
-def _field(value):
-    # A header injected through a stored ETag would be a request of somebody else's making.
-    if not is_visible(value.encode()) or len(value) > _ETAG_MAX:
-        raise errors.FormatError(
-            "ETag", clip(value.encode()), "visible characters, %d" % _ETAG_MAX
-        )
-    return value

@@ -1,4 +1,4 @@
-"""One connection of the HTTP client: name lookup, TCP, verified TLS, bounded reads, header lines.
+"""One connection of the HTTP client, and what it is read by: bounded reads, lines; name lookup.
 
 Not for applications; `twinslot.http` is. A socket here is never waited for: a read that finds
 nothing sleeps 1 to 15 ms and tries again. That costs no task, no timer and no entry in asyncio's
@@ -10,19 +10,16 @@ Source: MicroPython extmod/modtls_mbedtls.c, extmod/asyncio/stream.py, py/stream
 RFC 9112 sections 2 to 5 (lines and fields).
 """
 
-import gc
-import select
 import socket
 import sys
 from asyncio import sleep_ms
-from errno import EINPROGRESS
 from time import ticks_diff, ticks_ms
 
 from micropython import const
 
 from . import errors
 
-LINE_MAX = 1024  # a header line with its CRLF; the size of a link's buffer
+_LINE_MAX = const(1024)  # a header line with its CRLF; the size of a link's buffer
 HEAD_MAX = 8192
 _PAUSE_MAX_MS = const(15)
 _LOOKUP_STACK = const(8192)
@@ -95,20 +92,20 @@ class Link:
     """A connection and the bytes read ahead of it. Every wait is bounded.
 
     ``since``, ``limit_ms`` below: the wait began at tick ``since`` and fails ``limit_ms`` later;
-    ``deadline`` (a tick, or None) bounds all of them.
+    ``deadline`` (a tick, or None) bounds all of them. The buffer is there while lines are read.
     """
 
-    def __init__(self, origin, buf):
+    def __init__(self, origin):
         self.origin = origin
         self.deadline = None
         self.owner = None  # the Response whose body is still to be read
         self.heard = False  # bytes came since the last request
         self.greeted = False  # the TLS handshake is through
+        self.lines = False  # more of them come between the bytes of a body
         self._sock = None
         self._raw = None
         self._tls = None
-        self._buf = buf
-        self._mv = memoryview(buf)
+        self._buf = None
         self._from = 0
         self._to = 0
 
@@ -147,70 +144,6 @@ class Link:
             return errors.TlsError("%s: TLS failed (%s)" % (doing, e.args[-1]))
         return errors.NetworkError("%s: the connection broke (error %s)" % (doing, code))
 
-    async def dial(self, address, since, limit_ms):
-        """Connect to one address of getaddrinfo. Raises UnreachableError, TimeoutError_."""
-        try:
-            sock = socket.socket(address[0], address[1], address[2])
-            self._raw = self._sock = sock
-            sock.setblocking(False)
-            try:
-                sock.connect(address[-1])
-            except OSError as e:
-                if e.args[0] != EINPROGRESS:
-                    raise
-            poller = select.poll()
-            poller.register(sock, select.POLLOUT)
-            pause = 1
-            while True:
-                ready = poller.poll(0)
-                if ready:
-                    break
-                self.check(since, limit_ms, "connect")
-                await sleep_ms(pause)
-                pause = longer(pause)
-            if ready[0][1] & (select.POLLERR | select.POLLHUP):
-                sock.read(1)  # raises the reason
-                raise OSError(0)
-        except OSError as e:
-            raise errors.UnreachableError(
-                "no connection to %s:%d (error %s)" % (self.origin[1], self.origin[2], e.args[0])
-            )
-
-    async def secure(self, tls, since, limit_ms):
-        """Wrap the connection in TLS; with a pinned fingerprint, shake hands until it was seen."""
-        gc.collect()  # a dropped TLS socket frees its buffers only now
-        self._tls = tls
-        self._sock = tls.wrap(self._raw, self.origin[1])
-        pause = 1
-        while not tls.pinned:
-            try:
-                got = self._open().readinto(self._mv, 1)
-            except (OSError, ValueError) as e:
-                raise self._error(e, "TLS handshake")
-            if got is not None and not tls.pinned:
-                raise errors.TlsError("the server spoke before its certificate was checked")
-            self.check(since, limit_ms, "TLS handshake")
-            await sleep_ms(pause)
-            pause = longer(pause)
-
-    async def send(self, data, since, limit_ms):
-        left = memoryview(data)
-        pause = 1
-        while len(left) > 0:
-            doing = "request" if self.greeted or not self._tls else "TLS handshake"
-            try:
-                n = self._open().write(left)
-            except (OSError, ValueError) as e:
-                raise self._error(e, doing)
-            if n:
-                self.greeted = True
-                left = left[n:]
-                pause = 1
-            else:
-                self.check(since, limit_ms, doing)
-                await sleep_ms(pause)
-                pause = longer(pause)
-
     def read(self, buf, n, doing):
         """Read up to ``n`` bytes into ``buf``, now: None where there are none, 0 at the end."""
         try:
@@ -220,23 +153,31 @@ class Link:
 
     def take(self, buf, n):
         """Move up to ``n`` bytes that were read ahead into ``buf``; return how many."""
+        if self._buf is None:
+            return 0
         n = min(n, self._to - self._from)
         if n:
-            buf[:n] = self._mv[self._from : self._from + n]
+            buf[:n] = self._buf[self._from : self._from + n]
             self._from += n
+        elif not self.lines:
+            self._buf = None
         return n
 
     def is_quiet(self):
         """Tell whether the connection is open and nothing unasked has come over it."""
         if self._sock is None or self._from != self._to:
             return False
+        self._buf = None
         try:
-            return self._sock.readinto(self._mv, 1) is None
+            return self._sock.readinto(bytearray(1)) is None
         except (OSError, ValueError):
             return False
 
     async def line(self, since, limit_ms, doing):
         """Return the next line (bytes, without its CRLF)."""
+        if self._buf is None:
+            self._buf = memoryview(bytearray(_LINE_MAX))
+            self._from = self._to = 0
         at = self._from
         buf = self._buf
         pause = 0
@@ -245,7 +186,7 @@ class Link:
                 c = buf[at]
                 at += 1
                 if c == 10:
-                    line = bytes(self._mv[self._from : at - 1])
+                    line = bytes(buf[self._from : at - 1])
                     self._from = at
                     if not line.endswith(b"\r") or line.find(b"\r") != len(line) - 1:
                         raise errors.HttpError("%s: a line that does not end with CRLF" % doing)
@@ -254,12 +195,12 @@ class Link:
                     raise errors.HttpError("%s: control character" % doing, c)
             if self._from:
                 kept = self._to - self._from
-                self._mv[:kept] = self._mv[self._from : self._to]
+                buf[:kept] = buf[self._from : self._to]
                 self._from = 0
                 self._to = at = kept
-            if self._to == LINE_MAX:
-                raise errors.HttpError("%s: line too long" % doing, "more", "%d bytes" % LINE_MAX)
-            got = self.read(self._mv[self._to :], LINE_MAX - self._to, doing)
+            if self._to == _LINE_MAX:
+                raise errors.HttpError("%s: line too long" % doing, "more", "%d bytes" % _LINE_MAX)
+            got = self.read(buf[self._to :], _LINE_MAX - self._to, doing)
             if got:
                 self.heard = True
                 self._to += got

@@ -76,16 +76,21 @@ class Trust:
         self._clock = clock
         self._known = [journal.get("keyring", int)]  # see Keyring
         self._regardless = None
-        tls = None
+        self._tls = None
         if s["url"].startswith("https:"):
-            tls = Tls(
+            self._tls = Tls(
                 ca=read(s["ca"]) if s["ca"] else None,
                 fingerprint=s["fingerprint"],
                 client_cert=read(s["client_cert"]) if s["client_cert"] else None,
                 client_key=read(s["client_key"]) if s["client_key"] else None,
             )
-        self.client = self._open(tls, s["token"], clock.observe)
+        self.client = self._open(self._tls, s["token"], clock.observe)
         self._keyring()  # last: it takes and gives back most
+
+    def prepare(self):
+        """Make what TLS needs once. Raises TlsError, ConfigError."""
+        if self._tls:
+            self._tls.prepare(self._settings["url"])
 
     def _open(self, tls, token=None, on_date=None):
         s = self._settings

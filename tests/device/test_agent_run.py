@@ -1298,6 +1298,22 @@ async def test_what_judges_a_release_is_not_there_while_it_comes_nor_between_pol
     assert "twinslot.semver" not in sys.modules
 
 
+async def test_what_tls_needs_is_made_before_a_poll_loads_what_it_needs():
+    there = []
+
+    class Watching(World):
+        def prepare(self):
+            there.append([name for name in twinslot._RARE if "twinslot." + name in sys.modules])
+
+        async def poll(self, client, facts):
+            assert len(there) == 1
+            return await super().poll(client, facts)
+
+    agent, _ = start(Watching())
+    await installs(agent)
+    assert there == [[]]
+
+
 async def test_a_download_that_failed_holds_nothing():
     world = World()
     world.content = UnreachableError("nobody there")

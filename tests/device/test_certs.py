@@ -347,6 +347,17 @@ def test_the_files_are_let_go_once_they_are_read():
     assert board._sources == (None, None, None)
 
 
+def test_what_is_needed_once_can_be_made_before_the_first_connection():
+    board = Tls(ca=cert("ca"))
+    board.prepare("b.example")
+    context = board._context
+    assert board._sources == (None, None, None) and board._room is None
+    board.prepare("b.example")
+    assert reach(board) == b"hello" and board._context is context
+    message = raises(ConfigError, Tls(ca=b"no certificate").prepare, NAME).message
+    assert message.startswith("ca: mbedTLS can't read it")
+
+
 class Context:
     """One of mbedTLS that runs into an error where it is told to."""
 

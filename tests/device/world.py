@@ -109,6 +109,9 @@ class World:
     async def renew(self, client, version, base=None):
         return None
 
+    def prepare(self):
+        pass
+
     def verified(self):
         pass
 

@@ -11,7 +11,18 @@ from boards import new_board
 from twinslot_tools.virtual_esp32 import vfs
 
 LIB = Path(__file__).parents[2] / "lib" / "twinslot"
-MODULES = ("__init__", "errors", "url", "certs", "handshake", "link", "http", "head", "clock")
+MODULES = (
+    "__init__",
+    "errors",
+    "url",
+    "certs",
+    "handshake",
+    "link",
+    "http",
+    "head",
+    "request",
+    "clock",
+)
 
 MAIN = """
 import asyncio
