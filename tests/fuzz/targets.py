@@ -375,17 +375,15 @@ class _Socket:
 
 
 def _http(seeds):
-    from twinslot import http
+    from twinslot import http, request
     from twinslot.link import Link
 
-    class Client(http.Client):
-        raw = b""
+    async def connect(client, url, deadline, since):
+        client._link = link = Link(url[:3])
+        link._sock = _Socket(client.raw)
 
-        async def _connect(self, url, deadline, since):
-            self._link = link = Link(url[:3], self._buf)
-            link._sock = _Socket(self.raw)
-
-    client = Client(allow_http=True, read_timeout_ms=300, connect_timeout_ms=300)
+    request._connect = connect
+    client = http.Client(allow_http=True, read_timeout_ms=300, connect_timeout_ms=300)
     block = bytearray(512)
 
     async def one(raw):
