@@ -12,14 +12,16 @@ connection costs is at most that much, and what was already under way.
 """
 
 import gc
+import sys
+from asyncio import sleep_ms
 from binascii import crc32
 
 from . import errors, unload
 from .errors import OtaError
 
-# For all else that happens meanwhile: reads, events, checkpoints, and holes between objects. What
-# `make bench` measures on a 64-bit port.
-_SPARE_HEAP = 9 * 1024
+# For all else: what asks for the payload and reads the head of the answer, events, checkpoints,
+# and holes between objects. What `make bench` measures on a 64-bit port.
+_SPARE_HEAP = (12 if sys.maxsize > 1 << 32 else 9) * 1024
 
 # A minute, and a second for each 1000 bytes: what did not come by then goes on from its checkpoint
 # at the next poll.
@@ -103,6 +105,10 @@ class Download:
 
     async def _fetch(self, image, chosen, base, kept):
         """Fetch one payload; all of the image is in the slot then."""
+        from . import payload
+
+        room = payload.buffers(chosen)
+        del payload
         resume = kept if kept.get("url") == chosen.url else None
         offset = self._begun = await self._slot.begin(image, resume)
         if offset == image.size:
@@ -112,6 +118,8 @@ class Download:
         # the end the image's hash.
         etag = resume.get("etag") if state and resume.get("base") == crc32(base.encode()) else None
         gc.collect()
+        await sleep_ms(0)
+        place = bytearray(room)  # for its buffers, while there is so much in one piece
         from .url import resolve
 
         response = await self._client.get(
@@ -143,6 +151,9 @@ class Download:
             from . import payload
 
             writer = payload.Writer(self._slot, image.size, offset, self._slot.block())
+            del place
+            gc.collect()
+            await sleep_ms(0)
             stage = payload.open_stage(chosen, response, self._slot.base(), image.size, state)
             await payload.pump(stage, writer, self._boundary(image, chosen, response, base))
         finally:

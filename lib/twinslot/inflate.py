@@ -28,6 +28,7 @@ class Inflate:
     """
 
     def __init__(self, response, window, offset):
+        self._place = bytearray(1 << window)  # keeps that of the last window for the next one
         self._response = response
         self._window = window
         self._ring = RingIO(AHEAD + SLICE)
@@ -35,7 +36,6 @@ class Inflate:
         self._offset = offset
         self._ended = False
         self._member = None
-        self._place = None  # keeps that of the last window for the next one
         self._idle = 0
         self._byte = memoryview(bytearray(1))
         self._kept = False  # while _byte holds a byte that boundary() had to look at

@@ -8,7 +8,7 @@ part of the one block buffer, and returns their number, 0 where ``await wait()``
 None at the end. It never waits and, in the steady state, allocates nothing. ``await boundary()``,
 asked at every 64 KiB of the image, returns the stage's state, two small integers from which a
 download that was cut goes on, or None where it can't. Nothing else is kept of what went before: a
-gzip member, and a chunk of a patch, end there. ``spare`` is a buffer of 1 KiB that it does not
+gzip member, and a chunk of a patch, end there. ``spare`` is a buffer of 512 bytes it does not
 need between two ``take``, or None. The body has ``take``, ``wait`` and ``received``, as
 ``http.Response``.
 
@@ -18,8 +18,8 @@ What comes over the network proves nothing until the image's hash holds, so each
 against any input: output by the image's size, input and work per output, time between two looks
 at other tasks.
 
-Memory, once per update: a block of 4 KiB; gzip adds 5 KiB and the window (4 KiB for window 12)
-anew for each member; a patch adds 1 KiB. ``heap`` tells it before anything is opened.
+Memory, once per update: a block of 4 KiB; gzip adds 3 KiB and the window (4 KiB for window 12)
+anew for each member; a patch adds 512 bytes. ``heap`` tells it before anything is opened.
 
 The stages that are not always needed are in ``inflate`` and ``patch``.
 """
@@ -32,10 +32,10 @@ from .slot import BLOCK
 
 BOUNDARY = 65536  # of the image; payload builders end gzip members and patch chunks there
 
-SLICE = 1024  # bytes inflated at a time, and read from the network at a time
+SLICE = 512  # bytes inflated at a time, and read from the network at a time
 # More than a slice can take from an honest encoder: stored blocks are 5 bytes longer than their
 # content, a dynamic block's code tables are below 400 bytes.
-AHEAD = 3 * SLICE
+AHEAD = 4 * SLICE
 _READS = 8  # of a stage, then other tasks run: tiny pieces make much work of few bytes
 
 
@@ -66,11 +66,18 @@ def usable(image, running_build, encodings=("identity",)):
     return usable
 
 
+def buffers(payload):
+    """Bytes of what a stage needs in large pieces, beside the block: window and ring."""
+    if payload.encoding != "gzip":
+        return 0
+    return (1 << payload.window) + AHEAD + SLICE + 64
+
+
 def heap(payload):
     """Bytes of heap that ``pump`` needs for a payload, beside the block."""
-    need = 0
-    if payload.encoding == "gzip":
-        need += AHEAD + 2 * SLICE + (1 << payload.window) + 2048  # ring, buffer, window, objects
+    need = buffers(payload)
+    if need:
+        need += SLICE + 2048  # a buffer, objects
     if payload.patch:
         need += SLICE + 512
     return need

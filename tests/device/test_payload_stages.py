@@ -208,7 +208,9 @@ def test_what_a_payload_needs_of_the_heap():
     assert plain == 0, "beside the block"
     assert small > 4096 + 4096
     assert large - small == (1 << 15) - (1 << 12)
-    assert need("gzip", 12, "detools") > small + 1024
+    assert need("gzip", 12, "detools") > small + payload.SLICE
+    buffers = payload.buffers(release.Payload("", "gzip", 0, 12, None, None))
+    assert 4096 + payload.AHEAD < buffers < small
 
 
 def test_an_unknown_patch_is_refused():
