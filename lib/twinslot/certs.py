@@ -87,7 +87,6 @@ class Tls:
         """
         if self._context is not None:
             return
-        self._seen = None
         from .handshake import make_context, tls_error
 
         ca, cert, key = self._sources

@@ -225,7 +225,7 @@ def test_a_delta_that_is_gone_from_the_server_gives_way(make_lab, make_web):
 
 
 def test_a_board_short_of_heap_does_not_try_what_it_cannot_afford(make_lab):
-    lab = make_lab(settings=STATIC, heap="77K")
+    lab = make_lab(settings=STATIC, heap="73K")
     found = publish(lab)
     lab.power_on()
     assert staged(lab) == found["identity"]["size"]
