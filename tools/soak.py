@@ -322,7 +322,8 @@ class Soak:
                 "/crashes": b" ",
             },
         )
-        self.board = Board(self.flash, speed=SPEED)
+        # Behind a torn write flash ANDs, as the part does: ESP-IDF takes for free what looks so.
+        self.board = Board(self.flash, speed=SPEED, strict=False)
 
     # -- one update
 
