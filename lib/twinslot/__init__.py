@@ -3,6 +3,7 @@
 Importing this costs next to nothing: a submodule loads when one of its names is first used.
 """
 
+import gc
 import sys
 
 __version__ = "0.1.0"
@@ -48,6 +49,12 @@ def unload():
     for name in _RARE:
         globals().pop(name, None)
         sys.modules.pop("twinslot." + name, None)
+
+
+def tidy():
+    """Unload, and collect what that leaves: what is made next finds its place there."""
+    unload()
+    gc.collect()
 
 
 def __getattr__(name):

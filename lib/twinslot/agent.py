@@ -22,7 +22,7 @@ import random
 import sys
 import time
 
-from . import __version__, errors, guard, unload
+from . import __version__, errors, guard, tidy, unload
 from .clock import BUILD_FLOOR, Clock
 from .errors import OtaError
 from .journal import REASON, Journal
@@ -70,7 +70,7 @@ class Agent:
 
         settings = config.check(settings)
         del config
-        _tidy()
+        tidy()
         self._settings = s = dict(settings)  # a copy, where its makers were
         del settings
         self._machine = machine
@@ -86,9 +86,9 @@ class Agent:
         )
         # The clock began anew with this start, which is not counted yet.
         self._anew = self._clock.state == "unknown"
-        _tidy()  # what comes now stays: it finds the room, and leaves no hole behind
+        tidy()  # what comes now stays: it finds the room, and leaves no hole behind
         self._trust = Trust(s, self._journal, self._clock)
-        _tidy()
+        tidy()
         self._client = self._trust.client
         self._source = source
         self._ours = source is None  # made when it is asked, let go for a release
@@ -125,7 +125,7 @@ class Agent:
         try:
             settings = config.load(path)
             del config
-            _tidy()
+            tidy()
             agent = cls(settings)
         except OtaError as exc:
             print("twinslot: NO UPDATES:", exc)
@@ -422,7 +422,7 @@ class Agent:
                 guard.started()
             self._slot.abandon()
             await self._client.close()  # TLS holds 20 KB and more that others may want meanwhile
-            _tidy()
+            tidy()
 
     async def _from_anywhere(self, force):
         """One update from the server or, where the network fails on the way, from a mirror."""
@@ -447,8 +447,7 @@ class Agent:
             self._log_once(exc)
             raise
         await self._clock.ensure()
-        self._trust.prepare()
-        _tidy()
+        tidy()
         offer = await self._poll()
         await self._deliver()
         self._remember_time()
@@ -617,7 +616,7 @@ class Agent:
 
     def _preflight(self):
         """Raise BusyError unless both heaps can carry an update."""
-        _tidy()
+        tidy()
         if gc.mem_free() < _HEAP_NEED:
             raise errors.BusyError(
                 "heap", "%d bytes free" % gc.mem_free(), "%d or more" % _HEAP_NEED
@@ -856,12 +855,6 @@ def _give_up(reason):
         print("twinslot:", exc)
 
 
-def _tidy():
-    """Give back what was loaded for a moment: what comes next finds its place there."""
-    unload()
-    gc.collect()
-
-
 async def persist(step):
     """Await ``step()`` for ever: a slip must not end the updates of a board nobody can reach."""
     while True:
@@ -877,7 +870,7 @@ def foreseen(exc):
     if isinstance(exc, OtaError):
         return exc
     if isinstance(exc, MemoryError):
-        _tidy()  # what comes now has to find room: a report, a line in the log
+        tidy()  # what comes now has to find room: a report, a line in the log
         return errors.BusyError("out of memory: %s; %d bytes free" % (exc, gc.mem_free()))
     sys.print_exception(exc)
     return errors.InternalError("%s: %s" % (type(exc).__name__, exc))

@@ -56,7 +56,8 @@ class Tls:
         self._sources = (ca, client_cert, client_key)
         self._context = None
         # Where the context will lie, not in the middle of the room that the update needs. It is
-        # not made yet: before the radio is on, random numbers are none.
+        # made once a connection stands: before the radio is on, the ESP32's random numbers, from
+        # which mbedTLS takes its seed for the whole boot, are none.
         self._room = bytearray(_ROOM)
         self.pinned = False  # the certificate of the current handshake is the pinned one
         self._seen = None  # SHA-256 of the one that was not
@@ -76,39 +77,24 @@ class Tls:
         # A positive value would reach the reader as a count of bytes read (modtls socket_read).
         return _X509_FATAL_ERROR
 
-    def prepare(self, host):
-        """Make the context, if there is none yet: before an update loads what it needs.
-
-        Args:
-            host: for a message.
-
-        Raises:
-            TlsError, ConfigError
-        """
-        if self._context is not None:
-            return
-        from .handshake import make_context, tls_error
-
-        ca, cert, key = self._sources
-        check = self._check if self._pin else None
-        self._room = None
-        gc.collect()
-        try:
-            self._context = make_context(ca, cert, key, check)
-        except (OSError, ValueError) as e:
-            raise tls_error(e, host, self)
-        self._sources = (None, None, None)
-
     def wrap(self, sock, host):
         """Return ``sock`` wrapped, its handshake not begun; it runs in the first reads and writes.
 
         Raises:
             TlsError, ConfigError
         """
-        self.prepare(host)
         self.pinned = self._pin is None
         self._seen = None
         try:
+            if self._context is None:
+                from .handshake import make_context
+
+                ca, cert, key = self._sources
+                check = self._check if self._pin else None
+                self._room = None
+                gc.collect()
+                self._context = make_context(ca, cert, key, check)
+                self._sources = (None, None, None)
             return self._context.wrap_socket(
                 sock, server_hostname=host, do_handshake_on_connect=False
             )

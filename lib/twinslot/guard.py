@@ -73,7 +73,7 @@ def start(wdt=0, config="/ota.json", patience=120):
 
 def _boot(cause, config, patience):
     global _verdict
-    from . import health, unload
+    from . import health, tidy
     from .journal import Journal
     from .slot import FirmwareSlot
 
@@ -91,8 +91,7 @@ def _boot(cause, config, patience):
         if starts > _STARTS * _SOFT_STARTS and _verdict == "idle":
             _run_alone(journal, config)
     del health
-    unload()  # before the application loads what stays: no holes between
-    gc.collect()
+    tidy()  # before the application loads what stays: no holes between
 
 
 def _run_alone(journal, config):

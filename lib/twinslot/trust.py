@@ -14,12 +14,11 @@ What verifies is imported when there is something to verify, what parses after t
 it goes for a download.
 """
 
-import gc
 from asyncio import sleep_ms
 
 from micropython import const
 
-from . import errors, http, unload
+from . import errors, http, tidy
 from .certs import Tls
 
 _PATIENCE = 3  # polls that fail on dates alone before they are looked over
@@ -51,8 +50,7 @@ class _Anybody:
 async def _make_room():
     """Between two steps that hold the event loop: give back what the one has loaded, and let
     other tasks run."""
-    unload()
-    gc.collect()
+    tidy()
     await sleep_ms(0)
 
 
@@ -76,21 +74,16 @@ class Trust:
         self._clock = clock
         self._known = [journal.get("keyring", int)]  # see Keyring
         self._regardless = None
-        self._tls = None
+        tls = None
         if s["url"].startswith("https:"):
-            self._tls = Tls(
+            tls = Tls(
                 ca=read(s["ca"]) if s["ca"] else None,
                 fingerprint=s["fingerprint"],
                 client_cert=read(s["client_cert"]) if s["client_cert"] else None,
                 client_key=read(s["client_key"]) if s["client_key"] else None,
             )
-        self.client = self._open(self._tls, s["token"], clock.observe)
+        self.client = self._open(tls, s["token"], clock.observe)
         self._keyring()  # last: it takes and gives back most
-
-    def prepare(self):
-        """Make what TLS needs once. Raises TlsError, ConfigError."""
-        if self._tls:
-            self._tls.prepare(self._settings["url"])
 
     def _open(self, tls, token=None, on_date=None):
         s = self._settings

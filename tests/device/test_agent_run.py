@@ -716,7 +716,8 @@ async def test_a_slip_of_our_own_is_noted_once():
 async def test_want_of_memory_is_noted_once_however_many_bytes_there_are():
     agent, _ = start(World())
     for free in (9000, 8123):
-        with Instead(twinslot.agent, gc=Heap(free)):
+        heap = Heap(free)
+        with Instead(twinslot, gc=heap), Instead(twinslot.agent, gc=heap):
             await refuses(BusyError, agent)
     entry = agent._journal.log()[-1]
     assert len(agent._journal.log()) == 1 and entry[2] == "failed"
@@ -896,10 +897,12 @@ async def test_the_memory_that_an_update_needs_is_asked_for_to_the_byte():
                 await refuses(BusyError, agent)
     need, polls = twinslot.agent._HEAP_NEED, world.polls
     agent, _ = start(world)
-    with Instead(twinslot.agent, gc=Heap(need - 1)):
+    heap = Heap(need - 1)
+    with Instead(twinslot, gc=heap), Instead(twinslot.agent, gc=heap):
         assert "heap" in str(await refuses(BusyError, agent))
     assert world.polls == polls
-    with Instead(twinslot.agent, gc=Heap(need)):
+    heap = Heap(need)
+    with Instead(twinslot, gc=heap), Instead(twinslot.agent, gc=heap):
         await agent.update_now()
 
 
@@ -1296,22 +1299,6 @@ async def test_what_judges_a_release_is_not_there_while_it_comes_nor_between_pol
     agent, _ = start(World(firmware=firmware, version="1.3.0"))
     await agent.update_now()
     assert "twinslot.semver" not in sys.modules
-
-
-async def test_what_tls_needs_is_made_before_a_poll_loads_what_it_needs():
-    there = []
-
-    class Watching(World):
-        def prepare(self):
-            there.append([name for name in twinslot._RARE if "twinslot." + name in sys.modules])
-
-        async def poll(self, client, facts):
-            assert len(there) == 1
-            return await super().poll(client, facts)
-
-    agent, _ = start(Watching())
-    await installs(agent)
-    assert there == [[]]
 
 
 async def test_a_download_that_failed_holds_nothing():

@@ -15,7 +15,8 @@ from harness import raises
 
 from twinslot import handshake
 from twinslot.certs import Tls
-from twinslot.errors import ConfigError, TlsError
+from twinslot.errors import ConfigError, TlsError, UnreachableError
+from twinslot.http import Client
 
 # mbedTLS itself. The virtual board's module goes by the board's clock, and names dates alone.
 tls = sys.modules["tls"] = getattr(tls, "_tls", tls)
@@ -347,15 +348,17 @@ def test_the_files_are_let_go_once_they_are_read():
     assert board._sources == (None, None, None)
 
 
-def test_what_is_needed_once_can_be_made_before_the_first_connection():
+async def test_F107_no_context_draws_random_numbers_before_a_connection_stands():
+    # The radio may be off until then, and the ESP32's generator with it.
     board = Tls(ca=cert("ca"))
-    board.prepare("b.example")
-    context = board._context
-    assert board._sources == (None, None, None) and board._room is None
-    board.prepare("b.example")
-    assert reach(board) == b"hello" and board._context is context
-    message = raises(ConfigError, Tls(ca=b"no certificate").prepare, NAME).message
-    assert message.startswith("ca: mbedTLS can't read it")
+    try:
+        await Client(board).get("https://127.0.0.1:1/")
+    except UnreachableError:
+        assert board._context is None and board._room is not None
+    else:
+        raise AssertionError("somebody listens there")
+    assert reach(board) == b"hello"
+    assert board._context is not None and board._room is None
 
 
 class Context:

@@ -109,9 +109,6 @@ class World:
     async def renew(self, client, version, base=None):
         return None
 
-    def prepare(self):
-        pass
-
     def verified(self):
         pass
 
