@@ -85,6 +85,7 @@ except OSError as e:
         ("esp32", 4, "ESP32_GENERIC"),
         ("esp32s3", 8, "ESP32_GENERIC_S3"),
         ("esp32c3", 4, "ESP32_GENERIC_C3"),
+        ("esp32c5", 4, "ESP32_GENERIC_C5"),
         ("esp32s3", 16, "ESP32_GENERIC_S3"),
     ],
 )

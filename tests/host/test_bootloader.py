@@ -131,7 +131,7 @@ def test_selection(layout, before, boots, after):
     assert (predicted.partition, predicted.why) == (board.result.partition, board.result.why)
 
 
-@pytest.mark.parametrize("chip", ["esp32", "esp32s3", "esp32c3"])
+@pytest.mark.parametrize("chip", ["esp32", "esp32s3", "esp32c3", "esp32c5"])
 def test_every_chip_boots_from_its_own_layout(chip):
     board = Board("8MiB", chip=chip, entries=CONFIRMED)
     assert board.boot(PWRON_RESET) == NEW_SLOT

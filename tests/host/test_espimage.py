@@ -15,7 +15,7 @@ from twinslot.walk import Walk
 from twinslot_tools import images
 from twinslot_tools.virtual_esp32.firmware import make_bootloader, make_firmware
 
-CHIPS = {"esp32": 0, "esp32s3": 9, "esp32c3": 5}
+CHIPS = {"esp32": 0, "esp32s3": 9, "esp32c3": 5, "esp32c5": 23}
 IMAGE = make_firmware(None, chip="esp32", version="1.2.3", project="node", size=70_001)
 
 

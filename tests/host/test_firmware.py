@@ -84,8 +84,9 @@ def test_same_arguments_make_the_same_bytes(tree):
         make(None)[-32:],
         make(None, seed=1)[-32:],
         make(None, chip="esp32c3")[-32:],
+        make(None, chip="esp32c5")[-32:],
     }
-    assert len(builds) == 6
+    assert len(builds) == 7
 
 
 @pytest.mark.parametrize("size", [3000, 65_000, 65_536, 131_000, 1_572_864])
@@ -172,7 +173,7 @@ def test_flash_holds_everything_in_its_place(chip, name):
         chip, size, partitions, {"ota_1": app}, entries=[otadata.entry(2, otadata.VALID)]
     )
     assert len(flash) == size
-    boot_at = {"esp32": 0x1000, "esp32s3": 0, "esp32c3": 0}[chip]
+    boot_at = {"esp32": 0x1000, "esp32s3": 0, "esp32c3": 0, "esp32c5": 0x2000}[chip]
     bootloader = LoadFirmwareImage(chip, bytes(flash[boot_at:0x8000]))
     assert bootloader.stored_digest == bootloader.calc_digest
     assert bootloader.flash_size_freq >> 4 == {4: 2, 8: 3, 16: 4, 32: 5}[size >> 20]

@@ -275,7 +275,7 @@ def test_the_users_files_replace_the_examples_and_the_rest_stays(desk):
     assert files["/main.py"] == b"print('mine')\n"
     assert files["/lib/sensor.py"] == b"X = 1\n"
     assert files["/boot.py"] == (ROOT / "boot.py").read_bytes()
-    assert not any("git" in path for path in files)
+    assert not any(".git" in path for path in files)
 
 
 def test_a_source_that_would_hide_the_new_module_is_left_out_and_named(desk):

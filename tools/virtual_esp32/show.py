@@ -53,7 +53,7 @@ def describe(data: bytes, chip: str | None = None) -> dict[str, Any]:
         raise ShowError(f"unknown chip {chip!r}, expected one of {', '.join(CHIPS)}")
     if known is None:
         raise ShowError(
-            "no bootloader of a known chip at 0x0 or 0x1000: "
+            "no bootloader of a known chip at 0x0, 0x1000 or 0x2000: "
             "expected a whole flash from address 0, of " + ", ".join(CHIPS)
         )
     if len(data) % 4096 or len(data) < table.TABLE_OFFSET + 0x1000:

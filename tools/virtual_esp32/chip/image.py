@@ -32,7 +32,8 @@ _SIXTEEN_MIB = 0x1000000
 # rev         revision of the virtual chip, major * 100 + minor
 # blk_rev     eFuse block revision, likewise; None: such images don't limit it (ESP32)
 # bootloader  flash offset of the second-stage bootloader
-# drom, irom  (start, end) of the flash-mapped addresses
+# drom, irom  (start, end) of the flash-mapped addresses; one and the same where data and code
+#             share them
 # ram         ((start, end), ...) where the bootloader can load
 # loader      ((start, end), ...) of that, taken by the bootloader's data, stack and loading code
 #             (its bootloader.ld; the stack with the 32 KiB of headroom that it checks)
@@ -103,6 +104,21 @@ CHIPS = {
             (0x50000000, 0x50002000),
         ),
         ((0x3FCD5710, 0x3FCDE710), (0x403CE710, 0x403D5710)),
+        False,
+    ),
+    "esp32c5": Chip(
+        "esp32c5",
+        0x0017,
+        100,
+        0,
+        0x2000,
+        (0x42000000, 0x44000000),
+        (0x42000000, 0x44000000),
+        (
+            (0x40800000, 0x40860000),
+            (0x50000000, 0x50004000),
+        ),
+        ((0x408555A0, 0x4085E5A0), (0x4084E5A0, 0x408555A0)),
         False,
     ),
 }
