@@ -97,7 +97,7 @@ class Clock:
         set_rtc=None,
     ):
         self.problem = None  # why NTP gave nothing, for a person
-        from .url import decimal
+        from .digits import decimal
 
         host, colon, port = (ntp or "").partition(":")
         number = decimal(port.encode(), 65535) if colon else _NTP_PORT

@@ -8,9 +8,9 @@ Source: RFC 9110 (fields, Range, dates), RFC 9112 (message framing).
 from micropython import const
 
 from . import errors
+from .digits import decimal
 from .http import LENGTH_MAX
 from .link import HEAD_MAX
-from .url import decimal
 
 _LINES_MAX = const(64)
 _FIELD_MAX = const(512)

@@ -172,7 +172,7 @@ class Response:
         if self._in_chunk and await link.line(since, limit_ms, "chunk"):
             raise self._refuse("chunk: data goes on past its size")
         line = await link.line(since, limit_ms, "chunk")
-        from .url import hexadecimal
+        from .digits import hexadecimal
 
         size = hexadecimal(line.split(b";")[0].rstrip(b" \t"), LENGTH_MAX)
         if size is None or len(line) > _EXTENSION_MAX:

@@ -19,7 +19,8 @@ from micropython import const
 
 from . import errors
 
-_LINE_MAX = const(1024)  # a header line with its CRLF; the size of a link's buffer
+_LINE_MAX = const(1024)  # bytes of a header line with its CRLF
+_LINE_MOST = const(256)  # of nearly all of them: what the buffer holds until one does not fit
 HEAD_MAX = 8192
 _PAUSE_MAX_MS = const(15)
 _LOOKUP_STACK = const(8192)
@@ -176,7 +177,7 @@ class Link:
     async def line(self, since, limit_ms, doing):
         """Return the next line (bytes, without its CRLF)."""
         if self._buf is None:
-            self._buf = memoryview(bytearray(_LINE_MAX))
+            self._buf = memoryview(bytearray(_LINE_MOST))
             self._from = self._to = 0
         at = self._from
         buf = self._buf
@@ -200,7 +201,11 @@ class Link:
                 self._to = at = kept
             if self._to == _LINE_MAX:
                 raise errors.HttpError("%s: line too long" % doing, "more", "%d bytes" % _LINE_MAX)
-            got = self.read(buf[self._to :], _LINE_MAX - self._to, doing)
+            if self._to == _LINE_MOST and len(buf) == _LINE_MOST:
+                self._buf = memoryview(bytearray(_LINE_MAX))
+                self._buf[:_LINE_MOST] = buf
+                buf = self._buf
+            got = self.read(buf[self._to :], len(buf) - self._to, doing)
             if got:
                 self.heard = True
                 self._to += got

@@ -9,6 +9,7 @@ Source: RFC 3986 (section 5 for references), RFC 9110 section 4.2.
 from collections import namedtuple
 
 from . import errors
+from .digits import decimal
 
 _URL_MAX = 512
 
@@ -135,24 +136,3 @@ def text_of(url):
 def shown(url):
     """Return the URL for a message: without its query, which may carry a signature."""
     return text_of(url).split("?")[0][:120]
-
-
-def decimal(text, limit):
-    """Return the value of ``text`` (bytes, digits only, at most ``limit``), or None."""
-    if not text or len(text) > 10:
-        return None
-    for c in text:
-        if not 48 <= c <= 57:
-            return None
-    value = int(text)
-    return value if value <= limit else None
-
-
-def hexadecimal(text, limit):
-    if not text or len(text) > 8:
-        return None
-    for c in text:
-        if not (48 <= c <= 57 or 65 <= c <= 70 or 97 <= c <= 102):
-            return None
-    value = int(text, 16)
-    return value if value <= limit else None

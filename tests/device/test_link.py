@@ -18,9 +18,12 @@ class Socket:
     def readinto(self, buf, n=None):
         if not self.pieces:
             return None
-        piece = self.pieces.pop(0)[: len(buf) if n is None else n]
-        buf[: len(piece)] = piece
-        return len(piece)
+        piece = self.pieces.pop(0)
+        n = min(len(piece), len(buf) if n is None else n)
+        buf[:n] = piece[:n]
+        if piece[n:]:
+            self.pieces.insert(0, piece[n:])
+        return n
 
     def close(self):
         pass
@@ -74,6 +77,19 @@ async def test_a_connection_over_which_all_was_read_holds_no_buffer():
     assert not link.is_quiet()
     link.close()
     assert not link.is_quiet()
+
+
+async def test_only_a_long_line_gets_a_large_buffer():
+    for length, size in ((254, 256), (255, 1024), (1022, 1024)):
+        long = b"x" * length
+        link = connected(b"short\r\n" + long + b"\r\nrest")
+        assert await link.line(0, 1 << 29, "header") == b"short"
+        assert len(link._buf) == 256
+        assert await link.line(0, 1 << 29, "header") == long
+        assert len(link._buf) == size, length
+        block = bytearray(8)
+        rest = bytes(block[: link.take(block, 8)])
+        assert rest + bytes(block[: link.read(block, 8, "body") or 0]) == b"rest"
 
 
 async def fails(kind, words, *pieces):

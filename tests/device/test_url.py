@@ -2,9 +2,10 @@
 
 import harness
 
+from twinslot.digits import decimal, hexadecimal
 from twinslot.errors import FormatError
 from twinslot.head import http_date
-from twinslot.url import decimal, hexadecimal, parse, resolve, shown, text_of
+from twinslot.url import parse, resolve, shown, text_of
 
 BASE = "https://updates.example:8443/fleet/sensor/stable.json?x=/../y"
 HERE = "https://updates.example:8443"

@@ -21,6 +21,8 @@ MODULES = (
     "http",
     "head",
     "request",
+    "dial",
+    "digits",
     "clock",
 )
 
