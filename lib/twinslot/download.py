@@ -21,7 +21,7 @@ from .errors import OtaError
 
 # For all else: what asks for the payload and reads the head of the answer, events, checkpoints,
 # and holes between objects. What `make bench` measures on a 64-bit port.
-_SPARE_HEAP = (12 if sys.maxsize > 1 << 32 else 9) * 1024
+_SPARE_HEAP = (11 if sys.maxsize > 1 << 32 else 9) * 1024
 
 # A minute, and a second for each 1000 bytes: what did not come by then goes on from its checkpoint
 # at the next poll.
@@ -84,6 +84,7 @@ class Download:
             self._journal.save_checkpoint()
             self._slot.abandon()
             gc.collect()
+            self._slot.block()  # where it was: nothing has taken that place yet
         if isinstance(error, MemoryError):
             error = errors.BusyError("out of memory: %s; %d bytes free" % (error, gc.mem_free()))
         raise error or errors.RefusedError("release has no payload this device can apply")
@@ -122,8 +123,10 @@ class Download:
         place = bytearray(room)  # for its buffers, while there is so much in one piece
         from .url import resolve
 
+        url = resolve(base, chosen.url)
+        del resolve
         response = await self._client.get(
-            resolve(base, chosen.url),
+            url,
             start=state[0] if state else None,
             if_range=etag,
             deadline_ms=_DEADLINE_MS + chosen.size,
@@ -146,11 +149,11 @@ class Download:
                 raise errors.HttpError(
                     "payload length", response.length, left, status=response.status
                 )
-            del resolve
             unload()  # what has asked, and read the head of the answer
             from . import payload
 
             writer = payload.Writer(self._slot, image.size, offset, self._slot.block())
+            payload.load(chosen)
             del place
             gc.collect()
             await sleep_ms(0)

@@ -13,7 +13,7 @@ import deflate
 from micropython import RingIO, const
 
 from . import errors
-from .payload import AHEAD, SLICE
+from .payload import AHEAD, SLICE, STATE
 
 _IDLE_MEMBERS = const(16)  # without content, in a row
 
@@ -28,7 +28,7 @@ class Inflate:
     """
 
     def __init__(self, response, window, offset):
-        self._place = bytearray(1 << window)  # keeps that of the last window for the next one
+        self._place = bytearray((1 << window) + STATE)  # kept for the next member's
         self._response = response
         self._window = window
         self._ring = RingIO(AHEAD + SLICE)
@@ -77,7 +77,10 @@ class Inflate:
     def _end_member(self):
         self._member = None
         gc.collect()  # what is allocated meanwhile must not lie in the middle of the only hole
-        self._place = bytearray(1 << self._window)
+        try:
+            self._place = bytearray((1 << self._window) + STATE)
+        except MemoryError:  # the state lay elsewhere
+            self._place = bytearray(1 << self._window)
         self._idle += 1
         if self._idle >= _IDLE_MEMBERS:
             raise errors.FormatError(

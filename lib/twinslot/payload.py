@@ -36,6 +36,7 @@ SLICE = 512  # bytes inflated at a time, and read from the network at a time
 # More than a slice can take from an honest encoder: stored blocks are 5 bytes longer than their
 # content, a dynamic block's code tables are below 400 bytes.
 AHEAD = 4 * SLICE
+STATE = 1472  # of DeflateIO beside its window: 1,440 bytes on a 64-bit port
 _READS = 8  # of a stage, then other tasks run: tiny pieces make much work of few bytes
 
 
@@ -70,14 +71,14 @@ def buffers(payload):
     """Bytes of what a stage needs in large pieces, beside the block: window and ring."""
     if payload.encoding != "gzip":
         return 0
-    return (1 << payload.window) + AHEAD + SLICE + 64
+    return (1 << payload.window) + STATE + AHEAD + SLICE + 64
 
 
 def heap(payload):
     """Bytes of heap that ``pump`` needs for a payload, beside the block."""
     need = buffers(payload)
     if need:
-        need += SLICE + 2048  # a buffer, objects
+        need += SLICE + 640  # a buffer, objects
     if payload.patch:
         need += SLICE + 512
     return need
@@ -163,6 +164,14 @@ async def pump(stage, writer, boundary):
         await stage.boundary()
     except OtaError:
         pass  # the image is complete, and its hash is the judge
+
+
+def load(payload):
+    """Load what undoes a payload: before the room for its buffers is given up."""
+    if payload.encoding == "gzip":
+        from . import inflate  # noqa: F401
+    if payload.patch:
+        from . import patch  # noqa: F401
 
 
 def open_stage(payload, response, base, size, state=None):
