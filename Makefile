@@ -10,7 +10,7 @@ LOCKS := requirements/dev.txt requirements/peers.txt
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint bench size compat packages lock faults faults-page faults-long powercut soak kills fuzz fuzz-api mutants setup clean
+.PHONY: help demo load test lint bench genuine size compat packages lock faults faults-page faults-long powercut soak kills fuzz fuzz-api mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -18,6 +18,7 @@ help:
 	@echo "make load    what the fleet server carries here (python tools/load.py --help)"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   what an update costs, against targets; plots in docs/bench"
+	@echo "make genuine  two genuine ESP32 images: a board updates by delta (needs PyPI)"
 	@echo "make size    bytes of each module of lib/twinslot on the device"
 	@echo "make compat  the device package against MicroPython 1.24 to 1.29 (needs PyPI)"
 	@echo "make packages  write package*.json, when a module came or went"
@@ -92,6 +93,9 @@ lock: $(READY)
 	@$(LOCK:pyproject.toml=) --group peers --constraint requirements/dev.txt --output-file requirements/peers.txt
 
 SECONDS ?= 60
+
+genuine: $(READY)
+	@$(BIN)/python -m twinslot_tools.genuine
 
 powercut: $(READY)
 	@$(BIN)/python tests/host/sweep.py $(STORY)

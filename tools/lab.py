@@ -195,6 +195,11 @@ class Lab:
         self.stop_server()
         self._time.close()
 
+    @property
+    def ntp(self) -> str:
+        """Where the lab's time server listens: host and port."""
+        return f"127.0.0.1:{self._time.port}"
+
     # -- making things ------------------------------------------------------------------------
 
     def new_key(self, name: str) -> RSAKey:
@@ -237,7 +242,7 @@ class Lab:
             "product": PRODUCT,
             "url": self.url,
             "token": self._token("device"),
-            "ntp": f"127.0.0.1:{self._time.port}",
+            "ntp": self.ntp,
             "poll": 1,
             "timeout": 5,
             "stable": 1,
