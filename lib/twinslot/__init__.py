@@ -21,6 +21,8 @@ _HOME = {
 _RARE = (
     "base64url",
     "config",
+    "dial",
+    "digits",
     "espimage",
     "handshake",
     "head",
@@ -30,12 +32,14 @@ _RARE = (
     "keyset",
     "ntp",
     "payload",
+    "plan",
     "release",
     "request",
     "semver",
     "sources",
     "sources.server",
     "sources.static",
+    "startup",
     "strict",
     "url",
     "walk",
@@ -49,6 +53,16 @@ def unload():
     for name in _RARE:
         globals().pop(name, None)
         sys.modules.pop("twinslot." + name, None)
+
+
+def reserve():
+    """Let the tables of modules grow to what they will be: in an update they would split the
+    room for something larger."""
+    absent = [name for name in _RARE if "twinslot." + name not in sys.modules]
+    for name in absent:
+        globals()[name] = sys.modules["twinslot." + name] = sys
+    for name in absent:
+        del globals()[name], sys.modules["twinslot." + name]
 
 
 def tidy():

@@ -16,13 +16,12 @@ is untouched and the next poll comes after a back-off.
 import asyncio
 import binascii
 import gc
-import hashlib
 import os
 import random
 import sys
 import time
 
-from . import __version__, errors, guard, tidy, unload
+from . import __version__, errors, guard, reserve, tidy, unload
 from .clock import BUILD_FLOOR, Clock
 from .errors import OtaError
 from .journal import REASON, Journal
@@ -32,8 +31,6 @@ from .trust import Trust
 _BACKOFF_S = 60
 _BACKOFF_MAX_S = 3600
 _RETRY_AFTER_MAX_S = 6 * 3600
-_POLL_MIN_S = 30  # for offers, which are not signed
-_BOOT_SPREAD_S = 300  # boards that get power together poll within this, not at once
 _TRIES = 3  # downloads of one release, then it rests: flash wears and data costs
 _TRIES_IN_ALL = 12  # of whatever releases, within a rest of each other; then all of them rest
 _REST_S = 6 * 3600
@@ -43,7 +40,7 @@ _WAIT_MAX_MS = 0x1FFFFFFF  # what the ticks of a 32-bit port can span: 6.2 days
 # Bytes of GC heap: what verifies a release, then the modules of the download, a block, the JWS,
 # headers, and room to run, beside the room that waits for the TLS context. What `make bench`
 # measures on a 64-bit port; objects of a 32-bit one are half as large.
-_HEAP_NEED = (24 if sys.maxsize > 1 << 32 else 21) * 1024
+_HEAP_NEED = (23 if sys.maxsize > 1 << 32 else 21) * 1024
 _TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
 
 
@@ -66,6 +63,7 @@ class Agent:
     def __init__(self, settings, source=None):
         import machine
 
+        reserve()
         from . import config
 
         settings = config.check(settings)
@@ -93,7 +91,7 @@ class Agent:
         self._source = source
         self._ours = source is None  # made when it is asked, let go for a release
         self._listeners = [_console]
-        self._checks = [("source", self._reachable)]
+        self._checks = []
         self._ask = None
         self._path = None  # of the configuration, until it has worked
         self._updating = None  # the task that does
@@ -130,7 +128,9 @@ class Agent:
         except OtaError as exc:
             print("twinslot: NO UPDATES:", exc)
             if guard.start() == "trial":
-                _give_up("no agent: " + exc.message)
+                from . import startup
+
+                startup.give_up("no agent: " + exc.message)
             guard.stop()
             raise
         agent._path = path
@@ -140,7 +140,7 @@ class Agent:
 
     def check(self, name, function):
         """Add a health check: sync or async, true when all is well. Asked on trial only."""
-        self._checks.insert(-1, (name, function))  # the source, over the network, comes last
+        self._checks.append((name, function))
 
     def on_event(self, listener):
         """Add ``listener(name, data)``; ``data`` is a dict. It must not block."""
@@ -234,47 +234,19 @@ class Agent:
             )
         await self._ask_source().report(self._client, self.facts(), report)
 
-    async def _deliver(self):
-        """Hand over the reports that had to wait for a connection or a reboot."""
-        for report in self._journal.get("reports", list):
-            try:
-                await self._send(report)
-            except errors.HttpError as exc:
-                print("twinslot: report refused:", exc)
-                # 4xx: the server will never take it (429 and 408: not now).
-                if not 400 <= exc.status < 500 or exc.status in (408, 429):
-                    return
-            except Exception as exc:
-                print("twinslot: report not delivered:", foreseen(exc))
-                return  # an update that could mend this must not wait for it
-            left = [r for r in self._journal.get("reports", list) if r != report]
-            self._journal.update(reports=left)
-
     # -- running ------------------------------------------------------------------------------
 
     async def run(self):
         """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
         self._watch = asyncio.create_task(self._supervise())
         try:
-            await self._begin()
+            from . import startup
+
+            await startup.begin(self)
+            del startup
         except Exception as exc:
             print("twinslot:", foreseen(exc))
         await persist(self._turn)
-
-    async def _begin(self):
-        wlan = self._settings["wifi"]
-        if wlan:
-            from . import wifi
-
-            self._network = asyncio.create_task(persist(lambda: wifi.keep(wlan, self.device_id)))
-        # After a trial or a rollback the news is told at once; after a reset because the next one
-        # may come soon. Boards that merely got power back spread their first poll.
-        calm = self._verdict == "idle" and not self._journal.starts()
-        if calm and not self._journal.get("reports", list):
-            await asyncio.sleep_ms(self._first_delay_ms())
-        for report in self._journal.get("reports", list):
-            if report["status"] == "rolledback":
-                self._emit("rolledback", version=report["version"], **report["error"])
 
     async def _turn(self):
         try:
@@ -294,12 +266,6 @@ class Agent:
             seconds += 1
             await asyncio.sleep_ms(1000)
 
-    def _first_delay_ms(self):
-        """A constant place of this board within the interval spreads the fleet for good."""
-        digest = hashlib.sha256(self.device_id.encode()).digest()
-        spread_ms = min(self._poll_s, _BOOT_SPREAD_S) * 1000
-        return int.from_bytes(digest[:3], "big") % (spread_ms + 1)
-
     def _delay_ms(self):
         if self._failures == 0:
             return min(self._poll_s * (900 + random.getrandbits(8) % 200), _WAIT_MAX_MS)
@@ -318,47 +284,9 @@ class Agent:
         if self._verdict == "armed":
             self._machine.reset()
         if self._verdict == "trial":
-            await self._prove()
+            from . import startup
 
-    async def _prove(self):
-        from . import health
-
-        s = self._settings
-        hang = s["hang"]
-        guard.feed(hang)
-        self._emit("trial", version=self.version())
-        trial = health.Trial(
-            self._slot,
-            self._journal,
-            self._checks,
-            s["stable"],
-            s["deadline"],
-            lambda: guard.feed(hang),
-        )
-        try:
-            await trial.prove()
-        except errors.HealthError as exc:
-            self._emit("rolledback", version=self.version(), **exc.report())
-            self._machine.reset()
-        except OtaError as exc:
-            self._emit("failed", **exc.report())
-        else:
-            self._emit("confirmed", version=self.version())
-        guard.stop()
-        self._verdict = "idle"
-
-    async def _reachable(self):
-        """The default health check: the source answers, with whatever HTTP status."""
-        try:
-            await self._clock.ensure()
-            await self._ask_source().poll(self._client, self.facts())
-        except errors.HttpError as exc:
-            if not exc.status:
-                raise
-        except errors.TlsError as exc:
-            if not exc.dates:  # a calendar is no fault of the image
-                raise
-        return True
+            await startup.prove(self)
 
     # -- one update ---------------------------------------------------------------------------
 
@@ -440,109 +368,71 @@ class Agent:
         await self._update(force)
 
     async def _update(self, force):
-        self._emit("checking")
-        try:
-            self._preflight()
-        except errors.BusyError as exc:
-            self._log_once(exc)
-            raise
-        await self._clock.ensure()
-        tidy()
-        offer = await self._poll()
-        await self._deliver()
-        self._remember_time()
-        if self._path:
-            self._let_go()
-            from . import config
+        """One update from one server."""
+        from . import plan
 
-            config.keep(self._path)
-            self._path = None
-            del config
-            unload()
-        await self._renew_keys(offer.keyring)
-        if offer.poll:
-            self._poll_s = max(offer.poll, min(self._settings["poll"], _POLL_MIN_S))
-        url = offer.release
-        name = self._name(url)
-        if (
-            url is None
-            or ((self._is_done(name) or self._rests(name)) and not force)
-            or not self._is_chosen(offer)
-        ):
-            self._emit("idle", version=self.version())
-            return
-        if offer.install and self._waiting()[2] == binascii.crc32(name.encode()):
-            self._emit("waiting", seconds=offer.install)
-            return
-        await self._take(url, name, force, offer.install)
+        found = await plan.offer(self, force)
+        del plan
+        if found:
+            await self._take(found[0], force, found[1])
 
-    def _is_chosen(self, offer):
-        from . import release
-
-        return release.in_rollout(offer.percent, offer.seed, self.device_id, hashlib.sha256)
-
-    async def _take(self, url, name, force, wait_s=0):
+    async def _take(self, url, force, seconds=0):
         """Fetch a release, judge it and install it: then this never returns. It does if the
-        release runs already, or may be installed only in ``wait_s`` seconds."""
+        release runs already, or may be activated only in so many seconds."""
         report = {"attempt": _hex(os.urandom(6)), "version": "", "build": "", "bytes": 0}
         self._let_go()
+        gc.collect()
+        url = "".join((url[:1], url[1:]))  # a copy, where its makers were: no hole is split
+        name = self._name(url)
         self._fetching = True
         try:
-            await self._bring(report, url, name, force, wait_s)
-        except Exception as slip:
-            exc = foreseen(slip)
-            self._note(waiting=None)  # the next one is an attempt of its own
-            if self._fetching:
-                # Once known, by what is signed: a server can call a release by many names.
-                self._count_once(report["version"] + report["build"] or name)
-            # One that did not come at all was perhaps damaged on the way, or is a portal's page:
-            # no word on the release itself.
-            if report["build"] and not exc.retry:
-                # Said once: what the board can't take now it will not take at the next poll.
-                self._look_past(name)
-            if not isinstance(exc, errors.KnownBadError):  # that was told when it was rolled back
-                self._journal.add_to_log(report["version"], "failed", exc.message)
-                await self._report(report, "failed", exc)
-            raise exc
+            manifest = await self._verified(url)
+            self._fetching = False
+            from . import plan
 
-    async def _bring(self, report, url, name, force, wait_s):
+            wanted = await plan.judge(self, manifest, report, name, force)
+            del plan
+            if not wanted:
+                return
+            await self._install(report, manifest, url)
+            if seconds:
+                crc = binascii.crc32(name.encode())
+                waiting = [report["build"], report["attempt"], crc]
+                self._journal.update(waiting=waiting)
+                self._emit("waiting", seconds=seconds)
+                return
+            await self._permit("activate", manifest)
+            await self._client.close()
+            self._activate(report["attempt"], manifest)
+        except Exception as slip:
+            raise await self._failed(report, name, slip)
+
+    async def _verified(self, url):
+        """Fetch a release and verify it."""
         threshold = gc.threshold()
         if threshold == guard.GC_THRESHOLD:
             gc.threshold(threshold // 4)  # what verifying leaves lies closer together
         try:
-            manifest = await self._trust.release(self._client, url)
+            return await self._trust.release(self._client, url)
         finally:  # a download leaves nothing, and the application's own goes on meanwhile
             gc.threshold(threshold)
-        self._fetching = False
-        report["version"] = manifest.version
-        report["build"] = build = manifest.firmware.build
-        if build == self._running["build"] and manifest.product == self._settings["product"]:
-            self._is_running(manifest, name)
-            return
-        self._judge(manifest, force)
-        await asyncio.sleep_ms(0)
-        signed = manifest.version + build
-        if self._journal.fetching() == _mark(signed):
-            self._count(signed)  # that one was ended by a reset
-            self._journal.set_fetching(0)
-        if self._rests(signed) and not force:
-            self._emit("idle", version=self.version())
-            return
-        waiting = self._waiting()
-        if waiting[0] == build:
-            report["attempt"] = waiting[1]  # it goes on
-        else:
-            await self._permit("download", manifest)
-            self._spend(0)
-        await self._install(report, manifest, url)
-        if wait_s:
-            crc = binascii.crc32(name.encode())
-            self._journal.update(waiting=[build, report["attempt"], crc])
-            self._emit("waiting", seconds=wait_s)
-            return
-        await self._permit("activate", manifest)
-        await self._client.close()
-        self._activate(report["attempt"], manifest)
+
+    async def _failed(self, report, name, slip):
+        """Note how a release has failed, and tell; return the OtaError for it."""
+        exc = foreseen(slip)
+        self._note(waiting=None)  # the next one is an attempt of its own
+        if self._fetching:
+            # Once known, by what is signed: a server can call a release by many names.
+            self._count_once(report["version"] + report["build"] or name)
+        # One that did not come at all was perhaps damaged on the way, or is a portal's page:
+        # no word on the release itself.
+        if report["build"] and not exc.retry:
+            # Said once: what the board can't take now it will not take at the next poll.
+            self._look_past(name)
+        if not isinstance(exc, errors.KnownBadError):  # that was told when it was rolled back
+            self._journal.add_to_log(report["version"], "failed", exc.message)
+            await self._report(report, "failed", exc)
+        return exc
 
     def _name(self, url):
         """What a release is called at the server and all its mirrors."""
@@ -592,28 +482,6 @@ class Agent:
             return self._tried[1]
         return _TRIES if self._tried[3] >= _TRIES_IN_ALL else 0
 
-    def _is_running(self, manifest, name):
-        """The offered image already runs, confirmed. It may go by a newer version (never by an
-        older one, which would let an old release in), or its security version was not known:
-        it came over the cable, or by a way on which the trial record was lost. On trial, where
-        this start failed to prove it, the image may still go back: nothing rises for it."""
-        build = self._running["build"]
-        if (
-            self._slot.status()["state"] == "pending"
-            or self._journal.get("trial").get("build") == build
-        ):
-            self._emit("idle", version=self.version())
-            return
-        self._look_past(name)
-        from . import semver
-
-        versions = dict(self._journal.get("versions"))
-        if semver.compare(manifest.version, self.version()) > 0:
-            versions[build] = manifest.version
-        floor = max(self._journal.get("floor", int), manifest.security_version)
-        self._journal.update(versions=versions, floor=floor)
-        self._emit("idle", version=self.version())
-
     def _preflight(self):
         """Raise BusyError unless both heaps can carry an update."""
         tidy()
@@ -634,69 +502,6 @@ class Agent:
         last = self._journal.log()[-1:]
         if not last or not _is_same(last[0][3], exc.message):
             self._journal.add_to_log("", "failed", exc.message)
-
-    def _remember_time(self):
-        """Keep a lower bound of the time for a boot without NTP; once a day, flash wears."""
-        lasting = self._clock.lasting()
-        if lasting and lasting - self._journal.get("time", int) > _DAY_S:
-            self._journal.update(time=lasting)
-
-    async def _poll(self):
-        """Ask the source; where only dates have stood in the way for long, ask the tree."""
-        self._client = self._trust.client
-        at_home = self._base == self._settings["url"]
-        try:
-            source = self._ask_source() if at_home else self._tree()
-            offer = await source.poll(self._client, self.facts())
-            self._trust.verified()
-        except errors.TlsError as exc:
-            self._client = self._trust.regardless(exc, at_home)
-            self._clock.doubt()
-            self._emit("failed", **exc.report())
-            offer = await self._tree().poll(self._client, self.facts())
-        return offer
-
-    def _tree(self):
-        """The signed files of the server, or of a mirror, as a source."""
-        from .sources.static import Static
-
-        return Static(dict(self._settings, url=self._base))
-
-    async def _renew_keys(self, version):
-        """Take a newer keyring. That it fails is no reason to leave a release alone."""
-        try:
-            taken = await self._trust.renew(self._client, version, self._base)
-        except Exception as exc:
-            self._emit("failed", **foreseen(exc).report())
-            return
-        if taken:
-            self._done = None  # what an unknown key has signed may hold now
-            self._clock.floor = self._floor()
-            self._tried = []
-            self._emit("keyring", version=taken)
-
-    def _judge(self, manifest, force):
-        """Raise what speaks against a release."""
-        from . import health
-
-        failed = () if force else health.failed_builds(self._journal)
-        del health
-        unload()  # one after the other, as in ``trust``
-        from . import release
-
-        s = self._settings
-        board = release.Board(
-            s["product"],
-            s["hardware"],
-            self._slot.chip_id,
-            self.version(),
-            self._running["build"],
-            self._journal.get("floor", int),
-            self._clock.now() if self._clock.trusted else None,
-            failed,
-            self._slot.size,
-        )
-        release.judge(manifest, board, self._clock.earliest)
 
     async def _permit(self, step, manifest):
         """Ask the application; return when it agrees or its time to postpone is over."""
@@ -738,7 +543,7 @@ class Agent:
         # Payload URLs are relative to the product's directory, where r/ and blobs/ lie.
         at = url.rfind("/r/")
         download = Download(self._slot, self._journal, self._client, self._emit, self._spend)
-        self._journal.set_fetching(_mark(manifest.version + image.build))
+        self._journal.set_fetching(mark(manifest.version + image.build))
         try:
             await download.run(image, url[: at + 1] if at > 0 else url, self._running["build"])
         except errors.NetworkError:
@@ -820,7 +625,7 @@ def _is_same(kept, message):
     return bare == whole or (len(kept) == REASON and whole.startswith(bare))
 
 
-def _mark(name):
+def mark(name):
     """Stands for a release in a number of NVS: 31 bits, never 0."""
     return binascii.crc32(name.encode()) & 0x7FFFFFFF or 1
 
@@ -840,19 +645,6 @@ def _free_bytes():
         return stats[0] * stats[3]
     except OSError:
         return None
-
-
-def _give_up(reason):
-    """End a trial that can't be proven: reset into the way back. Returns only without one."""
-    import machine
-
-    from . import health
-
-    try:
-        health.give_up(FirmwareSlot(), Journal.shared(), reason, health.TRIES)
-        machine.reset()
-    except OtaError as exc:
-        print("twinslot:", exc)
 
 
 async def persist(step):

@@ -16,8 +16,9 @@ from . import errors
 
 # mbedtls/include/mbedtls/x509.h
 _X509_FATAL_ERROR = const(-0x3000)
-# Bytes of an SSLContext, with what of mbedTLS lies in it, on a 64-bit port, and then some.
-_ROOM = const(3584)
+# Bytes of an SSLContext and of a connection's SSLSocket, with what of mbedTLS lies in them, on a
+# 64-bit port, and then some.
+_ROOM = const(4096)
 
 
 class Tls:
@@ -55,9 +56,9 @@ class Tls:
                 )
         self._sources = (ca, client_cert, client_key)
         self._context = None
-        # Where the context will lie, not in the middle of the room that the update needs. It is
-        # made once a connection stands: before the radio is on, the ESP32's random numbers, from
-        # which mbedTLS takes its seed for the whole boot, are none.
+        # Where the context and the first socket will lie, not in the middle of the room that the
+        # update needs. It is made once a connection stands: before the radio is on, the ESP32's
+        # random numbers, from which mbedTLS takes its seed for the whole boot, are none.
         self._room = bytearray(_ROOM)
         self.pinned = False  # the certificate of the current handshake is the pinned one
         self._seen = None  # SHA-256 of the one that was not
@@ -95,6 +96,7 @@ class Tls:
                 gc.collect()
                 self._context = make_context(ca, cert, key, check)
                 self._sources = (None, None, None)
+                gc.collect()
             return self._context.wrap_socket(
                 sock, server_hostname=host, do_handshake_on_connect=False
             )

@@ -88,7 +88,7 @@ class Push(Agent):
         try:
             if on_trial():  # a release of this very build would raise the floor unproven
                 raise BusyError("the running image is on trial")
-            await self._take(url, url, force)
+            await self._take(url, force)
             self._state = {"state": "same"}
         except Exception as exc:
             self._state = foreseen(exc).report()

@@ -25,7 +25,7 @@ from world import (
 )
 
 import twinslot.agent
-from twinslot import health, release
+from twinslot import health, release, startup
 from twinslot.errors import (
     BusyError,
     ChecksumError,
@@ -704,12 +704,12 @@ def test_the_longest_wait_fits_the_ticks_of_a_32_bit_port():
 
 def test_the_first_poll_has_a_constant_place_of_its_own():
     agent, _ = start(World(), settings={"poll": 21600})
-    first = agent._first_delay_ms()
-    assert first == agent._first_delay_ms() and 0 <= first <= 300_000
+    first = startup.first_delay_ms(agent)
+    assert first == startup.first_delay_ms(agent) and 0 <= first <= 300_000
     places = set()
     for n in range(50):
         agent.device_id = "24:0a:c4:00:00:%02x" % n
-        places.add(agent._first_delay_ms() // 30_000)
+        places.add(startup.first_delay_ms(agent) // 30_000)
     assert len(places) >= 8, places
 
 

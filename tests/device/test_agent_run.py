@@ -29,7 +29,7 @@ from world import (
 
 import twinslot.agent
 import twinslot.wifi
-from twinslot import guard, health, release
+from twinslot import guard, health, release, startup
 from twinslot.agent import Agent
 from twinslot.errors import (
     BusyError,
@@ -175,7 +175,7 @@ async def test_it_polls_for_ever_each_time_after_a_pause():
         await running(agent, lambda: world.polls == 4)
     assert agent._watch is not None, "and somebody feeds the guard between polls"
     long = [ms for ms in naps.naps if ms != 1000]
-    assert long[0] == agent._first_delay_ms()
+    assert long[0] == startup.first_delay_ms(agent)
     assert all(19440_000 <= ms <= 23760_000 for ms in long[1:]) and len(long) >= 4
     assert names(events)[-2:] == ["checking", "idle"]
 
@@ -205,7 +205,7 @@ async def test_news_of_a_rollback_is_told_at_once_others_wait_for_their_place():
         await running(agent, lambda: world.polls == 1)
     assert events[0] == ("rolledback", dict(error, version="2.0.0"))
     assert names(events).count("rolledback") == 1
-    assert agent._first_delay_ms() not in naps.naps
+    assert startup.first_delay_ms(agent) not in naps.naps
 
 
 async def test_a_trial_is_proven_at_once_without_waiting_for_a_place():
@@ -217,7 +217,7 @@ async def test_a_trial_is_proven_at_once_without_waiting_for_a_place():
     with Instead(asyncio, sleep_ms=naps):
         await running(agent, lambda: "idle" in names(events))
     assert names(events)[:2] == ["trial", "confirmed"]
-    assert agent._first_delay_ms() not in naps.naps
+    assert startup.first_delay_ms(agent) not in naps.naps
 
 
 async def test_F30_after_a_reset_nobody_waits_for_a_place_the_next_one_may_come_before():
@@ -230,7 +230,7 @@ async def test_F30_after_a_reset_nobody_waits_for_a_place_the_next_one_may_come_
         naps = Naps()
         with Instead(asyncio, sleep_ms=naps):
             await running(agent, lambda events=events: "idle" in names(events))
-        assert (agent._first_delay_ms() in naps.naps) is (starts == 0)
+        assert (startup.first_delay_ms(agent) in naps.naps) is (starts == 0)
 
 
 async def test_what_the_boot_owes_can_fail_and_the_loop_goes_on():
@@ -277,7 +277,7 @@ def test_F66_a_fleet_that_gets_power_back_at_once_asks_in_an_orderly_fashion():
     boards, waits = 3000, [0] * 10
     for n in range(boards):
         agent.device_id = "240ac4%06x" % n
-        waits[agent._first_delay_ms() // 30_001] += 1
+        waits[startup.first_delay_ms(agent) // 30_001] += 1
     mean = boards // len(waits)
     assert 0.7 * mean < min(waits) and max(waits) < 1.3 * mean, waits
 
@@ -396,11 +396,21 @@ async def test_garbage_is_collected_oftener_for_a_release_unless_the_application
         gc.threshold(before)
 
 
-def test_checks_are_asked_in_their_order_and_the_source_last():
-    agent, _ = start(World())
+async def test_checks_are_asked_in_their_order_and_the_source_last():
+    asked = []
+
+    class Asked(World):
+        async def poll(self, client, facts):
+            asked.append("source")
+            return await super().poll(client, facts)
+
+    world = Asked()
+    world.offer = {}
+    agent, _ = start(world, *TRIAL, **ON_TRIAL)
     for name in ("sensor", "display", "radio"):
-        agent.check(name, nothing)
-    assert [name for name, _ in agent._checks] == ["sensor", "display", "radio", "source"]
+        agent.check(name, lambda name=name: asked.append(name) or True)
+    await agent.update_now()
+    assert asked[:4] == ["sensor", "display", "radio", "source"]
 
 
 async def test_a_trial_is_fed_by_its_proof_and_then_let_go():
@@ -446,7 +456,7 @@ async def test_the_network_is_no_fault_of_an_image_where_only_dates_stand_in_the
         agent, _ = start(world)
         agent._clock = clock = Clock()
         try:
-            assert await agent._reachable() is True
+            assert await startup.reachable(agent) is True
             assert good, offer
         except NetworkError as exc:
             assert not good and exc is offer
@@ -806,7 +816,7 @@ def test_a_boards_place_after_a_power_cut_is_by_its_number():
     ):
         agent, _ = start(World(), settings={"poll": poll})
         agent.device_id = name
-        assert agent._first_delay_ms() == place
+        assert startup.first_delay_ms(agent) == place
 
 
 # -- offers

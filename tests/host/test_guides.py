@@ -120,8 +120,9 @@ def test_the_states_of_the_picture_are_those_of_the_agent():
     pictures = [c for lang, _, c in blocks(guide("how-it-works")) if lang == "mermaid"]
     states = set(re.findall(r"^\s+(\w+) -->", pictures[-1], re.M))
     assert pictures[-1].startswith("stateDiagram")
-    sources = [(ROOT / "lib/twinslot" / f"{name}.py").read_text() for name in ("agent", "health")]
-    told = set(re.findall(r'_emit\(\s*"(\w+)"', sources[0]))
+    parts = ("agent", "plan", "startup")
+    sources = [(ROOT / "lib/twinslot" / f"{name}.py").read_text() for name in parts]
+    told = set(re.findall(r'_emit\(\s*"(\w+)"', "".join(sources)))
     assert states <= told
 
 

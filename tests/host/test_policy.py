@@ -333,13 +333,13 @@ SLIPS = {
     "a wrong signature": ("jws", "not _pss_holds(", "None is _pss_holds("),
     "the floor rises too early": ("agent", "            waiting=None,\n", EARLY),
     "the floor never rises": ("health", 'trial.get("security", 0)),', "0),"),
-    "the floor falls": ("agent", 'max(self._journal.get("floor", int), ', "max(0, "),
+    "the floor falls": ("plan", 'max(agent._journal.get("floor", int), ', "max(0, "),
     "the floor by another product": (
-        "agent",
-        'manifest.product == self._settings["product"]',
+        "plan",
+        'manifest.product == agent._settings["product"]',
         "1",
     ),
-    "the version falls": ("agent", "manifest.version, self.version()) > 0", "'2.0.0', '1.0.0')"),
+    "the version falls": ("plan", "manifest.version, agent.version()) > 0", "'2.0.0', '1.0.0')"),
     "the running slot written": ("slot", "self._running.get_next_update()", "self._running"),
     "confirmed unasked": ("health", "if complaint is None:", "if True:"),
 }

@@ -53,7 +53,7 @@ FORGETS = ("journal.py _load", "ValueError()")
 # What writes a failure down can't write its own.
 NOTING = (OUTERMOST, "agent.py _once", "journal.py log", "journal.py add_to_log")
 # The agent's loop, around its polls; and where a mark of being busy could be left behind.
-LOOP = ("_begin", "_turn", "_first_delay_ms", "_delay_ms", "_supervise")
+LOOP = ("begin", "_turn", "first_delay_ms", "_delay_ms", "_supervise")
 ALWAYS = (OUTERMOST, "http.py _request")
 CLEAR = (
     "import twinslot.stumble as s; s.counts[:] = [0] * len(s.counts); s.target = None; "

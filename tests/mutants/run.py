@@ -82,6 +82,9 @@ MODULES = {
     "health": Tests((), ("test_health.py", "test_journal.py")),
     "guard": Tests((), ("test_guard.py",)),
     "agent": Tests((), ("test_agent.py", "test_agent_run.py")),
+    "plan": Tests((), ("test_agent.py", "test_agent_run.py")),
+    "startup": Tests((), ("test_agent.py", "test_agent_run.py")),
+    "digits": Tests((), ("test_url.py",)),
 }
 
 

@@ -1,0 +1,223 @@
+"""What a poll comes to: nothing, or a release that is verified and to be installed.
+
+    url, seconds = await offer(agent, force)
+    wanted = await judge(agent, manifest, report, name, force)
+
+Part of the agent, whose members it uses; of its own so that it can be let go before the image
+comes, which is when an update needs most memory.
+"""
+
+import asyncio
+import binascii
+import hashlib
+
+from . import errors, tidy, unload
+from .agent import foreseen, mark
+
+_POLL_MIN_S = 30  # for offers, which are not signed
+_DAY_S = 86400
+
+
+async def offer(agent, force):
+    """Ask the source, and do what may be done only now that it answers.
+
+    Args:
+        agent: an ``Agent``.
+        force: look again at a release that failed here before.
+
+    Returns:
+        None where nothing is to be installed, else a tuple:
+        url: where the release is.
+        seconds: it may be activated only then; 0: at once.
+
+    Raises:
+        OtaError: there is no memory for an update, or no answer.
+    """
+    agent._emit("checking")
+    try:
+        agent._preflight()
+    except errors.BusyError as exc:
+        agent._log_once(exc)
+        raise
+    await agent._clock.ensure()
+    tidy()
+    found = await _poll(agent)
+    await _deliver(agent)
+    _remember_time(agent)
+    if agent._path:
+        agent._let_go()
+        from . import config
+
+        config.keep(agent._path)
+        agent._path = None
+        del config
+        unload()
+    await _renew_keys(agent, found.keyring)
+    if found.poll:
+        agent._poll_s = max(found.poll, min(agent._settings["poll"], _POLL_MIN_S))
+    url = found.release
+    name = agent._name(url)
+    if (
+        url is None
+        or ((agent._is_done(name) or agent._rests(name)) and not force)
+        or not _is_chosen(agent, found)
+    ):
+        agent._emit("idle", version=agent.version())
+        return None
+    seconds = found.install
+    if seconds and agent._waiting()[2] == binascii.crc32(name.encode()):
+        agent._emit("waiting", seconds=seconds)
+        return None
+    return url, seconds
+
+
+async def judge(agent, manifest, report, name, force):
+    """Say whether a verified release is to be installed now.
+
+    Args:
+        manifest: a ``release.Release``.
+        report: dict of what the source will be told of this attempt; filled in.
+        name: what the release is called at the server and its mirrors.
+        force: look again at a release that failed here before.
+
+    Returns:
+        False where it runs already, or rests.
+
+    Raises:
+        OtaError: what speaks against it.
+    """
+    report["version"] = manifest.version
+    report["build"] = build = manifest.firmware.build
+    if build == agent._running["build"] and manifest.product == agent._settings["product"]:
+        _is_running(agent, manifest, name)
+        return False
+    _check(agent, manifest, force)
+    await asyncio.sleep_ms(0)
+    signed = manifest.version + build
+    if agent._journal.fetching() == mark(signed):
+        agent._count(signed)  # that one was ended by a reset
+        agent._journal.set_fetching(0)
+    if agent._rests(signed) and not force:
+        agent._emit("idle", version=agent.version())
+        return False
+    waiting = agent._waiting()
+    if waiting[0] == build:
+        report["attempt"] = waiting[1]  # it goes on
+    else:
+        await agent._permit("download", manifest)
+        agent._spend(0)
+    return True
+
+
+async def _poll(agent):
+    """Ask the source; where only dates have stood in the way for long, ask the tree."""
+    agent._client = agent._trust.client
+    at_home = agent._base == agent._settings["url"]
+    try:
+        source = agent._ask_source() if at_home else _tree(agent)
+        offer = await source.poll(agent._client, agent.facts())
+        agent._trust.verified()
+    except errors.TlsError as exc:
+        agent._client = agent._trust.regardless(exc, at_home)
+        agent._clock.doubt()
+        agent._emit("failed", **exc.report())
+        offer = await _tree(agent).poll(agent._client, agent.facts())
+    return offer
+
+
+def _tree(agent):
+    """The signed files of the server, or of a mirror, as a source."""
+    from .sources.static import Static
+
+    return Static(dict(agent._settings, url=agent._base))
+
+
+async def _deliver(agent):
+    """Hand over the reports that had to wait for a connection or a reboot."""
+    for report in agent._journal.get("reports", list):
+        try:
+            await agent._send(report)
+        except errors.HttpError as exc:
+            print("twinslot: report refused:", exc)
+            # 4xx: the server will never take it (429 and 408: not now).
+            if not 400 <= exc.status < 500 or exc.status in (408, 429):
+                return
+        except Exception as exc:
+            print("twinslot: report not delivered:", foreseen(exc))
+            return  # an update that could mend this must not wait for it
+        left = [r for r in agent._journal.get("reports", list) if r != report]
+        agent._journal.update(reports=left)
+
+
+def _remember_time(agent):
+    """Keep a lower bound of the time for a boot without NTP; once a day, flash wears."""
+    lasting = agent._clock.lasting()
+    if lasting and lasting - agent._journal.get("time", int) > _DAY_S:
+        agent._journal.update(time=lasting)
+
+
+async def _renew_keys(agent, version):
+    """Take a newer keyring. That it fails is no reason to leave a release alone."""
+    try:
+        taken = await agent._trust.renew(agent._client, version, agent._base)
+    except Exception as exc:
+        agent._emit("failed", **foreseen(exc).report())
+        return
+    if taken:
+        agent._done = None  # what an unknown key has signed may hold now
+        agent._clock.floor = agent._floor()
+        agent._tried = []
+        agent._emit("keyring", version=taken)
+
+
+def _is_chosen(agent, offer):
+    from . import release
+
+    return release.in_rollout(offer.percent, offer.seed, agent.device_id, hashlib.sha256)
+
+
+def _is_running(agent, manifest, name):
+    """The offered image already runs, confirmed. It may go by a newer version (never by an
+    older one, which would let an old release in), or its security version was not known:
+    it came over the cable, or by a way on which the trial record was lost. On trial, where
+    this start failed to prove it, the image may still go back: nothing rises for it."""
+    build = agent._running["build"]
+    if (
+        agent._slot.status()["state"] == "pending"
+        or agent._journal.get("trial").get("build") == build
+    ):
+        agent._emit("idle", version=agent.version())
+        return
+    agent._look_past(name)
+    from . import semver
+
+    versions = dict(agent._journal.get("versions"))
+    if semver.compare(manifest.version, agent.version()) > 0:
+        versions[build] = manifest.version
+    floor = max(agent._journal.get("floor", int), manifest.security_version)
+    agent._journal.update(versions=versions, floor=floor)
+    agent._emit("idle", version=agent.version())
+
+
+def _check(agent, manifest, force):
+    """Raise what speaks against a release."""
+    from . import health
+
+    failed = () if force else health.failed_builds(agent._journal)
+    del health
+    unload()  # one after the other, as in ``trust``
+    from . import release
+
+    s = agent._settings
+    board = release.Board(
+        s["product"],
+        s["hardware"],
+        agent._slot.chip_id,
+        agent.version(),
+        agent._running["build"],
+        agent._journal.get("floor", int),
+        agent._clock.now() if agent._clock.trusted else None,
+        failed,
+        agent._slot.size,
+    )
+    release.judge(manifest, board, agent._clock.earliest)
