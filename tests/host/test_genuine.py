@@ -23,7 +23,7 @@ def pair():
 
 def test_another_file_than_it_was_is_refused(tmp_path):
     (tmp_path / "devboard-1.0.0.bin").write_bytes(b"\xe9 something else")
-    with pytest.raises(genuine.GenuineError, match="saw SHA-256 .*, expected 90ca7169"):
+    with pytest.raises(genuine.GenuineError, match=r"saw SHA-256 .*, expected 90ca7169"):
         genuine.fetch("1.0.0", tmp_path)
 
 
