@@ -59,10 +59,13 @@ def reserve():
     """Let the tables of modules grow to what they will be: in an update they would split the
     room for something larger."""
     absent = [name for name in _RARE if "twinslot." + name not in sys.modules]
-    for name in absent:
-        globals()[name] = sys.modules["twinslot." + name] = sys
-    for name in absent:
-        del globals()[name], sys.modules["twinslot." + name]
+    try:
+        for name in absent:
+            globals()[name] = sys.modules["twinslot." + name] = sys
+    finally:  # also where there is no memory for it
+        for name in absent:
+            globals().pop(name, None)
+            sys.modules.pop("twinslot." + name, None)
 
 
 def tidy():

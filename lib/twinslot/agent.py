@@ -91,7 +91,7 @@ class Agent:
         self._source = source
         self._ours = source is None  # made when it is asked, let go for a release
         self._listeners = [_console]
-        self._checks = []
+        self._checks = [("source", self._reachable)]
         self._ask = None
         self._path = None  # of the configuration, until it has worked
         self._updating = None  # the task that does
@@ -140,7 +140,7 @@ class Agent:
 
     def check(self, name, function):
         """Add a health check: sync or async, true when all is well. Asked on trial only."""
-        self._checks.append((name, function))
+        self._checks.insert(-1, (name, function))  # the source, over the network, comes last
 
     def on_event(self, listener):
         """Add ``listener(name, data)``; ``data`` is a dict. It must not block."""
@@ -240,13 +240,25 @@ class Agent:
         """Prove a trial, then poll for ever. Start it as a task; it only ends by a reset."""
         self._watch = asyncio.create_task(self._supervise())
         try:
-            from . import startup
-
-            await startup.begin(self)
-            del startup
+            await self._begin()
         except Exception as exc:
             print("twinslot:", foreseen(exc))
         await persist(self._turn)
+
+    async def _begin(self):
+        from . import startup
+
+        await startup.begin(self)
+
+    async def _keep_network(self):
+        from . import wifi
+
+        await wifi.keep(self._settings["wifi"], self.device_id)
+
+    async def _reachable(self):
+        from . import startup
+
+        return await startup.reachable(self)
 
     async def _turn(self):
         try:

@@ -68,6 +68,7 @@ class Download:
         mark = self._journal.fetching()
         for chosen in self._choose(image, build, kept):
             try:
+                self._slot.block()  # where that of a failed one was: nothing has taken its place
                 self._journal.set_fetching(mark)  # a checkpoint of the payload before took it away
                 await self._fetch(image, chosen, base, kept)
                 await self._slot.finish()
@@ -84,7 +85,6 @@ class Download:
             self._journal.save_checkpoint()
             self._slot.abandon()
             gc.collect()
-            self._slot.block()  # where it was: nothing has taken that place yet
         if isinstance(error, MemoryError):
             error = errors.BusyError("out of memory: %s; %d bytes free" % (error, gc.mem_free()))
         raise error or errors.RefusedError("release has no payload this device can apply")

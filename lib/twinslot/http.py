@@ -8,10 +8,11 @@
 What it does not do: proxies, cookies, authentication other than Bearer, compression, HTTP/2,
 bodies without a length, more than one request at a time (one client is one connection).
 
-Memory: a buffer of 1 KiB while header lines, or those between chunks, are read; a body goes from
-the socket straight into the caller's buffer. What asks (`twinslot.request`) need not be loaded by
-then. TLS buffers (20 KiB on the ESP32) are outside the Python heap: close() what is not in use.
-What holds the event loop: see `twinslot.link` and `twinslot.request`.
+Memory: a buffer of 256 bytes, for a longer line of 1 KiB, while header lines or those between
+chunks are read; a body goes from the socket straight into the caller's buffer. What asks
+(`twinslot.request`) need not be loaded by then. TLS buffers (20 KiB on the ESP32) are outside the
+Python heap: close() what is not in use.
+What holds the event loop: see `twinslot.link` and `twinslot.dial`.
 
 Every error that leaves is an OtaError: TimeoutError_, TlsError, HttpError, NetworkError,
 UnreachableError, FormatError (a URL), ConfigError, BusyError. A token is in none of them, nor

@@ -18,7 +18,7 @@ What comes over the network proves nothing until the image's hash holds, so each
 against any input: output by the image's size, input and work per output, time between two looks
 at other tasks.
 
-Memory, once per update: a block of 4 KiB; gzip adds 3 KiB and the window (4 KiB for window 12)
+Memory, once per update: a block of 4 KiB; gzip adds 5 KiB and the window (4 KiB for window 12)
 anew for each member; a patch adds 512 bytes. ``heap`` tells it before anything is opened.
 
 The stages that are not always needed are in ``inflate`` and ``patch``.

@@ -17,11 +17,8 @@ _BOOT_SPREAD_S = 300  # boards that get power together poll within this, not at 
 
 async def begin(agent):
     """Start what keeps the network, wait until this board's turn, and tell what has been."""
-    wlan = agent._settings["wifi"]
-    if wlan:
-        from . import wifi
-
-        agent._network = asyncio.create_task(persist(lambda: wifi.keep(wlan, agent.device_id)))
+    if agent._settings["wifi"]:
+        agent._network = asyncio.create_task(persist(agent._keep_network))
     # After a trial or a rollback the news is told at once; after a reset because the next one
     # may come soon. Boards that merely got power back spread their first poll.
     calm = agent._verdict == "idle" and not agent._journal.starts()
@@ -50,7 +47,7 @@ async def prove(agent):
     trial = health.Trial(
         agent._slot,
         agent._journal,
-        agent._checks + [("source", lambda: reachable(agent))],  # over the network: last
+        agent._checks,
         s["stable"],
         s["deadline"],
         lambda: guard.feed(hang),

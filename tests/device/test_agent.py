@@ -377,6 +377,27 @@ async def test_F13_a_trial_without_network_is_not_confirmed():
     assert health.failed_builds(agent._journal) == [], "it may be the network's fault"
 
 
+async def test_a_check_that_is_added_while_the_image_proves_itself_counts():
+    bench.put(IMAGE)
+    world = World()
+    world.offer = {}
+    agent, events = start(
+        world, (3, PENDING), (2, VALID), trial={"build": OWN, "version": "2.0.0"}, confirmed=OTHER
+    )
+
+    async def sleep(seconds):  # until it has been stable for so long
+        if len(agent._checks) == 1:
+            agent.check("late", lambda: False)
+
+    before, asyncio.sleep = asyncio.sleep, sleep
+    try:
+        await installs(agent)
+    finally:
+        asyncio.sleep = before
+    assert names(events) == ["trial", "rolledback"]
+    assert events[1][1]["message"] == "check 'late' failed"
+
+
 async def test_F14_a_server_in_trouble_is_a_server_that_answers():
     world = World()
     world.offer = HttpError("down", 503, "200", status=503)

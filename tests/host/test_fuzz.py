@@ -66,7 +66,7 @@ SLIPS = {
         "    ok = len(text) == 64\n",
     ),
     "http": (
-        "url.py",
+        "digits.py",
         "    if not text or len(text) > 10:\n        return None\n",
         "    if not text:\n        return None\n    return int(text)\n",
     ),

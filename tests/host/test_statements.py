@@ -53,8 +53,15 @@ FORGETS = ("journal.py _load", "ValueError()")
 # What writes a failure down can't write its own.
 NOTING = (OUTERMOST, "agent.py _once", "journal.py log", "journal.py add_to_log")
 # The agent's loop, around its polls; and where a mark of being busy could be left behind.
-LOOP = ("begin", "_turn", "first_delay_ms", "_delay_ms", "_supervise")
-ALWAYS = (OUTERMOST, "http.py _request")
+LOOP = (
+    "agent.py _begin",
+    "startup.py begin",
+    "startup.py first_delay_ms",
+    "agent.py _turn",
+    "agent.py _delay_ms",
+    "agent.py _supervise",
+)
+ALWAYS = (OUTERMOST, "request.py _request")
 CLEAR = (
     "import twinslot.stumble as s; s.counts[:] = [0] * len(s.counts); s.target = None; "
     "s.met = False; s.counting = True"
@@ -227,7 +234,9 @@ def test_F34_exception_at_any_statement_of_a_trial(stumblers, well, record_prope
     counts = dict(stumblers[0].station.ask("evaluate", code=code))
     mine = ("health.py", "guard.py", "slot.py", "otadata.py", "journal.py")
     every = [p for p in points(counts) if stumblers[0].place(p[0]).split()[0] in mine]
-    every += [p for p in points(counts) if stumblers[0].place(p[0]) == "agent.py _prove"]
+    proof = [p for p in points(counts) if stumblers[0].place(p[0]) == "startup.py prove"]
+    assert proof
+    every += proof
     every = [p for p in every if (stumblers[0].place(p[0]), p[2]) != FORGETS]
     assert len(every) > 60, "the copy does not count"
     chosen = some(every, SAMPLE_OF_TRIAL)
@@ -259,7 +268,7 @@ def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_p
 
 def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers, record_property):
     one = stumblers[0]
-    every = [p for p in points(one.counts(run=True)) if one.place(p[0]).split()[1] in LOOP]
+    every = [p for p in points(one.counts(run=True)) if one.place(p[0]) in LOOP]
     assert len(every) > 10, "the copy does not count"
     chosen = some(every, SAMPLE_OF_LOOP)
     met = prove(stumblers, chosen, Stumbler.stumble_in_the_loop)
