@@ -34,8 +34,8 @@ _RETRY_AFTER_MAX_S = 6 * 3600
 _TRIES = 3  # downloads of one release, then it rests: flash wears and data costs
 _TRIES_IN_ALL = 12  # of whatever releases, within a rest of each other; then all of them rest
 _REST_S = 6 * 3600
-_DAY_S = 86400
-_POSTPONE_MAX_S = _DAY_S  # an application that is never ready gets its update all the same
+DAY_S = 86400
+_POSTPONE_MAX_S = DAY_S  # an application that is never ready gets its update all the same
 _WAIT_MAX_MS = 0x1FFFFFFF  # what the ticks of a 32-bit port can span: 6.2 days
 # Bytes of GC heap: what verifies a release, then the modules of the download, a block, the JWS,
 # headers, and room to run, beside the room that waits for the TLS context. What `make bench`
@@ -463,7 +463,7 @@ class Agent:
     def _is_done(self, name):
         if name != self._done:
             return False
-        return 0 <= time.ticks_diff(time.ticks_ms(), self._done_ms) < _DAY_S * 1000
+        return 0 <= time.ticks_diff(time.ticks_ms(), self._done_ms) < DAY_S * 1000
 
     def _rests(self, name):
         """True while a release that could not be downloaded several times is left alone, also
@@ -595,7 +595,7 @@ class Agent:
         budget = self._settings["budget"]
         if not budget:
             return
-        day = int(time.time()) // _DAY_S
+        day = int(time.time()) // DAY_S
         booked = self._journal.get("spent", list)
         spent = n + (booked[1] if booked[:1] == [day] else 0)
         if n:

@@ -12,10 +12,9 @@ import binascii
 import hashlib
 
 from . import errors, tidy, unload
-from .agent import foreseen, mark
+from .agent import DAY_S, foreseen, mark
 
 _POLL_MIN_S = 30  # for offers, which are not signed
-_DAY_S = 86400
 
 
 async def offer(agent, force):
@@ -152,7 +151,7 @@ async def _deliver(agent):
 def _remember_time(agent):
     """Keep a lower bound of the time for a boot without NTP; once a day, flash wears."""
     lasting = agent._clock.lasting()
-    if lasting and lasting - agent._journal.get("time", int) > _DAY_S:
+    if lasting and lasting - agent._journal.get("time", int) > DAY_S:
         agent._journal.update(time=lasting)
 
 
