@@ -7,6 +7,7 @@ Source: MicroPython extmod/modtls_mbedtls.c (verify_callback since 1.23); mbedtl
 """
 
 import gc
+import sys
 from binascii import unhexlify
 from hashlib import sha256
 
@@ -16,9 +17,10 @@ from . import errors
 
 # mbedtls/include/mbedtls/x509.h
 _X509_FATAL_ERROR = const(-0x3000)
-# Bytes of an SSLContext and of a connection's SSLSocket, with what of mbedTLS lies in them, on a
-# 64-bit port, and then some.
-_ROOM = const(4096)
+# Bytes of an SSLContext and of a connection's SSLSocket, with what of mbedTLS lies in them, and
+# then some. Measured on a 64-bit port; what they hold is pointers and numbers, half as large on a
+# 32-bit one.
+_ROOM = 4096 if sys.maxsize > 1 << 32 else 2048
 
 
 class Tls:
