@@ -16,7 +16,6 @@ Exit code 1: the update does not come to its end, or one of the tools gives othe
 import gzip
 import hashlib
 import io
-import json
 import subprocess
 import sys
 import zipfile
@@ -24,10 +23,9 @@ from pathlib import Path
 
 import detools
 
-from . import keys
 from .device_files import library_files
-from .lab import PRODUCT, Lab, temporary
-from .virtual_esp32 import build, layout, vfs
+from .lab import PRODUCT, Lab, flash_board, temporary
+from .virtual_esp32 import layout
 from .virtual_esp32.board import Board
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,12 +36,6 @@ IMAGES = {  # version: SHA-256 of the image
     "0.3.2": "48c5cce2d42447ce6bc103fba159de820f4d5bf92003cd7e2a7b9be153fa0c63",
     "1.0.0": "90ca716984cb43f4c482d13c193e0623ce69d8722c026816c860c5f33a07b70b",
 }
-_MAIN = b"""\
-import asyncio
-import twinslot
-
-asyncio.run(twinslot.Agent.from_config("/ota.json").run())
-"""
 _TIMEOUT_S = 120
 
 
@@ -58,20 +50,24 @@ def fetch(version: str, folder: Path = CACHE) -> Path:
         GenuineError: pip can't fetch it, or it is another file than it was.
     """
     image = folder / f"devboard-{version}.bin"
-    if not image.exists():
+    if image.exists():
+        data = image.read_bytes()
+    else:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", str(folder), f"lr-shuttle=={version}"]
+        command += ["--retries", "1", "--only-binary", ":all:", "--dest", str(folder)]
+        command += [f"lr-shuttle=={version}"]
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             raise GenuineError(f"pip can't fetch lr-shuttle {version}: {done.stderr.strip()}")
         wheel = next(folder.glob(f"lr_shuttle-{version}-*.whl"))
         with zipfile.ZipFile(wheel) as archive:
-            image.write_bytes(archive.read(MEMBER))
+            data = archive.read(MEMBER)
         wheel.unlink()
-    seen = hashlib.sha256(image.read_bytes()).hexdigest()
+    seen = hashlib.sha256(data).hexdigest()
     if seen != IMAGES[version]:
         raise GenuineError(f"{image}: saw SHA-256 {seen}, expected {IMAGES[version]}")
+    image.write_bytes(data)
     return image
 
 
@@ -115,42 +111,38 @@ def restore(lab: Lab, old: bytes, new: bytes) -> None:
         print(f"{what}: {size:,} bytes give {'the old' if plain == old else 'the new'} image")
 
 
-def update(lab: Lab, old: bytes, new: bytes, versions: list[str]) -> int:
-    """Let a board with the old image update itself. Returns the bytes of payload it fetched."""
-    partitions = layout.load_layout("4MiB")
+def update(lab: Lab, images: dict[str, Path]) -> int:
+    """Let a board with the old image update itself. Returns the bytes of payload it fetched.
+
+    Raises:
+        GenuineError: it doesn't come to run the new one.
+    """
+    (version, old), (_, new) = images.items()
     flash = lab.folder / "genuine.bin"
-    flash.write_bytes(build.make_flash(CHIP, 4 << 20, partitions, {"ota_0": old}))
     settings = {
         "product": PRODUCT,
         "url": lab.url,
         "source": "static",
-        "ca": "/ota/ca.pem",
-        "keys": "/ota/keys.json",
         "ntp": lab.ntp,
-        "version": versions[0],
+        "version": version,
         "poll": 1,
         "stable": 1,
     }
-    vfs.write_files(
-        flash,
-        {
-            **library_files("x64"),
-            "/boot.py": (ROOT / "boot.py").read_bytes(),
-            "/main.py": _MAIN,
-            "/ota.json": json.dumps(settings).encode(),
-            "/ota/ca.pem": (lab.folder / "server" / "server.crt").read_bytes(),
-            "/ota/keys.json": keys.public_path(lab.folder / "release.key").read_bytes(),
-        },
-    )
+    volume = {f"/{name}": (ROOT / name).read_bytes() for name in ("boot.py", "main.py")}
+    volume |= library_files("x64")  # where the virtual board runs
+    flash_board(flash, old, settings, lab.trusted, CHIP, volume)
     lab.board = Board(flash)
     lab.power_on()
     ends = ("confirmed", "failed", "rolledback")
-    event = lab.wait(lambda e: e.name in ends, timeout=_TIMEOUT_S)
+    try:
+        event = lab.wait(lambda e: e.name in ends, timeout=_TIMEOUT_S)
+    except TimeoutError as exc:
+        raise GenuineError(str(exc)) from exc
     lab.power_off()
     for line in lab.console:
         print("  " + line)
-    where = next(p for p in partitions if p.label == "ota_1").offset
-    if event.name != "confirmed" or flash.read_bytes()[where : where + len(new)] != new:
+    where = next(p for p in layout.load_layout("4MiB") if p.label == "ota_1").offset
+    if event.name != "confirmed" or not flash.read_bytes()[where:].startswith(new.read_bytes()):
         raise GenuineError(f"the update ended with {event.name}")
     return next(int(e.data["bytes"]) for e in lab.events if e.name == "staged")
 
@@ -162,7 +154,7 @@ def main() -> int:
         with temporary() as lab:
             publish(lab, images)
             restore(lab, old, new)
-            fetched = update(lab, old, new, list(images))
+            fetched = update(lab, images)
     except GenuineError as exc:
         print(f"genuine: {exc}", file=sys.stderr)
         return 1

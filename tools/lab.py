@@ -118,14 +118,20 @@ def virtual_firmware(
 
 
 def flash_board(
-    flash: Path, image: Path, settings: dict[str, Any], files: dict[str, Path]
+    flash: Path,
+    image: Path,
+    settings: dict[str, Any],
+    files: dict[str, Path],
+    chip: str = "esp32",
+    volume: dict[str, bytes] | None = None,
 ) -> None:
     """Flash a board, as over USB: ``image`` in its first slot; ota.json, which names the files of
-    its ``/ota`` that are there with ``files``, on its volume."""
+    its ``/ota`` that are there with ``files``, on its volume, and what else ``volume`` has."""
     partitions = layout.load_layout("4MiB")
     slots = {"ota_0": image.read_bytes()}
-    flash.write_bytes(build.make_flash("esp32", 4 << 20, partitions, slots))
+    flash.write_bytes(build.make_flash(chip, 4 << 20, partitions, slots))
     contents = {f"/ota/{name}": path.read_bytes() for name, path in files.items()}
+    contents |= volume or {}
     settings = {"source": "server", "ca": "/ota/ca.pem", "keys": "/ota/keys.json", **settings}
     vfs.write_files(flash, {"/ota.json": json.dumps(settings).encode(), **contents})
 
@@ -200,6 +206,14 @@ class Lab:
         """Where the lab's time server listens: host and port."""
         return f"127.0.0.1:{self._time.port}"
 
+    @property
+    def trusted(self) -> dict[str, Path]:
+        """What a board of this lab trusts: files of its ``/ota``."""
+        return {
+            "ca.pem": self.folder / "server" / "server.crt",
+            "keys.json": keys.public_path(self.folder / "release.key"),
+        }
+
     # -- making things ------------------------------------------------------------------------
 
     def new_key(self, name: str) -> RSAKey:
@@ -250,12 +264,8 @@ class Lab:
             "hang": 3,
             **self._settings,
         }
-        files = {
-            "ca.pem": self.folder / "server" / "server.crt",
-            "keys.json": keys.public_path(self.folder / "release.key"),
-        }
         image = self.firmware(version, self._application, main=frozen_main)
-        flash_board(self.flash, image, settings, files)
+        flash_board(self.flash, image, settings, self.trusted)
         self.board = Board(self.flash, **self._board_options)
 
     # -- the server ---------------------------------------------------------------------------
