@@ -7,12 +7,11 @@ from twinslot_tools import bench_trust
 FOUND = {"pow_us": 1000, "verify_us": 1000, "heap": 1, "token_bytes": 1}
 
 
-def test_a_verification_fits_a_small_heap_and_its_one_power_is_timed():
+def test_a_verification_fits_a_small_heap():
     found = bench_trust.measure()
     assert found["heap_in_place"] <= bench_trust.HEAP_TARGET, found
     assert found["heap_in_place"] < found["heap"] <= 1.4 * bench_trust.HEAP_TARGET, found
     assert found["token_bytes"] > 1500
-    assert found["pow_us"] > 0 and found["verify_us"] > 0  # which is longer, a clock decides
 
 
 @pytest.mark.parametrize(
