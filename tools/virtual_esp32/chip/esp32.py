@@ -306,11 +306,7 @@ class NVS:
         self._call(_storage.set_blob, self._ns, key, value)
 
     def get_blob(self, key, buffer):
-        data = self._call(_storage.get_blob, self._ns, key)
-        if len(data) > len(buffer):
-            raise _error(0x110C)
-        buffer[: len(data)] = data
-        return len(data)
+        return self._call(_storage.read_blob, self._ns, key, memoryview(buffer))
 
     def erase_key(self, key):
         self._call(_storage.erase_key, self._ns, key)

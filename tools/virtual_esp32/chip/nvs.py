@@ -168,7 +168,28 @@ class Nvs:
 
     def get_blob(self, ns, key):
         """Return the stored bytes. Raises NvsError NOT_FOUND."""
-        return self._read_blob(ns, _key_bytes(key), key)
+        key16 = _key_bytes(key)
+        out = bytearray(self._blob(ns, key16, key)[0])
+        self.read_blob(ns, key, memoryview(out))
+        return bytes(out)
+
+    def read_blob(self, ns, key, buf):
+        """Put the stored bytes to ``buf``; return their number. As on a board it takes no memory
+        for them. Raises NvsError NOT_FOUND, INVALID_LENGTH if they are more."""
+        key16 = _key_bytes(key)
+        size, count, start = self._blob(ns, key16, key)
+        if size > len(buf):
+            raise NvsError(ERR_INVALID_LENGTH, key)
+        done = 0
+        for chunk in range(start, start + count):
+            payload = self._chunk(ns, key16, chunk, key)
+            if len(payload) > size - done:
+                raise NvsError(ERR_INVALID_LENGTH, key)
+            buf[done : done + len(payload)] = payload
+            done += len(payload)
+        if done != size:
+            raise NvsError(ERR_NOT_FOUND, key)
+        return size
 
     def set_blob(self, ns, key, data):
         """Store bytes. Writes nothing if they are there already.
@@ -307,32 +328,38 @@ class Nvs:
         return None
 
     def _holds(self, ns, key16, data):
-        """Is this what the blob holds? A damaged one holds something else."""
+        """Is this what the blob holds, of the same size? A damaged one holds something else."""
+        done = 0
         try:
-            return self._read_blob(ns, key16, "") == bytes(data)
+            size, count, start = self._blob(ns, key16, "")
+            for chunk in range(start, start + count):
+                payload = self._chunk(ns, key16, chunk, "")
+                if payload != data[done : done + len(payload)]:
+                    return False
+                done += len(payload)
         except NvsError:
             return False
+        return done == size
 
-    def _read_blob(self, ns, key16, name):
+    def _blob(self, ns, key16, name):
+        """Return size, number of chunks and number of the first chunk of a blob."""
         index = self._find(ns, BLOB_IDX, key16, ANY)
         if index is None:
             raise NvsError(ERR_NOT_FOUND, name)
         at = _FIRST + index[1] * ENTRY + 24
-        size, count, start = struct.unpack_from("<IBB", self._page, at)
-        out = bytearray(size)
-        done = 0
-        for chunk in range(start, start + count):
-            found = self._find(ns, BLOB_DATA, key16, chunk)
-            if found is None:
-                raise NvsError(ERR_NOT_FOUND, name)
-            at = _FIRST + found[1] * ENTRY
-            length, _, crc = struct.unpack_from("<HHI", self._page, at + 24)
-            payload = self._view[at + ENTRY : at + ENTRY + length]
-            if _crc(payload) != crc:
-                raise NvsError(ERR_NOT_FOUND, name)
-            out[done : done + length] = payload
-            done += length
-        return bytes(out)
+        return struct.unpack_from("<IBB", self._page, at)
+
+    def _chunk(self, ns, key16, chunk, name):
+        """Return a chunk of a blob: a view of its page, which is loaded now."""
+        found = self._find(ns, BLOB_DATA, key16, chunk)
+        if found is None:
+            raise NvsError(ERR_NOT_FOUND, name)
+        at = _FIRST + found[1] * ENTRY
+        length, _, crc = struct.unpack_from("<HHI", self._page, at + 24)
+        payload = self._view[at + ENTRY : at + ENTRY + length]
+        if _crc(payload) != crc:
+            raise NvsError(ERR_NOT_FOUND, name)
+        return payload
 
     # ---- writing
 
