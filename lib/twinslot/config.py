@@ -39,8 +39,7 @@ DEFAULTS = {
     "hang": 120,  # longest time the event loop may stand still before a reset, 0 for ever
     "wdt": 0,  # hardware watchdog, 0 for none
 }
-_GOOD = ".good"  # behind the name of a configuration: the last one that worked
-_FILES = ("keys", "ca", "client_cert", "client_key")
+FILES = ("keys", "ca", "client_cert", "client_key")  # members that name one
 _REQUIRED = ("product", "url", "keys")
 
 
@@ -155,43 +154,22 @@ def load(path):
     Raises:
         ConfigError: absent, not JSON, or not a configuration, and no copy of a good one.
     """
+    from .lastgood import GOOD, is_whole
+
     try:
         found = _load(path)
     except errors.ConfigError as exc:
         try:
-            found = _load(path + _GOOD)
+            found = _load(path + GOOD)
         except errors.ConfigError:
             raise exc
         print("twinslot: %s; using the last one that worked" % exc)
-    for name in _FILES:
+    for name in FILES:
         file = found[name]
-        if file and not _is_whole(name, file) and _is_whole(name, file + _GOOD):
+        if file and not is_whole(name, file) and is_whole(name, file + GOOD):
             print("twinslot: file %s is damaged; using the last one that worked" % file)
-            found[name] = file + _GOOD
+            found[name] = file + GOOD
     return found
-
-
-def _is_whole(name, file):
-    """True if a file is what it should be, as far as can be told without a server."""
-    from .keyring import load, read
-
-    try:
-        text = read(file)
-        if name == "keys":
-            load(text, True)
-            return True
-        from .handshake import _der_of
-
-        for der in _der_of(text, name, b""):
-            n, more = der[1], 0
-            if n > 127:  # the length's own length
-                more = n & 127
-                n = int.from_bytes(der[2 : 2 + more], "big")
-            if len(der) != 2 + more + n:
-                return False
-        return True
-    except (IndexError, errors.ConfigError):
-        return False
 
 
 def _load(path):
@@ -202,38 +180,3 @@ def _load(path):
         raise errors.ConfigError("configuration %s can't be read: %s" % (path, exc))
     except ValueError:
         raise errors.ConfigError("configuration %s is not JSON" % path)
-
-
-def keep(path):
-    """Keep a copy of a configuration that has just worked, and of the files it names. Costs a
-    write only when one changed; never raises: a full filesystem is no reason not to update.
-
-    Source: littlefs replaces a file by rename in one commit.
-    """
-    from .keyring import read
-
-    try:
-        text = read(path)
-        found = check(json.loads(text))  # a good copy may be what works
-        _copy(path, text)
-        for name in _FILES:
-            file = found[name]
-            if file and _is_whole(name, file):
-                _copy(file, read(file))
-    except (OSError, ValueError, MemoryError, errors.ConfigError) as exc:
-        print("twinslot: no copy of the configuration:", exc)
-
-
-def _copy(path, text):
-    import os
-
-    from .keyring import read
-
-    try:
-        if read(path + _GOOD) == text:
-            return
-    except errors.ConfigError:
-        pass
-    with open(path + ".new", "wb") as f:
-        f.write(text)
-    os.rename(path + ".new", path + _GOOD)

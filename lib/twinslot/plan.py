@@ -45,11 +45,11 @@ async def offer(agent, force):
     _remember_time(agent)
     if agent._path:
         agent._let_go()
-        from . import config
+        from . import lastgood
 
-        config.keep(agent._path)
+        lastgood.keep(agent._path)
         agent._path = None
-        del config
+        del lastgood
         unload()
     await _renew_keys(agent, found.keyring)
     if found.poll:

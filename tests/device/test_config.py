@@ -5,7 +5,7 @@ import os
 
 from harness import raises
 
-from twinslot import config, keyring
+from twinslot import config, keyring, lastgood
 from twinslot.errors import ConfigError
 
 HEAP = "256K"
@@ -131,7 +131,7 @@ def test_a_file_that_is_not_there_or_not_json():
 
 def test_the_last_one_that_worked_takes_the_place_of_a_damaged_one():
     write("/c.json", GOOD)
-    config.keep("/c.json")
+    lastgood.keep("/c.json")
     for content in (b"", b'{"product": "la', json.dumps(dict(GOOD, nosuch=1)).encode()):
         write("/c.json", content)
         assert config.load("/c.json")["product"] == "lamp"
@@ -141,12 +141,12 @@ def test_the_last_one_that_worked_takes_the_place_of_a_damaged_one():
 
 def test_a_damaged_one_never_becomes_the_copy():
     write("/c.json", GOOD)
-    config.keep("/c.json")
+    lastgood.keep("/c.json")
     write("/c.json", b"{")
-    config.keep("/c.json")
+    lastgood.keep("/c.json")
     assert config.load("/c.json")["product"] == "lamp"
     write("/c.json", dict(GOOD, product="radio"))
-    config.keep("/c.json")
+    lastgood.keep("/c.json")
     write("/c.json", b"{")
     assert config.load("/c.json")["product"] == "radio"
 
