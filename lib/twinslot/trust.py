@@ -28,25 +28,6 @@ _TOKEN_LIMIT = const(12288)
 _TYPE = "twinslot-release+jws"
 
 
-class _Anybody:
-    """Takes the place of ``Tls``: a connection to whoever answers."""
-
-    pinned = True
-    _seen = None
-
-    def wrap(self, sock, host):
-        import tls
-
-        context = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
-        context.verify_mode = tls.CERT_NONE  # pyright: ignore
-        try:
-            return context.wrap_socket(sock, server_hostname=host, do_handshake_on_connect=False)
-        except (OSError, ValueError) as e:
-            from .handshake import tls_error
-
-            raise tls_error(e, host, self)
-
-
 async def _make_room():
     """Between two steps that hold the event loop: give back what the one has loaded, and let
     other tasks run."""
@@ -119,7 +100,9 @@ class Trust:
         if count < _PATIENCE:
             raise error
         if self._regardless is None:
-            self._regardless = self._open(_Anybody())
+            from .anybody import Anybody
+
+            self._regardless = self._open(Anybody())
         return self._regardless
 
     def verified(self):

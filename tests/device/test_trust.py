@@ -13,6 +13,7 @@ import workbench as bench
 from harness import raises
 
 from twinslot import config, jws, release, trust
+from twinslot.anybody import Anybody
 from twinslot.errors import (
     ConfigError,
     HttpError,
@@ -398,7 +399,7 @@ def test_the_connection_that_proves_nothing_is_open_to_anybody():
     real = sys.modules["tls"]
     sys.modules["tls"] = Fake
     try:
-        anybody = trust._Anybody()
+        anybody = Anybody()
         assert anybody.wrap("sock", "host") == "wrapped"
         assert made[0].kind == "client" and made[0].wrapped == ("sock", "host", False, "none")
         for error in (OSError(12), ValueError("no")):
