@@ -14,7 +14,7 @@ Source: RFC 8017 sections 8.1.2, 9.1.2 and B.2.1.
 
 import hashlib
 
-from . import errors
+from . import errors, unload
 from .base64url import b64url_decode
 
 TOKEN_LIMIT = 12288  # characters of a whole JWS: a manifest of 8 KiB and a 4096-bit signature
@@ -69,7 +69,8 @@ def verify(token, keys, typ=None):
     if typ is not None and header.get("typ") != typ:
         raise errors.SignatureError("JWS type", str(header.get("typ"))[:48], typ)
     kid = header.get("kid")
-    del header  # pow() is what needs most
+    del header
+    unload(("strict",))  # pow() is what needs most
     modulus = keys.get(kid) if isinstance(kid, str) else None
     if modulus is None:
         raise errors.SignatureError("signing key", str(kid)[:48], "one of %d trusted" % len(keys))
