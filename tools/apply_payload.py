@@ -64,10 +64,11 @@ class Sink:
         self.live = 0
         self.garbage = self.last = 0
 
-    def write(self, buf):
-        self.hash.update(buf)
-        if self._out:
-            self._out.write(buf)
+    def write(self, block):
+        for piece in block:
+            self.hash.update(piece)
+            if self._out:
+                self._out.write(piece)
         if self._measure == "live":
             gc.collect()
             self.live = max(self.live, gc.mem_alloc())

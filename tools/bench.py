@@ -367,7 +367,7 @@ _LIVE = """    import gc, sys
     import twinslot.agent, twinslot.download, twinslot.inflate, twinslot.native, twinslot.patch
     for name in twinslot._RARE:
         __import__("twinslot." + name)
-    twinslot.unload = lambda: None
+    twinslot.unload = lambda *names: None
     for name in sys.modules:
         if name.startswith("twinslot.") and hasattr(sys.modules[name], "unload"):
             sys.modules[name].unload = twinslot.unload

@@ -16,12 +16,13 @@ import sys
 from asyncio import sleep_ms
 from binascii import crc32
 
-from . import errors, unload
+from . import errors, tidy
 from .errors import OtaError
+from .slot import new_block
 
-# For all else: what asks for the payload and reads the head of the answer, events, checkpoints,
-# and holes between objects. What `make bench` measures on a 64-bit port.
-_SPARE_HEAP = (11 if sys.maxsize > 1 << 32 else 9) * 1024
+# For all else: what asks for the payload and reads the head of the answer, then the block, events,
+# checkpoints, and holes between objects. What `make bench` measures on a 64-bit port.
+_SPARE_HEAP = (27 if sys.maxsize > 1 << 32 else 22) * 512
 
 # A minute, and a second for each 1000 bytes: what did not come by then goes on from its checkpoint
 # at the next poll.
@@ -61,14 +62,11 @@ class Download:
             NetworkError, BusyError: what came so far is kept; a later run goes on from there.
             OtaError: of the last payload, when none would do.
         """
-        kept = self._journal.checkpoint(self._slot.block())
-        if kept.get("build") != image.build:
-            kept = {}
+        kept = self._journal.checkpoint()
         error = None
         mark = self._journal.fetching()
         for chosen in self._choose(image, build, kept):
             try:
-                self._slot.block()  # where that of a failed one was: nothing has taken its place
                 self._journal.set_fetching(mark)  # a checkpoint of the payload before took it away
                 await self._fetch(image, chosen, base, kept)
                 await self._slot.finish()
@@ -94,11 +92,10 @@ class Download:
         from . import payload
 
         gc.collect()
-        self._slot.block()  # is there, or is now
         room = gc.mem_free() - _SPARE_HEAP
         chosen = []
         for candidate in payload.usable(image, build, payload.encodings()):
-            if candidate.url == kept.get("url"):
+            if kept.get("of") == _key(image, candidate):
                 chosen.insert(0, candidate)
             elif candidate.encoding == "identity" or payload.heap(candidate) <= room:
                 chosen.append(candidate)
@@ -110,7 +107,7 @@ class Download:
 
         room = payload.buffers(chosen)
         del payload
-        resume = kept if kept.get("url") == chosen.url else None
+        resume = kept if kept.get("of") == _key(image, chosen) else None
         offset = self._begun = await self._slot.begin(image, resume)
         if offset == image.size:
             return
@@ -149,10 +146,11 @@ class Download:
                 raise errors.HttpError(
                     "payload length", response.length, left, status=response.status
                 )
-            unload()  # what has asked, and read the head of the answer
+            tidy()  # what has asked, and read the head of the answer
+            block = new_block()  # before modules take the larger holes
             from . import payload
 
-            writer = payload.Writer(self._slot, image.size, offset, self._slot.block())
+            writer = payload.Writer(self._slot, image.size, offset, block)
             payload.load(chosen)
             del place
             gc.collect()
@@ -179,8 +177,7 @@ class Download:
             if state is None:
                 return
             kept = self._slot.checkpoint()
-            kept["build"] = image.build
-            kept["url"] = chosen.url
+            kept["of"] = _key(image, chosen)
             kept["at"], kept["position"] = state
             kept["etag"], kept["base"] = response.etag, crc32(base.encode())
             try:
@@ -193,6 +190,12 @@ class Download:
             self._book(response)
 
         return boundary
+
+
+def _key(image, chosen):
+    """What a checkpoint tells a payload by: 32 bits. Should it be another's after all, the image
+    that comes of it is refused."""
+    return crc32((image.build + chosen.url).encode())
 
 
 def _is_missing(error):

@@ -13,7 +13,8 @@ import deflate
 from micropython import RingIO, const
 
 from . import errors
-from .payload import AHEAD, SLICE, STATE
+from .payload import AHEAD, STATE
+from .slot import PIECE
 
 _IDLE_MEMBERS = const(16)  # without content, in a row
 
@@ -31,8 +32,8 @@ class Inflate:
         self._place = bytearray((1 << window) + STATE)  # kept for the next member's
         self._response = response
         self._window = window
-        self._ring = RingIO(AHEAD + SLICE)
-        self.spare = memoryview(bytearray(SLICE))  # in use while the ring is filled
+        self._ring = RingIO(AHEAD + PIECE)
+        self.spare = memoryview(bytearray(PIECE))  # in use while the ring is filled
         self._offset = offset
         self._ended = False
         self._member = None
@@ -45,7 +46,7 @@ class Inflate:
         """Fill the ring with what is there; True when it holds enough for a slice."""
         ring = self._ring
         while not self._ended and ring.any() < AHEAD:
-            n = self._response.take(self.spare, SLICE)
+            n = self._response.take(self.spare, PIECE)
             if n is None:
                 self._ended = True
             elif not n:
@@ -89,7 +90,7 @@ class Inflate:
 
     def _read(self, view, n):
         try:
-            return self._member.readinto(view, n if n < SLICE else SLICE)
+            return self._member.readinto(view, n if n < PIECE else PIECE)
         except EOFError:
             raise errors.FormatError("gzip: the payload is cut short")
         except OSError as exc:

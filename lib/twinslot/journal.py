@@ -39,6 +39,7 @@ from . import errors
 
 REASON = 80  # characters of a reason in the log
 LIMIT = 2048  # bytes of the whole blob; the smallest NVS we ship holds about 12 KB
+_CHECKPOINT_LIMIT = 512  # an ETag of 128 quotes fits
 _FORMAT = 1
 _KEY = "journal"
 _CHECKPOINT = "checkpoint"
@@ -83,8 +84,8 @@ class Journal:
             _shared = cls(NVS("twinslot"))
         return _shared
 
-    def _load(self, key, buf=None):
-        buf = buf or bytearray(LIMIT)
+    def _load(self, key, limit=LIMIT):
+        buf = bytearray(limit)
         try:
             n = self._nvs.get_blob(key, buf)
         except OSError:  # absent, of another type, or larger than we ever write
@@ -193,13 +194,9 @@ class Journal:
         except OSError:
             pass  # there was none
 
-    def checkpoint(self, buf=None):
-        """Return the checkpoint of a download that was cut (a dict), {} if there is none such.
-
-        Args:
-            buf: memoryview of ``LIMIT`` bytes or more to read it in; by default it is made.
-        """
-        kept = self._load(_CHECKPOINT, buf)
+    def checkpoint(self):
+        """Return the checkpoint of a download that was cut (a dict), {} if there is none such."""
+        kept = self._load(_CHECKPOINT, _CHECKPOINT_LIMIT)
         for name in ("offset", "crc", "at", "position"):
             number = kept.get(name)
             if type(number) is not int or not 0 <= number <= 0xFFFFFFFF:

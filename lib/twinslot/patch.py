@@ -9,7 +9,7 @@ Source: detools, create.py and apply.py.
 from micropython import const
 
 from . import errors
-from .payload import SLICE
+from .slot import PIECE
 
 
 def plain_add(out, at, diff, base, mask, n):
@@ -54,8 +54,8 @@ class Patch:
         self._stage = stage
         self.wait = stage.wait
         self._base, self._base_size = base
-        self._diff = memoryview(bytearray(SLICE))
-        self._old = stage.spare or memoryview(bytearray(SLICE))
+        self._diff = memoryview(bytearray(PIECE))
+        self._old = stage.spare or memoryview(bytearray(PIECE))
         self._byte = memoryview(bytearray(1))
         self._size = size
         self._position = position or 0
@@ -68,7 +68,7 @@ class Patch:
         while not self._left:
             if not self._digit():
                 return 0
-        n = self._stage.take(self._diff, 0, min(n, self._left, SLICE))
+        n = self._stage.take(self._diff, 0, min(n, self._left, PIECE))
         if n is None:
             raise errors.FormatError("patch: cut short")
         if not n:
@@ -76,7 +76,7 @@ class Patch:
         mask = 0
         if self._next == _EXTRA:
             # More than is needed, where the base goes on: a slice would be a new object.
-            whole = self._position + SLICE <= self._base_size
+            whole = self._position + PIECE <= self._base_size
             self._base(self._position, self._old if whole else self._old[:n])
             self._position += n
             mask = 0xFF

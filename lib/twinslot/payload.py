@@ -4,7 +4,7 @@
     await payload.pump(stage, writer, boundary)
 
 A stage has ``take(view, at, n)``, which puts up to n image bytes straight to ``view[at:]``, a
-part of the one block buffer, and returns their number, 0 where ``await wait()`` has to come first,
+piece of the one block, and returns their number, 0 where ``await wait()`` has to come first,
 None at the end. It never waits and, in the steady state, allocates nothing. ``await boundary()``,
 asked at every 64 KiB of the image, returns the stage's state, two small integers from which a
 download that was cut goes on, or None where it can't. Nothing else is kept of what went before: a
@@ -28,14 +28,13 @@ import asyncio
 
 from . import errors
 from .errors import OtaError
-from .slot import BLOCK
+from .slot import BLOCK, PIECE, new_block
 
 BOUNDARY = 65536  # of the image; payload builders end gzip members and patch chunks there
 
-SLICE = 512  # bytes inflated at a time, and read from the network at a time
-# More than a slice can take from an honest encoder: stored blocks are 5 bytes longer than their
-# content, a dynamic block's code tables are below 400 bytes.
-AHEAD = 4 * SLICE
+# Of what is inflated, a piece at a time; it can't take more from an honest encoder: stored blocks
+# are 5 bytes longer than their content, a dynamic block's code tables are below 400 bytes.
+AHEAD = 4 * PIECE
 STATE = 1472  # of DeflateIO beside its window: 1,440 bytes on a 64-bit port
 _READS = 8  # of a stage, then other tasks run: tiny pieces make much work of few bytes
 
@@ -71,35 +70,33 @@ def buffers(payload):
     """Bytes of what a stage needs in large pieces, beside the block: window and ring."""
     if payload.encoding != "gzip":
         return 0
-    return (1 << payload.window) + STATE + AHEAD + SLICE + 64
+    return (1 << payload.window) + STATE + AHEAD + PIECE + 64
 
 
 def heap(payload):
     """Bytes of heap that ``pump`` needs for a payload, beside the block."""
     need = buffers(payload)
     if need:
-        need += SLICE + 640  # a buffer, objects
+        need += PIECE + 640  # a buffer, objects
     if payload.patch:
-        need += SLICE + 512
+        need += PIECE + 2560  # its code
     return need
 
 
 class Writer:
-    """Collects image bytes in one block and hands each full one to the slot.
+    """Collects image bytes in one block, held in pieces, and hands each full one to the slot.
 
     Args:
-        slot: where ``write(buf)`` takes blocks of 4096 bytes, the last one shorter.
+        slot: where ``write(block)`` takes lists of such pieces, 4096 bytes in all, the last less.
         size: bytes of the image.
         offset: where in the image writing goes on; a multiple of 4096.
-        block: memoryview of 4096 bytes to collect them in.
+        block: what to collect them in, of ``slot.new_block``; made by default.
     """
 
     def __init__(self, slot, size, offset=0, block=None):
         self._slot = slot
         self._size = size
-        self._block = block = block or memoryview(bytearray(BLOCK))
-        # What is left of the block after each slice: made once.
-        self._rests = [block[at:] if at else block for at in range(0, BLOCK, SLICE)]
+        self._block = block or new_block()
         self._fill = 0
         self.offset = offset  # image bytes handed to the slot
         self._aim()
@@ -110,20 +107,23 @@ class Writer:
 
     def _aim(self):
         """Say where the next bytes go: ``room`` of them to ``view[at:]``. No new object."""
-        fill = self._fill
-        self.view = self._rests[fill // SLICE]
-        self.at = fill % SLICE
-        room = SLICE - self.at if self.at else BLOCK - fill  # then on to those made already
-        self.room = min(room, self._size - self.offset - fill)
+        self.view = self._block[self._fill // PIECE]
+        self.at = self._fill % PIECE
+        self.room = min(PIECE - self.at, self.left())
 
     def advance(self, n):
         """Count ``n`` bytes put there; True when that completed a block."""
         self._fill += n
-        if self._fill < BLOCK and self.offset + self._fill < self._size:
+        fill = self._fill
+        if fill < BLOCK and self.left():
             self._aim()
             return False
-        self._slot.write(self._block if self._fill == BLOCK else self._block[: self._fill])
-        self.offset += self._fill
+        block = self._block
+        if fill < BLOCK:
+            whole, rest = fill // PIECE, fill % PIECE
+            block = block[:whole] + ([block[whole][:rest]] if rest else [])
+        self._slot.write(block)
+        self.offset += fill
         self._fill = 0
         self._aim()
         return True

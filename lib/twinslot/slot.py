@@ -2,7 +2,7 @@
 
     slot = FirmwareSlot()
     offset = await slot.begin(image)          # image: release.Image
-    slot.write(block)                         # 4096 bytes each, the last may be shorter
+    slot.write(block)                         # in pieces; 4096 bytes each, the last may be shorter
     await slot.finish()
     slot.activate()                           # then machine.reset()
 
@@ -16,7 +16,8 @@ that another boot has left, each block is written, whatever it seems to hold.
 
 ``write`` blocks for one erase and write of a block (typically 50 ms, at most 1 s); ``activate``
 for a hash of the whole image (the bootloader's own check). The rest yields every few blocks.
-Memory: ``block``, 4 KiB, in which ``begin`` and ``finish`` read flash; ``write`` takes 512 bytes.
+Memory: 512 bytes, in which flash is read, from ``begin`` to ``finish``. A block comes in pieces of
+as much: in a heap that an application fills, a hole of 4 KiB may be nowhere.
 
 Source: ESP-IDF esp_ota_ops.c, bootloader_common_loader.c; MicroPython esp32_partition.c.
 """
@@ -30,7 +31,7 @@ from . import errors, unload
 from .errors import OtaError
 
 BLOCK = 4096
-_PIECE = 512  # bytes compared at a time: a block that differs mostly does so in the first
+PIECE = 512  # bytes that are read, compared and programmed at a time: two pages of flash
 _TURN = 4 * BLOCK  # read back in one go, some 10 ms, then other tasks run
 _HEADER_LEN = 32
 _FACTORY = 0x00
@@ -42,9 +43,9 @@ def _crc(seq):
     return binascii.crc32(struct.pack("<I", seq), 0xFFFFFFFF) & 0xFFFFFFFF
 
 
-def _parts(buf):
-    view = memoryview(buf)
-    return [view[at : at + _PIECE] for at in range(0, len(buf), _PIECE)]
+def new_block():
+    """Return the pieces of a block, empty: memoryviews of ``PIECE`` bytes, 4096 in all."""
+    return [memoryview(bytearray(PIECE)) for _ in range(BLOCK // PIECE)]
 
 
 class FirmwareSlot:
@@ -178,14 +179,6 @@ class FirmwareSlot:
         running = self._running
         return (lambda offset, buf: running.readblocks(0, buf, offset)), running.info()[3]
 
-    def block(self):
-        """Return the one buffer of 4096 bytes (a memoryview) that an update needs: for what is
-        written, and for what is read back before and after. It is kept until ``finish`` or
-        ``abandon``."""
-        if self._block is None:
-            self._block = memoryview(bytearray(BLOCK))
-        return self._block
-
     # -- writing ----------------------------------------------------------------------------
 
     async def begin(self, image, checkpoint=None):
@@ -213,6 +206,7 @@ class FirmwareSlot:
         self._pos = 0
         self._crc = 0
         self._header = None
+        self._piece = memoryview(bytearray(PIECE))
         try:
             build = self._build(self._target)
             if build:
@@ -224,16 +218,15 @@ class FirmwareSlot:
         except OSError as exc:
             raise errors.PartitionError("flash failed before the update: %s" % exc)
         unload()  # what has looked at the image that was there
-        self._piece = memoryview(bytearray(_PIECE))
         return self._pos
 
     async def _is_whole(self):
         """True if the slot holds all of the image, for good."""
         # Programmed once more, over itself: had that been cut short, or an erase of what it
         # replaces, its bits might not stay what they are now.
-        block = self.block()
-        self._target.readblocks(0, block)  # pyright: ignore (any buffer will do)
-        self._target.writeblocks(0, block, 0)
+        for at in range(0, BLOCK, PIECE):
+            piece = self._read_piece(at)
+            self._target.writeblocks(0, piece, at)  # pyright: ignore (it is there)
         return await self._digest() == self._image.sha256
 
     async def _resume(self, checkpoint):
@@ -249,10 +242,8 @@ class FirmwareSlot:
             return
         self._header = header
         crc = 0
-        block = self.block()
-        for at in range(0, offset, BLOCK):
-            self._read_block(at, block)
-            crc = binascii.crc32(block, crc)
+        for at in range(0, offset, PIECE):
+            crc = binascii.crc32(self._read_piece(at), crc)
             if at % _TURN == 0:
                 await asyncio.sleep_ms(0)
         if crc == checkpoint.get("crc"):
@@ -265,34 +256,43 @@ class FirmwareSlot:
         header = binascii.hexlify(self._header or b"").decode()
         return {"offset": self._pos, "crc": self._crc, "header": header}
 
-    def write(self, buf):
+    def write(self, block):
         """Write the next bytes of the image: one block of 4096, or the last, shorter one.
+
+        Args:
+            block: a list of buffers of ``PIECE`` bytes, the image's last one may be shorter.
 
         Raises:
             ImageError, HardwareError, SecurityVersionError: the first block is no image, one for
                 another chip, or one below the running image's secure_version; nothing was erased.
             PartitionError: flash refused the write.
         """
-        n = len(buf)
-        if self._image is None or self._pos % BLOCK or n > BLOCK:
+        n = 0
+        for piece in block:
+            if n % PIECE or len(piece) > PIECE:
+                raise ValueError("pieces of %d" % PIECE)
+            n += len(piece)
+        if self._image is None or self._pos % BLOCK or not 0 < n <= BLOCK:
             raise ValueError("write blocks of %d after begin()" % BLOCK)
         if self._pos + n > self._image.size:
             raise errors.ImageError("image", "%d bytes" % (self._pos + n), self._image.size)
         try:
             if self._pos == 0:
-                self._first(buf)
-            else:
-                self._rest(self._pos // BLOCK, buf)
+                self._first(block)
+            elif not (self._firm and self._holds(block)):
+                self._target.ioctl(6, self._pos // BLOCK)
+                self._program(block)
         except OSError as exc:
             self._firm = False  # as if the power had failed
             raise errors.PartitionError("flash write at %d failed: %s" % (self._pos, exc))
-        self._crc = binascii.crc32(buf, self._crc)
+        for piece in block:
+            self._crc = binascii.crc32(piece, self._crc)
         self._pos += n
 
-    def _first(self, buf):
+    def _first(self, block):
         from . import espimage
 
-        head = espimage.parse(buf)
+        head = espimage.parse(block[0])
         if head["chip_id"] != self.chip_id:
             raise errors.HardwareError(
                 "image is for",
@@ -309,54 +309,53 @@ class FirmwareSlot:
             raise errors.SecurityVersionError(
                 "secure_version of the image", head["secure_version"], "%d or higher" % least
             )
-        self._header = bytes(buf[:_HEADER_LEN])
+        self._header = bytes(block[0][:_HEADER_LEN])
         # Always erased, even if it reads blank: an interrupted erase reads so too.
         self._target.ioctl(6, 0)
-        self._target.writeblocks(0, memoryview(buf)[_HEADER_LEN:], _HEADER_LEN)
+        self._program(block, _HEADER_LEN)
 
-    def _rest(self, block, buf):
-        if self._firm and self._holds(block, buf):
-            return
-        if len(buf) == BLOCK:
-            self._target.writeblocks(block, buf)
-        else:
-            self._target.ioctl(6, block)
-            self._target.writeblocks(block, buf, 0)
+    def _program(self, block, skip=0):
+        """Program a block that is erased, without its first ``skip`` bytes."""
+        at = self._pos
+        for piece in block:
+            self._target.writeblocks(0, memoryview(piece)[skip:] if skip else piece, at + skip)
+            at += len(piece)
+            skip = 0
 
-    def _holds(self, block, buf):
-        """Tell whether flash holds these bytes already."""
-        if buf is not self._buf:  # the caller's block is one and the same: its parts are made once
-            self._parts = _parts(buf)
-            self._buf = buf
-        at = 0
-        for part in self._parts:
-            n = len(part)
-            piece = self._piece if n == _PIECE else self._piece[:n]
-            self._target.readblocks(block, piece, at)  # pyright: ignore (any buffer will do)
-            if piece != part:
+    def _holds(self, block):
+        """Tell whether flash holds these bytes already: a block that differs mostly does so in its
+        first piece."""
+        at = self._pos
+        for piece in block:
+            n = len(piece)
+            seen = self._piece if n == PIECE else self._piece[:n]
+            self._target.readblocks(0, seen, at)  # pyright: ignore (any buffer will do)
+            if seen != piece:
                 return False
             at += n
         return True
 
-    def _read_block(self, offset, block):
-        """Read a block of the slot, the held-back header put in its place."""
-        self._target.readblocks(offset // BLOCK, block)
+    def _read_piece(self, offset):
+        """Return a piece of the slot, the held-back header put in its place."""
+        piece = self._piece
+        self._target.readblocks(0, piece, offset)  # pyright: ignore (any buffer will do)
         if offset == 0 and self._header:
-            block[:_HEADER_LEN] = self._header
+            piece[:_HEADER_LEN] = self._header
+        return piece
 
     async def _digest(self, walk=None):
         """SHA-256 of the image in hex, as flash holds it; ``walk`` sees the same bytes."""
         digest = hashlib.sha256()
         size = self._image.size
-        block = self.block()
-        for offset in range(0, size, BLOCK):
-            n = min(BLOCK, size - offset)
-            self._read_block(offset, block)
-            piece = block if n == BLOCK else block[:n]
+        for offset in range(0, size, PIECE):
+            piece = self._read_piece(offset)
+            if size - offset < PIECE:
+                piece = piece[: size - offset]
             digest.update(piece)
             if walk:
                 walk.feed(piece)
-            await asyncio.sleep_ms(0)
+            if offset % BLOCK == 0:
+                await asyncio.sleep_ms(0)
         return "".join("%02x" % b for b in digest.digest())
 
     async def finish(self):
@@ -372,7 +371,6 @@ class FirmwareSlot:
             raise errors.ImageError(
                 "image", "%d bytes" % self._pos, image.size if image else "begin()"
             )
-        self._free()  # what compared blocks
         from .walk import Walk
 
         try:
@@ -390,7 +388,7 @@ class FirmwareSlot:
         except OSError as exc:
             raise errors.PartitionError("flash failed while verifying: %s" % exc)
         self._ready = True
-        self._block = None
+        self._piece = None
 
     def _read(self, offset, buf):
         self._target.readblocks(0, buf, offset)
@@ -403,15 +401,10 @@ class FirmwareSlot:
             raise errors.ImageError("build of the image", build[:32], self._image.build[:32])
 
     def abandon(self):
-        """Forget the update that was begun and give its buffers back."""
-        self._image = None
+        """Forget the update that was begun and give its buffer back."""
+        self._image = self._piece = None
         self._pos = 0
         self._ready = False
-        self._block = None
-        self._free()
-
-    def _free(self):
-        self._piece = self._buf = self._parts = None
 
     # -- switching --------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from harness import raises
 
 from twinslot import payload, release
 from twinslot.errors import FormatError, NetworkError
-from twinslot.payload import BOUNDARY, SLICE, Writer
+from twinslot.payload import BOUNDARY, PIECE, Writer
 
 HEAP = "4M"
 BLOCK = 4096
@@ -20,9 +20,10 @@ class Sink:
         self.content = b""
         self.sizes = []
 
-    def write(self, buf):
-        self.sizes.append(len(buf))
-        self.content += bytes(buf)
+    def write(self, block):
+        whole = b"".join([bytes(piece) for piece in block])
+        self.sizes.append(len(whole))
+        self.content += whole
 
 
 class Response:
@@ -111,9 +112,12 @@ async def test_boundaries_are_told_and_the_end():
 
 def test_the_writer_offers_no_more_than_the_image_wants():
     writer = Writer(Sink(), BLOCK + 10)
-    assert writer.room == len(writer.view) == BLOCK and writer.left() == BLOCK + 10
-    assert writer.advance(BLOCK - 1) is False
-    assert (writer.at, writer.room) == (SLICE - 1, 1)
+    assert writer.room == len(writer.view) == PIECE and writer.left() == BLOCK + 10
+    for _ in range(BLOCK // PIECE - 1):
+        assert writer.advance(PIECE) is False
+        assert (writer.at, writer.room) == (0, PIECE)
+    assert writer.advance(PIECE - 1) is False
+    assert (writer.at, writer.room) == (PIECE - 1, 1)
     assert writer.advance(1) is True
     assert (writer.at, writer.room) == (0, 10)
     assert writer.advance(10) is True
@@ -127,14 +131,14 @@ def test_an_encoding_from_the_future_is_refused():
 
 async def test_the_steady_loop_keeps_nothing():
     class Drain:
-        def write(self, buf):
+        def write(self, block):
             pass
 
     content = noise(4 * BLOCK)
 
     class Endless(Response):
         def take(self, view, n):
-            return BLOCK
+            return PIECE
 
     async def used(blocks):
         stage = payload.open_stage(IDENTITY, Endless(content), None, blocks * BLOCK)

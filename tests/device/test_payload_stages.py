@@ -133,8 +133,8 @@ class Sink:
     def __init__(self):
         self.pieces = []
 
-    def write(self, buf):
-        self.pieces.append(bytes(buf))
+    def write(self, block):
+        self.pieces.append(b"".join([bytes(piece) for piece in block]))
 
 
 PATCH = release.Payload("", "identity", 0, 0, "detools", "")
@@ -208,7 +208,7 @@ def test_what_a_payload_needs_of_the_heap():
     assert plain == 0, "beside the block"
     assert small > 4096 + 4096
     assert large - small == (1 << 15) - (1 << 12)
-    assert need("gzip", 12, "detools") > small + payload.SLICE
+    assert need("gzip", 12, "detools") > small + payload.PIECE
     buffers = payload.buffers(release.Payload("", "gzip", 0, 12, None, None))
     assert 4096 + payload.AHEAD < buffers < small
 
@@ -280,9 +280,10 @@ class Locked:
         self.blocks = self.locked = 0
         self._is_locked = False
 
-    def write(self, buf):
+    def write(self, block):
         self.unlock()
-        self.digest.update(buf)
+        for piece in block:
+            self.digest.update(piece)
         self.blocks += 1
         if self.blocks % (BOUNDARY // 4096):
             self.locked += 1

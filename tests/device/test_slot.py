@@ -40,7 +40,7 @@ async def fill(slot, image, described=None):
     offset = await slot.begin(described or bench.signed(image))
     view = memoryview(image)
     for at in range(offset, len(image), BLOCK):
-        slot.write(view[at : at + BLOCK])
+        slot.write(bench.pieces(view[at : at + BLOCK]))
     await slot.finish()
 
 
@@ -76,8 +76,8 @@ async def test_until_finish_the_slot_has_no_header():
     slot = prepared()
     image = bench.make_image(2 * BLOCK)
     await slot.begin(bench.signed(image))
-    slot.write(memoryview(image)[:BLOCK])
-    slot.write(memoryview(image)[BLOCK:])
+    slot.write(bench.pieces(memoryview(image)[:BLOCK]))
+    slot.write(bench.pieces(memoryview(image)[BLOCK:]))
     assert bench.read(32) == FF * 32
     assert bench.read(BLOCK - 32, 32) == image[32:BLOCK]
     raises(OSError, Partition("ota_1").set_boot)
@@ -121,8 +121,8 @@ async def test_a_short_last_block_that_is_equal_is_left_alone():
     bench.flip(len(image) + 5)  # behind the image
     Spy.reset()
     await slot.begin(bench.signed(image))
-    slot.write(memoryview(image)[:BLOCK])
-    slot.write(memoryview(image)[BLOCK:])
+    slot.write(bench.pieces(memoryview(image)[:BLOCK]))
+    slot.write(bench.pieces(memoryview(image)[BLOCK:]))
     assert Spy.erases() == [0]
 
 
@@ -134,7 +134,7 @@ async def test_F3_what_another_boot_has_left_is_written_again_even_if_it_reads_w
     Spy.reset()
     assert await again.begin(bench.signed(image), kept) == 2 * BLOCK
     for at in range(2 * BLOCK, len(image), BLOCK):
-        again.write(memoryview(image)[at : at + BLOCK])
+        again.write(bench.pieces(memoryview(image)[at : at + BLOCK]))
     assert Spy.erases() == [2, 3, 4]
     # A lost connection, in one boot, leaves nothing in doubt.
     slot = prepared()
@@ -144,7 +144,7 @@ async def test_F3_what_another_boot_has_left_is_written_again_even_if_it_reads_w
     Spy.reset()
     assert await slot.begin(bench.signed(image)) == 0
     for at in range(0, len(image), BLOCK):
-        slot.write(memoryview(image)[at : at + BLOCK])
+        slot.write(bench.pieces(memoryview(image)[at : at + BLOCK]))
     assert Spy.erases() == [0]
 
 
@@ -165,13 +165,13 @@ async def test_block_0_is_erased_even_if_it_reads_blank():
     slot = prepared()
     image = bench.make_image(2 * BLOCK)
     await slot.begin(bench.signed(image))
-    slot.write(memoryview(image)[:BLOCK])
+    slot.write(bench.pieces(memoryview(image)[:BLOCK]))
     assert Spy.erases() == [0]
 
 
 def test_writes_come_in_blocks_and_after_begin():
     slot = prepared()
-    raises(ValueError, slot.write, bytes(BLOCK))
+    raises(ValueError, slot.write, bench.pieces(bytes(BLOCK)))
 
 
 async def test_a_short_block_can_only_be_the_last():
@@ -179,17 +179,17 @@ async def test_a_short_block_can_only_be_the_last():
     image = bench.make_image(3 * BLOCK)
     await slot.begin(bench.signed(image))
     view = memoryview(image)
-    raises(ValueError, slot.write, view[: BLOCK + 1])
-    slot.write(view[:1000])
-    raises(ValueError, slot.write, view[1000:2000])
+    raises(ValueError, slot.write, bench.pieces(view[: BLOCK + 1]))
+    slot.write(bench.pieces(view[:1000]))
+    raises(ValueError, slot.write, bench.pieces(view[1000:2000]))
 
 
 async def test_more_bytes_than_announced_are_refused_before_they_are_written():
     slot = prepared()
     image = bench.make_image(2 * BLOCK)
     await slot.begin(bench.signed(image, size=BLOCK + 16))
-    slot.write(memoryview(image)[:BLOCK])
-    raises(ImageError, slot.write, memoryview(image)[BLOCK:])
+    slot.write(bench.pieces(memoryview(image)[:BLOCK]))
+    raises(ImageError, slot.write, bench.pieces(memoryview(image)[BLOCK:]))
     assert Spy.erases() == [0]
 
 
@@ -199,7 +199,7 @@ async def test_more_bytes_than_announced_are_refused_before_they_are_written():
 async def first_block(image, kind):
     slot = prepared()
     await slot.begin(bench.signed(image))
-    exc = raises(kind, slot.write, memoryview(image)[:BLOCK])
+    exc = raises(kind, slot.write, bench.pieces(memoryview(image)[:BLOCK]))
     assert not Spy.log, Spy.log
     return str(exc)
 
@@ -240,7 +240,7 @@ async def test_F23_an_image_of_no_bytes_and_of_one():
     await slot.begin(bench.signed(b"", build="ab" * 32))
     await refusal(ImageError, slot.finish())
     await slot.begin(bench.signed(b"\xe9"))
-    raises(ImageError, slot.write, b"\xe9")
+    raises(ImageError, slot.write, bench.pieces(b"\xe9"))
     assert not Spy.log
 
 
@@ -260,7 +260,7 @@ async def begun(image, described=None):
     slot = prepared()
     await slot.begin(described or bench.signed(image))
     for at in range(0, len(image), BLOCK):
-        slot.write(memoryview(image)[at : at + BLOCK])
+        slot.write(bench.pieces(memoryview(image)[at : at + BLOCK]))
     return slot
 
 
@@ -268,7 +268,7 @@ async def test_finish_wants_every_byte():
     slot = prepared()
     image = bench.make_image(2 * BLOCK)
     await slot.begin(bench.signed(image))
-    slot.write(memoryview(image)[:BLOCK])
+    slot.write(bench.pieces(memoryview(image)[:BLOCK]))
     exc = await refusal(ImageError, slot.finish())
     assert str(BLOCK) in str(exc) and str(2 * BLOCK) in str(exc)
     raises(PartitionError, slot.activate)
@@ -370,7 +370,7 @@ async def written(image, blocks):
     slot = prepared()
     await slot.begin(bench.signed(image))
     for at in range(0, blocks * BLOCK, BLOCK):
-        slot.write(memoryview(image)[at : at + BLOCK])
+        slot.write(bench.pieces(memoryview(image)[at : at + BLOCK]))
     kept = slot.checkpoint()
     assert kept["offset"] == blocks * BLOCK
     assert kept["crc"] == binascii.crc32(image[: blocks * BLOCK])
@@ -387,7 +387,7 @@ async def test_writing_goes_on_at_a_checkpoint():
         assert await slot.begin(bench.signed(image), kept) == blocks * BLOCK
         assert slot.checkpoint() == kept
         for at in range(blocks * BLOCK, len(image), BLOCK):
-            slot.write(memoryview(image)[at : at + BLOCK])
+            slot.write(bench.pieces(memoryview(image)[at : at + BLOCK]))
         assert slot.checkpoint()["crc"] == binascii.crc32(image)
         await slot.finish()
         assert Spy.erases() == list(range(blocks, 5))
@@ -438,7 +438,7 @@ async def test_other_tasks_get_their_turn_while_flash_is_read():
     try:
         await slot.begin(bench.signed(image), kept)
         assert turns == [0, 0], "at every fourth block"
-        slot.write(memoryview(image)[8 * BLOCK :])
+        slot.write(bench.pieces(memoryview(image)[8 * BLOCK :]))
         await slot.finish()
         assert turns == [0, 0] + [0] * 9
     finally:
@@ -468,7 +468,7 @@ async def test_the_only_fallback_of_a_trial_is_never_overwritten():
     bench.otadata((1, PENDING))
     image = bench.make_image(2 * BLOCK)
     await refusal(BusyError, slot.begin(bench.signed(image)))
-    raises(ValueError, slot.write, memoryview(image)[:BLOCK])
+    raises(ValueError, slot.write, bench.pieces(memoryview(image)[:BLOCK]))
     assert not Spy.log
     bench.otadata((1, VALID))
 
@@ -657,7 +657,7 @@ async def test_a_write_in_the_steady_state_allocates_next_to_nothing():
     image = bench.make_image(6 * BLOCK)
     slot = FirmwareSlot(Quiet)
     await slot.begin(bench.signed(image))
-    block = memoryview(bytearray(image[:BLOCK]))
+    block = bench.pieces(image[:BLOCK])
     slot.write(block)
     slot.write(block)
     gc.collect()
@@ -679,13 +679,13 @@ async def test_finish_and_abandon_give_the_buffers_back():
     image = bench.make_image(2 * BLOCK)
     described = bench.signed(image)
     await slot.begin(described)
-    slot.write(image[:BLOCK])
+    slot.write(bench.pieces(image[:BLOCK]))
     slot.abandon()
     gc.collect()
     without = gc.mem_alloc()
     await slot.begin(described)
-    slot.write(image[:BLOCK])
-    slot.write(bytes(BLOCK))
+    slot.write(bench.pieces(image[:BLOCK]))
+    slot.write(bench.pieces(bytes(BLOCK)))
     gc.collect()
     assert gc.mem_alloc() - without >= 512
     slot.abandon()

@@ -10,6 +10,7 @@ import struct
 from esp32 import NVS, Partition
 
 from twinslot import journal, release
+from twinslot.slot import PIECE
 
 NEW, PENDING, VALID, INVALID, ABORTED = 0, 1, 2, 3, 4
 TORN = 0xFFFFFFF5  # a state that no bootloader watches
@@ -50,6 +51,12 @@ def signed(image, build=None, sha256=None, size=None):
         binascii.hexlify(image[-32:]).decode() if build is None else build,
         [],
     )
+
+
+def pieces(buf):
+    """Return a block as ``FirmwareSlot.write`` takes it."""
+    view = memoryview(buf)
+    return [view[at : at + PIECE] for at in range(0, len(view), PIECE)]
 
 
 def put(image, label="ota_1", first=0):
@@ -130,6 +137,7 @@ class Spy:
     """esp32.Partition, with a log of what is erased and written, and orders to fail.
 
     log: ("erase", block), ("write", offset, length), ("set_boot", label), ("confirm",).
+        Writes that follow each other without a gap are one.
     fail: {"write": offset}, {"read": offset}, {"erase": block}: OSError there, in app slots.
         {"lost": offset}: what is written there does not arrive, and nobody says so.
     """
@@ -187,7 +195,11 @@ class Spy:
             self.log.append(("erase", block))
         at = block * BLOCK + (offset or 0)
         self._order("write", at)
-        self.log.append(("write", at, len(buf)))
+        before = self.log[-1] if self.log else ("",)
+        if before[0] == "write" and sum(before[1:]) == at:
+            self.log[-1] = ("write", before[1], before[2] + len(buf))
+        else:
+            self.log.append(("write", at, len(buf)))
         if self.fail.get("lost") == at:
             return
         if offset is None:

@@ -452,8 +452,8 @@ class _Sink:
 
     total = 0
 
-    def write(self, buf):
-        self.total += len(buf)
+    def write(self, block):
+        self.total += sum(len(piece) for piece in block)
 
 
 def _stage(encoding, patch, size):

@@ -17,6 +17,7 @@ import bench
 from trust import Nvs
 
 from twinslot.journal import Journal
+from twinslot.slot import PIECE
 from twinslot_tools.virtual_esp32 import bootloader
 from twinslot_tools.virtual_esp32.chip import image
 
@@ -54,6 +55,11 @@ def _load_esp32():
 
 
 _ESP32, _SOC, _IMAGE, _TABLE = _load_esp32()
+
+
+def pieces(block):
+    """Return a block as ``FirmwareSlot.write`` takes it."""
+    return [block[at : at + PIECE] for at in range(0, len(block), PIECE)]
 
 
 class OnHost:

@@ -853,13 +853,16 @@ def fetches(console: str, story: Story) -> list[Fetch]:
     return found
 
 
-def check_checkpoint(flash: bytes, fetched: list[Fetch]) -> None:
+def check_checkpoint(flash: bytes, fetched: list[Fetch], story: Story) -> None:
     """Held at the checkpoint that flash held when the power failed: another payload is no way to
     go on from it either."""
     kept = blob_of(flash, "checkpoint")
     for url, start in fetched if kept else []:
-        complaint = f"a checkpoint at {kept['at']} of {kept['url']}, fetched {url} from {start}"
-        check(url.endswith(kept["url"]) and start >= kept["at"], complaint, "lost")
+        payload = url.removeprefix(f"{SHELF}lamp/")
+        names = [(story.build(v) + payload).encode() for v in story.complete]
+        complaint = f"a checkpoint at {kept['at']} of {kept['of']}, fetched {url} from {start}"
+        mine = kept["of"] in [binascii.crc32(name) for name in names]
+        check(mine and start >= kept["at"], complaint, "lost")
 
 
 def prove(
@@ -883,7 +886,7 @@ def prove(
         board = switch_on(path, point.cuts[:i])
         result = _run_to_cut(board, story, Fault(*cut), on_console)
         if left and not point.wipe:
-            check_checkpoint(left, fetches(result.console, story))
+            check_checkpoint(left, fetches(result.console, story), story)
         if result.outcome != "power-cut":
             check(left, f"no cut: {[b.outcome for b in result.boots]}")
             break  # it had come to rest before
@@ -898,6 +901,6 @@ def prove(
     else:
         result = run_to_rest(switch_on(path, point.cuts), story, on_console, **options)
         if left and not point.wipe:
-            check_checkpoint(left, fetches(result.console, story))
+            check_checkpoint(left, fetches(result.console, story), story)
     check_end(path.read_bytes(), result, story, volume, anywhere=bool(point.wipe))
     return left, done, result

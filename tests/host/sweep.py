@@ -253,7 +253,7 @@ class Sweep:
                 volume = self.volume._replace(starts=starts)
                 end = path.read_bytes()
                 check_end(end, result, self.story, volume)
-                check_checkpoint(flash, fetches(result.console, self.story))
+                check_checkpoint(flash, fetches(result.console, self.story), self.story)
             except Broken as broken:
                 life.complaint = broken
                 return life

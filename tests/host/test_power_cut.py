@@ -5,6 +5,7 @@ cut before, after and in the middle, in most of the stories; see `sweep.py` for 
 `powercut.py` for what must hold. Three thousand lives are run here; `make powercut` runs them all.
 """
 
+import hashlib
 import io
 import json
 import random
@@ -19,6 +20,7 @@ import pytest
 from powercut import (
     CHIP,
     KINDS,
+    NEW,
     PARTITIONS,
     SLOTS,
     STORIES,
@@ -185,7 +187,10 @@ def _boast_a_checkpoint(flash):
     with io.BytesIO(flash) as file:
         part = PARTITIONS["nvs"]
         store = nvs.Nvs(Flash(file, len(flash)), part.offset, part.size)
-        body = json.dumps({"url": "", "at": 1 << 20, "offset": 1 << 20}).encode()
+        image = STORIES["good-down"].image(NEW)
+        name = hashlib.sha256(image).hexdigest()
+        of = crc32(f"{image[-32:].hex()}blobs/{name[:2]}/{name}.bin".encode())
+        body = json.dumps({"of": of, "at": 1 << 20, "offset": 1 << 20}).encode()
         blob = struct.pack("<BI", 1, crc32(body)) + body
         store.set_blob(store.open("twinslot"), "checkpoint", blob)
         flash[:] = file.getvalue()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import bench
 import pytest
-from onhost import OnHost, run
+from onhost import OnHost, pieces, run
 from servers import HARDWARE, PRODUCT
 from trust import key
 
@@ -121,7 +121,7 @@ def test_a_signed_image_goes_from_publish_to_the_slot_untouched(folder, tmp_path
     async def install():
         await slot.begin(manifest.firmware)
         for at in range(0, len(image), 4096):
-            slot.write(image[at : at + 4096])
+            slot.write(pieces(image[at : at + 4096]))
         await slot.finish()
         slot.activate()
 

@@ -178,7 +178,8 @@ async def copy():
         block = bytearray(4096)
         for at in range(0, size, 4096):
             source.readblocks(at // 4096, block)
-            slot.write(memoryview(block)[: min(4096, size - at)])
+            rest = memoryview(block)[: min(4096, size - at)]
+            slot.write([rest[n : n + 512] for n in range(0, len(rest), 512)])
     await slot.finish()
     slot.activate()
 

@@ -3,7 +3,7 @@
 import hashlib
 
 import pytest
-from onhost import OnHost, run
+from onhost import OnHost, pieces, run
 
 from twinslot import release
 from twinslot.errors import (
@@ -43,7 +43,7 @@ def described(image, **members):
 async def fill(slot, image, what=None):
     await slot.begin(what or described(image))
     for at in range(0, len(image), BLOCK):
-        slot.write(image[at : at + BLOCK])
+        slot.write(pieces(image[at : at + BLOCK]))
     await slot.finish()
 
 
@@ -158,7 +158,7 @@ def test_F19_a_bit_that_rots_between_write_and_verify_is_found(board):
         async def rot(slot=slot, at=at):
             await slot.begin(described(image))
             for start in range(0, len(image), BLOCK):
-                slot.write(image[start : start + BLOCK])
+                slot.write(pieces(image[start : start + BLOCK]))
             where = board.board.part("ota_1").offset + at
             board.board.put(where, bytes([board.board.data[where] ^ 4]))
             await slot.finish()
@@ -199,7 +199,7 @@ def test_F52_more_bytes_than_the_release_says_are_refused(board):
     async def flood():
         await slot.begin(described(image))
         for start in range(0, len(image), BLOCK):
-            slot.write(image[start : start + BLOCK].ljust(BLOCK, b"\0"))
+            slot.write(pieces(image[start : start + BLOCK].ljust(BLOCK, b"\0")))
 
     with pytest.raises(ImageError):
         run(flood())
@@ -213,7 +213,7 @@ def test_F71_fewer_bytes_than_the_release_says_are_refused(board):
         async def stop(slot=slot, end=end):
             await slot.begin(described(image))
             for start in range(0, end, BLOCK):
-                slot.write(image[start : start + BLOCK])
+                slot.write(pieces(image[start : start + BLOCK]))
             await slot.finish()
 
         with pytest.raises(ImageError):
@@ -233,7 +233,7 @@ async def go_on(board, image):
         return
     start = await slot.begin(described(image), journal.checkpoint() or None)
     for at in range(start, len(image), BLOCK):
-        slot.write(image[at : at + BLOCK])
+        slot.write(pieces(image[at : at + BLOCK]))
         if (at + BLOCK) % BOUNDARY == 0:
             kept = slot.checkpoint()
             journal.save_checkpoint({**kept, "at": kept["offset"], "position": 0})

@@ -73,6 +73,8 @@ MODULES = {
     "native": Tests((), ("test_payload.py", "test_payload_stages.py")),
     "download": Tests((), ("test_download.py",)),
     "trust": Tests((), ("test_trust.py",)),
+    "anybody": Tests((), ("test_trust.py",)),
+    "lastgood": Tests((), ("test_config.py",)),
     "url": Tests(("test_incidents.py",), ("test_url.py",)),
     "certs": Tests((), ("test_certs.py",)),
     "handshake": Tests((), ("test_certs.py", "test_trust.py")),
