@@ -9,7 +9,7 @@ from micropython import const
 
 from . import errors
 from .digits import decimal
-from .http import LENGTH_MAX
+from .http import ETAG_MAX, LENGTH_MAX
 from .link import HEAD_MAX
 
 _LINES_MAX = const(64)
@@ -142,7 +142,9 @@ def tell(answer, found, minor, start, if_range):
 
 def _common(answer, found):
     etag = found.get(b"etag")
-    answer.etag = etag.decode() if etag and is_visible(etag) else None
+    if not etag or not is_visible(etag) or len(etag) > ETAG_MAX:
+        etag = None
+    answer.etag = etag.decode() if etag else None
     location = found.get(b"location")
     answer.location = location.decode() if location and is_visible(location) else None
     answer.date = http_date(found.get(b"date", b""))

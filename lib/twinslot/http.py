@@ -33,6 +33,7 @@ from .link import HEAD_MAX, longer
 
 _EXTENSION_MAX = const(128)  # a chunk-size line
 LENGTH_MAX = 0x7FFFFFFF
+ETAG_MAX = 128  # characters; a longer ETag is none: it would have to be kept, and sent again
 _DEADLINE_MAX_MS = const(0x1FFFFFFF)  # half the period of ticks_ms on 32-bit ports: 6.2 days
 
 

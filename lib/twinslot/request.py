@@ -9,13 +9,10 @@ Source: RFC 9110 (requests, redirects), RFC 9112 section 3.
 from asyncio import current_task, sleep_ms
 from time import ticks_ms
 
-from micropython import const
-
 from . import errors, unload
-from .http import Response
+from .http import ETAG_MAX, Response
 from .link import longer
 
-_ETAG_MAX = const(128)
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -60,8 +57,8 @@ def _field(value):
     from . import head
 
     raw = value.encode()
-    if not head.is_visible(raw) or len(value) > _ETAG_MAX:
-        raise errors.FormatError("ETag", head.clip(raw), "visible characters, %d" % _ETAG_MAX)
+    if not head.is_visible(raw) or len(value) > ETAG_MAX:
+        raise errors.FormatError("ETag", head.clip(raw), "visible characters, %d" % ETAG_MAX)
     return value
 
 

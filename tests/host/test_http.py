@@ -266,6 +266,8 @@ for name, text in {
 }.items():
     case("date_malformed_is_no_date_" + name, {"date": None}, good(b"", "Date: " + text))
 case("etag_not_printable_is_none", {"etag": None}, good(b"", 'ETag: "a b"'))
+case("etag_of_128_is_one", {"etag": "e" * 128}, good(b"", "ETag: " + "e" * 128))
+case("etag_too_long_to_be_sent_is_none", {"etag": None}, good(b"", "ETag: " + "e" * 129))
 case("status_404_with_body", {"status": 404, "body": b"gone"}, good(b"gone", status="404 Nope"))
 case(
     "status_503_without_length_is_still_a_status",
