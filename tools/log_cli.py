@@ -168,7 +168,7 @@ def _facts(notes: Notes) -> list[str]:
     for build, version, reason, _ in notes.journal.get("failed", []):
         lines.append(f"failed here: {version} ({build[:12]}): {reason}")
     if kept:
-        lines.append(f"download kept up to byte {kept.get('offset')} of {kept.get('url')}")
+        lines.append(f"download kept up to byte {kept.get('offset')} of the image")
     if notes.starts:
         lines.append(f"starts that failed in a row: {notes.starts}")
     lines += [f"{key}: unreadable, the board takes it for empty" for key in notes.damaged]

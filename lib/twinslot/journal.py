@@ -39,7 +39,7 @@ from . import errors
 
 REASON = 80  # characters of a reason in the log
 LIMIT = 2048  # bytes of the whole blob; the smallest NVS we ship holds about 12 KB
-_CHECKPOINT_LIMIT = 512  # an ETag of 128 quotes fits
+_CHECKPOINT_LIMIT = 512  # bytes of that blob: the longest ETag fits, if it were all quotes
 _FORMAT = 1
 _KEY = "journal"
 _CHECKPOINT = "checkpoint"
@@ -205,11 +205,20 @@ class Journal:
 
     def save_checkpoint(self, checkpoint=None):
         """Keep a checkpoint, in a blob of its own: it is written every 64 KiB and is worth
-        nothing when the journal itself is not. None removes it. Raises SpaceError."""
-        if checkpoint is not None:
-            self._store(_CHECKPOINT, json.dumps(checkpoint).encode())
+        nothing when the journal itself is not. None removes it.
+
+        Raises:
+            SpaceError: NVS is full, or it is larger than ``checkpoint`` reads.
+        """
+        if checkpoint is None:
+            self._erase(_CHECKPOINT)
             return
-        self._erase(_CHECKPOINT)
+        body = json.dumps(checkpoint).encode()
+        if len(body) + 5 > _CHECKPOINT_LIMIT:
+            raise errors.SpaceError(
+                "checkpoint", "%d bytes" % (len(body) + 5), "at most %d" % _CHECKPOINT_LIMIT
+            )
+        self._store(_CHECKPOINT, body)
 
     def starts(self):
         """Return what starts that failed in a row have come to, as ``guard`` counts them."""

@@ -439,8 +439,7 @@ CHECKPOINT = {
     "offset": 65536,
     "crc": 0xFFFFFFFF,
     "header": "e9" * 32,
-    "build": "ab" * 32,
-    "url": "blobs/x.gz",
+    "of": 0xFFFFFFFF,
     "at": 0,
     "position": 0,
     "etag": None,
@@ -459,7 +458,7 @@ def test_a_checkpoint_of_another_shape_is_none():
     for etag in (7, [], {}, False):
         store(framed(json.dumps(dict(CHECKPOINT, etag=etag)).encode()), "checkpoint")
         assert journal.checkpoint() == {}
-    for etag in (None, "", "x"):
+    for etag in (None, "", "x", '"' * 128):
         store(framed(json.dumps(dict(CHECKPOINT, etag=etag)).encode()), "checkpoint")
         assert journal.checkpoint() == dict(CHECKPOINT, etag=etag)
 
@@ -470,6 +469,11 @@ def test_a_checkpoint_comes_and_goes_without_the_journal():
     journal.save_checkpoint(CHECKPOINT)
     assert read_back().checkpoint() == CHECKPOINT
     assert read_back().get("floor", int) == 7
+    for etag in ('"' * 128, "x" * 256):
+        journal.save_checkpoint(dict(CHECKPOINT, etag=etag, at=0xFFFFFFFF, position=0xFFFFFFFF))
+        assert read_back().checkpoint()["etag"] == etag
+    raises(SpaceError, journal.save_checkpoint, dict(CHECKPOINT, etag="x" * 512))
+    assert read_back().checkpoint()["etag"] == etag
     journal.save_checkpoint()
     journal.save_checkpoint()
     assert read_back().checkpoint() == {}

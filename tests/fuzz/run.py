@@ -137,7 +137,7 @@ def _framed(text: bytes) -> bytes:
 
 def _checkpoints() -> list[bytes]:
     """Those of a download amid a patch, and of a plain one that named no etag."""
-    head = {"offset": 65536, "crc": 7, "header": "e9" * 32, "build": "b", "url": "x"}
+    head = {"offset": 65536, "crc": 7, "header": "e9" * 32, "of": 9}
     rest = [
         {"at": 9000, "position": 60000, "etag": "e"},
         {"at": 65536, "position": 0, "etag": None},

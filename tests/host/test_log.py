@@ -22,7 +22,7 @@ for i in range(20):
     journal.add_to_log("1.%d.0" % i, "failed", "reason \\x1b[31m %d " % i + "x" * 90)
 journal.add_to_log("2.0.0", "confirmed")
 journal.update(trial={"build": "ab", "version": "2.1.0"}, failed=[["c0ffee", "1.9.0", "crash", 3]])
-checkpoint = {"offset": 65536, "crc": 7, "url": "blobs/x.bin", "at": 65536, "position": 0}
+checkpoint = {"offset": 65536, "crc": 7, "of": 9, "at": 65536, "position": 0}
 journal.save_checkpoint(checkpoint)
 journal.set_starts(2)
 """
@@ -60,7 +60,7 @@ def test_a_person_reads_attempts_failures_and_what_is_under_way(flash):
     assert done.returncode == 0, done.stderr
     assert "on trial: 2.1.0" in done.stdout
     assert "failed here: 1.9.0 (c0ffee): crash" in done.stdout
-    assert "65536 of blobs/x.bin" in done.stdout
+    assert "kept up to byte 65536 of the image" in done.stdout
     assert "\x1b[31m" not in done.stdout
     assert flash.read_bytes() == before
 
