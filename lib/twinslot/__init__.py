@@ -48,11 +48,11 @@ _RARE = (
 )
 
 
-def unload(names=None):
-    """Let go of submodules, by default of all that have something to do now and then, not during
-    a download. The next import loads them again; what still refers to one keeps it. (Where the
-    package is not frozen a function is 50 to 100 bytes of heap, and its code.)"""
-    for name in names or _RARE:
+def unload():
+    """Let go of the submodules that have something to do now and then, not during a download. The
+    next import loads them again; what still refers to one keeps it. (Where the package is not
+    frozen a function is 50 to 100 bytes of heap, and its code.)"""
+    for name in _RARE:
         globals().pop(name, None)
         sys.modules.pop("twinslot." + name, None)
 

@@ -151,7 +151,7 @@ class Trust:
         await _make_room()
         from . import jws
 
-        payload = jws.verify(token, keys, _TYPE)
+        payload = jws.verify(token, keys, _TYPE, tidy)
         del token, keys, jws
         await _make_room()
         from . import release

@@ -96,7 +96,7 @@ def installed() -> Iterator[None]:
         # What is loaded stays, and so does what a test has planted in it.
         for name, module in list(sys.modules.items()):
             if name.split(".")[0] == "twinslot" and hasattr(module, "unload"):
-                patch.setattr(module, "unload", lambda *names: None)
+                patch.setattr(module, "unload", lambda: None)
         patch.setattr(push, "asyncio", _OneLoop)
         yield
 
