@@ -79,8 +79,8 @@ class Download:
                     raise  # another payload would come over the same network, or not now either
                 error = exc
             print("twinslot: payload %s:" % (chosen.patch or chosen.encoding), error)
-            # What was built on has failed, or was not there.
-            self._journal.save_checkpoint()
+            if not isinstance(error, MemoryError):
+                self._journal.save_checkpoint()  # what was built on has failed, or was not there
             self._slot.abandon()
             gc.collect()
         if isinstance(error, MemoryError):

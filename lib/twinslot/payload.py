@@ -19,7 +19,8 @@ against any input: output by the image's size, input and work per output, time b
 at other tasks.
 
 Memory, once per update: a block of 4 KiB; gzip adds 5 KiB and the window (4 KiB for window 12)
-anew for each member; a patch adds 512 bytes. ``heap`` tells it before anything is opened.
+anew for each member; a patch adds 512 bytes, and its code. ``heap`` tells it before anything is
+opened.
 
 The stages that are not always needed are in ``inflate`` and ``patch``.
 """
@@ -74,7 +75,8 @@ def buffers(payload):
 
 
 def heap(payload):
-    """Bytes of heap that ``pump`` needs for a payload, beside the block."""
+    """Bytes of heap that a payload needs beside the block: what ``pump`` makes, and a patch's
+    code."""
     need = buffers(payload)
     if need:
         need += PIECE + 640  # a buffer, objects

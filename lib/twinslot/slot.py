@@ -367,6 +367,8 @@ class FirmwareSlot:
             ChecksumError: what flash holds is not the image.
         """
         image = self._image
+        if self._ready:
+            return
         if image is None or self._pos != image.size:
             raise errors.ImageError(
                 "image", "%d bytes" % self._pos, image.size if image else "begin()"

@@ -217,6 +217,14 @@ async def test_F57_a_server_that_knows_no_ranges_begins_anew():
     assert board.told[0][1]["done"] == BOUNDARY
 
 
+async def test_a_checkpoint_that_could_not_be_read_again_is_no_step_forward():
+    it = Downloading(Site(a=serves(IMAGE, cut=BOUNDARY + 9000, etag='"%s"' % ("x" * 510))))
+    it.journal.set_fetching(5)
+    await it.fails(NetworkError, plain())
+    assert it.journal.fetching() == 5 and not it.download.further
+    assert it.journal.checkpoint() == {}
+
+
 async def test_a_mark_of_the_download_goes_when_a_checkpoint_comes_further_than_before():
     """And not where it began anew: a server whose files have another name each time, and a reset
     each time, would never end."""
@@ -403,6 +411,16 @@ async def test_running_out_of_memory_leads_to_another_payload_or_says_busy():
     site = Site(p=MemoryError("no room"))
     exc = await Downloading(site).fails(BusyError, patch("p", 1))
     assert "no room" in str(exc)
+
+
+async def test_want_of_memory_costs_no_checkpoint():
+    board = await cut_at(BOUNDARY + 1)
+    again(board, Site(a=MemoryError("no room")))
+    await board.fails(BusyError, plain())
+    site = Site(a=serves(IMAGE))
+    again(board, site)
+    await board.run(plain())
+    assert site.wanted[0][0] == BOUNDARY
 
 
 async def test_a_budget_that_is_used_up_ends_it_and_what_came_is_kept():

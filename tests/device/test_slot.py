@@ -152,12 +152,14 @@ async def test_F3_F21_a_write_that_failed_leaves_its_block_in_doubt():
     image = bench.make_image(3 * BLOCK)
     slot = prepared()
     bench.put(bench.make_image(4 * BLOCK))
-    Spy.reset(write=2 * BLOCK)
-    await refusal(PartitionError, fill(slot, image))
-    bench.put(image, first=1)  # as it may read now
-    Spy.reset()
-    await fill(slot, image)
-    assert Spy.erases() == [0, 1, 2]
+    for where in (2 * BLOCK, 2 * BLOCK + 512, 3 * BLOCK - 512):
+        Spy.reset(write=where)
+        await refusal(PartitionError, fill(slot, image))
+        bench.put(image, first=1)  # as it may read now
+        Spy.reset()
+        await fill(slot, image)
+        assert Spy.erases() == [0, 1, 2]
+        bench.put(bench.make_image(4 * BLOCK))
 
 
 async def test_block_0_is_erased_even_if_it_reads_blank():
@@ -172,6 +174,34 @@ async def test_block_0_is_erased_even_if_it_reads_blank():
 def test_writes_come_in_blocks_and_after_begin():
     slot = prepared()
     raises(ValueError, slot.write, bench.pieces(bytes(BLOCK)))
+
+
+async def test_a_block_comes_in_whole_pieces_but_for_the_last():
+    slot = prepared()
+    image = bench.make_image(3 * BLOCK)
+    await slot.begin(bench.signed(image))
+    view = memoryview(image)
+    whole = bench.pieces(view[:BLOCK])
+    for wrong in (
+        [],
+        [view[:BLOCK]],
+        [view[:513]],
+        [view[:511], view[511:1022]],
+        whole[:-1] + [view[:513]],
+        whole + [view[:1]],
+    ):
+        raises(ValueError, slot.write, wrong)
+    assert Spy.log == []
+    slot.write(whole)
+
+
+async def test_finish_may_be_asked_for_once_more():
+    slot = prepared()
+    await fill(slot, bench.make_image(2 * BLOCK))
+    Spy.reset()
+    await slot.finish()
+    assert Spy.log == []
+    slot.activate()
 
 
 async def test_a_short_block_can_only_be_the_last():
