@@ -376,7 +376,8 @@ def smallest_heap() -> Iterator[Figure]:
 # imported before, and stay: what is measured is beyond them. (What they take themselves, and that
 # most are there for a moment only, shows in the smallest heap that completes an update.)
 _LIVE = """    import gc, sys
-    import twinslot.agent, twinslot.download, twinslot.inflate, twinslot.native, twinslot.patch
+    import twinslot.agent, twinslot.blink, twinslot.download
+    import twinslot.inflate, twinslot.native, twinslot.patch
     for name in twinslot._RARE:
         __import__("twinslot." + name)
     twinslot.unload = lambda: None

@@ -76,7 +76,10 @@ class Agent:
         self._verdict = guard.start(s["wdt"])  # no second time if boot.py has done it
         self._slot = FirmwareSlot()
         self._journal = Journal.shared()
-        self._running = self._slot.status()  # what runs can't change before the next reset
+        found = self._slot.status()
+        # What can't change before the next reset.
+        self._running = {key: found[key] for key in ("build", "version", "inactive")}
+        del found
         self._clock = Clock(
             ntp=s["ntp"],
             last=self._journal.get("time", int),
