@@ -54,7 +54,7 @@ class _Host:
     def get_blob(self, key: str, buf: bytearray) -> int:
         data = self._read(self._store.get_blob, key)
         if len(data) > len(buf):
-            raise OSError("too long")
+            raise OSError(-nvs.ERR_INVALID_LENGTH)
         buf[: len(data)] = data
         return len(data)
 

@@ -50,6 +50,7 @@ _LOG_KEEP = 16
 _PROBE = "probe"
 _SPARE = "spare"
 _ABSENT = -0x1102  # ESP_ERR_NVS_NOT_FOUND
+_TOO_SMALL = -0x110C  # ESP_ERR_NVS_INVALID_LENGTH: of the buffer
 _KEEP = 4  # entries of each list: the newest
 
 _shared = None
@@ -85,11 +86,17 @@ class Journal:
         return _shared
 
     def _load(self, key, limit=LIMIT):
-        buf = bytearray(limit)
-        try:
-            n = self._nvs.get_blob(key, buf)
-        except OSError:  # absent, of another type, or larger than we ever write
-            return {}
+        size = limit >> 2  # most are short, and so much in one piece is rare
+        while True:
+            buf = bytearray(size)
+            try:
+                n = self._nvs.get_blob(key, buf)
+                break
+            except OSError as exc:
+                # Absent, of another type, or larger than we ever write.
+                if exc.args[0] != _TOO_SMALL or size == limit:
+                    return {}
+                size <<= 1
         if buf[0] != _FORMAT:
             return {}
         body = bytes(memoryview(buf)[5:n])
@@ -265,16 +272,15 @@ class Journal:
         now = 0
         if time.gmtime()[0] > 2024:
             now = int(time.time()) + (946684800 if time.gmtime(0)[0] == 2000 else 0)
-        entries = self.log()[1 - _LOG_KEEP :]
-        reason = "".join(
-            c if " " <= c <= "~" else "?" for c in reason[:REASON]
-        )  # may quote anybody
-        entries.append([now, version, status, reason])
-        body = json.dumps({"log": entries}).encode()
-        while len(body) + 5 > LIMIT:
-            del entries[0]
-            body = json.dumps({"log": entries}).encode()
         try:
+            entries = self.log()[1 - _LOG_KEEP :]
+            # It may quote anybody.
+            reason = "".join(c if " " <= c <= "~" else "?" for c in reason[:REASON])
+            entries.append([now, version, status, reason])
+            body = json.dumps({"log": entries}).encode()
+            while len(body) + 5 > LIMIT:
+                del entries[0]
+                body = json.dumps({"log": entries}).encode()
             self._store(_LOG, body)
-        except errors.SpaceError as exc:
+        except (errors.SpaceError, MemoryError) as exc:
             print("twinslot: not logged:", exc)

@@ -463,6 +463,20 @@ def test_a_checkpoint_of_another_shape_is_none():
         assert journal.checkpoint() == dict(CHECKPOINT, etag=etag)
 
 
+def test_want_of_memory_costs_a_line_of_the_log_and_nothing_else():
+    journal = bench.new_journal()
+    journal.add_to_log("1.0.0", "confirmed")
+    log = journal.log
+
+    def short():
+        raise MemoryError("no room")
+
+    journal.log = short
+    journal.add_to_log("1.1.0", "confirmed")
+    journal.log = log
+    assert [entry[1] for entry in journal.log()] == ["1.0.0"]
+
+
 def test_a_checkpoint_comes_and_goes_without_the_journal():
     journal = bench.new_journal(floor=7)
     assert journal.checkpoint() == {}

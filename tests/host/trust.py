@@ -63,6 +63,8 @@ class Nvs:
         if name not in self.blobs:
             raise OSError(-0x1102)
         blob = self.blobs[name]
+        if len(blob) > len(buffer):
+            raise OSError(-0x110C)
         buffer[: len(blob)] = blob
         return len(blob)
 
