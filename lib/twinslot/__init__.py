@@ -43,6 +43,7 @@ _RARE = (
     "sources.static",
     "startup",
     "strict",
+    "trial",
     "url",
     "walk",
 )

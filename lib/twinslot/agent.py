@@ -40,7 +40,7 @@ _WAIT_MAX_MS = 0x1FFFFFFF  # what the ticks of a 32-bit port can span: 6.2 days
 # Bytes of GC heap: what verifies a release, then the modules of the download, a block, the JWS,
 # headers, and room to run, beside the room that waits for the TLS context. What `make bench`
 # measures on a 64-bit port; objects of a 32-bit one are half as large.
-_HEAP_NEED = (19 if sys.maxsize > 1 << 32 else 17) * 1024
+_HEAP_NEED = (20 if sys.maxsize > 1 << 32 else 18) * 1024
 _TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
 
 

@@ -1,7 +1,7 @@
-"""Decide whether the running image stays: reconcile after a boot, prove a trial, give one up.
+"""Decide whether the running image stays: reconcile after a boot, confirm it, or give it up.
 
     verdict = reconcile(slot, journal, machine.reset_cause())    # the boot guard, every boot
-    await Trial(slot, journal, checks, health, emit).prove()     # the agent, on a trial boot
+    confirm(slot, journal)                                       # `twinslot.trial`, or somebody
 
 After any reboot the facts decide (which slot runs, what otadata says of both, which builds they
 hold), together with the trial record that was written before the slot was activated. The record
@@ -12,11 +12,7 @@ names a slot that does not run. Nothing is ever confirmed while the two differ.
 Source: design section 5; ESP-IDF esp_ota_ops.c; rules C.4, C.5, C.6, C.14 of the platform notes.
 """
 
-import asyncio
-import time
-
 from . import errors
-from .errors import OtaError
 
 TRIES = 3  # failures of a build that may not be its own fault before it counts as bad
 _WAKES = 10  # from sleep, or soft resets, within one trial; then it has failed
@@ -267,75 +263,3 @@ def give_up(slot, journal, reason, tries):
         _fail(journal, trial, reason, tries, "failed", confirmed=trial["build"])
         slot.settle()
         raise
-
-
-class Trial:
-    """The proof of an image on trial.
-
-    Args:
-        checks: list of ``(name, function)``; sync or async, true when all is well. A false
-            answer, an exception or ten seconds of silence is a failure; all are asked again every
-            second until the deadline.
-        stable: seconds the application must have run.
-        deadline: seconds after which a check that still fails ends the trial.
-        feed: called with nothing, from the event loop, to keep the software watchdog quiet.
-    """
-
-    def __init__(self, slot, journal, checks, stable, deadline, feed):
-        self._slot = slot
-        self._journal = journal
-        self._checks = checks
-        self._stable = stable
-        self._deadline = deadline
-        self._feed = feed
-
-    async def prove(self):
-        """Run until the image is proven, then confirm it.
-
-        Raises:
-            HealthError: the trial failed; the way back is prepared, reset now.
-            RollbackError: it failed and there is no way back; the running image stays.
-        """
-        start = time.ticks_ms()
-        build = self._slot.status()["build"]
-        feeder = asyncio.create_task(self._keep_feeding())
-        try:
-            await asyncio.sleep(self._stable)
-            while True:
-                complaint = await self._complaint()
-                if build and self._journal.get("confirmed", str) == build:
-                    return  # by hand, meanwhile
-                if complaint is None:
-                    try:
-                        return confirm(self._slot, self._journal)
-                    except OtaError as exc:
-                        complaint = "can't be confirmed: " + exc.message
-                if time.ticks_diff(time.ticks_ms(), start) >= self._deadline * 1000:
-                    break
-                await asyncio.sleep(1)
-        finally:
-            feeder.cancel()
-        # An unreachable server need not be the image's fault: it may be offered again.
-        tries = 1 if complaint.startswith("check 'source'") else TRIES
-        give_up(self._slot, self._journal, complaint, tries)
-        raise errors.HealthError(complaint)
-
-    async def _keep_feeding(self):
-        while True:
-            self._feed()
-            await asyncio.sleep_ms(500)
-
-    async def _complaint(self):
-        """Name the first check that fails, None if all pass."""
-        for name, function in self._checks:
-            try:
-                answer = function()
-                if hasattr(answer, "send"):  # a coroutine
-                    answer = await asyncio.wait_for(answer, 10)
-            except asyncio.TimeoutError:
-                return "check '%s' did not answer in 10 s" % name
-            except Exception as exc:
-                return "check '%s' raised %s: %s" % (name, type(exc).__name__, exc)
-            if not answer:
-                return "check '%s' failed" % name
-        return None

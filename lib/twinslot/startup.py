@@ -6,7 +6,7 @@ Part of the agent, whose members it uses; of its own so that it can be let go.
 import asyncio
 import hashlib
 
-from . import errors, guard
+from . import errors, guard, tidy
 from .agent import persist
 from .errors import OtaError
 from .journal import Journal
@@ -38,13 +38,13 @@ def first_delay_ms(agent):
 
 async def prove(agent):
     """Confirm the image on trial, or reset into the way back."""
-    from . import health
+    from .trial import Trial
 
     s = agent._settings
     hang = s["hang"]
     guard.feed(hang)
     agent._emit("trial", version=agent.version())
-    trial = health.Trial(
+    proof = Trial(
         agent._slot,
         agent._journal,
         agent._checks,
@@ -53,7 +53,7 @@ async def prove(agent):
         lambda: guard.feed(hang),
     )
     try:
-        await trial.prove()
+        await proof.prove()
     except errors.HealthError as exc:
         agent._emit("rolledback", version=agent.version(), **exc.report())
         agent._machine.reset()
@@ -67,8 +67,10 @@ async def prove(agent):
 
 async def reachable(agent):
     """The default health check: the source answers, with whatever HTTP status."""
+    tidy()  # as before a poll
     try:
         await agent._clock.ensure()
+        tidy()
         await agent._ask_source().poll(agent._client, agent.facts())
     except errors.HttpError as exc:
         if not exc.status:

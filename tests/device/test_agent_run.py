@@ -434,9 +434,9 @@ async def test_a_trial_that_can_neither_be_proven_nor_left_is_told_and_the_board
     async def prove(trial):
         raise twinslot.errors.RollbackError("no way back")
 
-    from twinslot import health  # the agent has unloaded the one of other tests
+    from twinslot import trial  # the agent has unloaded the one of other tests
 
-    with Instead(health.Trial, prove=prove):
+    with Instead(trial.Trial, prove=prove):
         await agent.update_now()
     assert [n for n in names(events) if n != "checking"] == ["trial", "failed", "idle"]
     assert events[1][1]["message"] == "no way back"

@@ -12,6 +12,7 @@ from harness import raises
 from workbench import ABORTED, BLANK, BLOCK, INVALID, NEW, PENDING, TORN, VALID
 
 from twinslot import health
+from twinslot import trial as proving
 from twinslot.errors import HealthError, PartitionError, RollbackError, SpaceError
 from twinslot.slot import FirmwareSlot
 
@@ -370,7 +371,7 @@ def test_F103_a_reason_is_kept_short_and_printable():
 def trial(*checks, stable=0, deadline=0, fed=None):
     slot, journal = board((3, PENDING), (2, VALID), trial=record(OWN, boots=1), confirmed=OTHER)
     feed = (lambda: fed.append(1)) if fed is not None else lambda: None
-    return health.Trial(slot, journal, list(checks), stable, deadline, feed), journal
+    return proving.Trial(slot, journal, list(checks), stable, deadline, feed), journal
 
 
 async def ends(kind, proof):
@@ -648,7 +649,7 @@ class Wall:
 async def at_pace(proof):
     """Run a proof; return (what it raised, seconds slept, milliseconds between feedings)."""
     wall = Wall()
-    real = asyncio.sleep, asyncio.sleep_ms, health.time
+    real = asyncio.sleep, asyncio.sleep_ms, proving.time
     fed = []
 
     async def sleep(seconds):
@@ -660,14 +661,14 @@ async def at_pace(proof):
         fed.append(ms)
         await real[0](3600)
 
-    asyncio.sleep, asyncio.sleep_ms, health.time = sleep, sleep_ms, wall
+    asyncio.sleep, asyncio.sleep_ms, proving.time = sleep, sleep_ms, wall
     try:
         await proof.prove()
         ended = None
     except HealthError as exc:
         ended = exc
     finally:
-        asyncio.sleep, asyncio.sleep_ms, health.time = real
+        asyncio.sleep, asyncio.sleep_ms, proving.time = real
     return ended, wall.slept, fed
 
 
@@ -678,6 +679,21 @@ async def test_a_check_is_asked_every_second_until_the_deadline_is_reached():
     assert "lamp" in str(ended)
     assert slept == [2, 1, 1, 1] and len(asked) == 4, "at 2, 3, 4 and 5 seconds"
     assert fed == [500]
+
+
+async def test_want_of_memory_is_no_reason_to_give_an_image_up():
+    proof, journal = trial(deadline=5)
+    update, errors = journal.update, [MemoryError("no room")]
+
+    def short(**changes):
+        if errors:
+            raise errors.pop()
+        update(**changes)
+
+    journal.update = short
+    ended, slept, _ = await at_pace(proof)
+    assert ended is None and slept == [0, 1]
+    assert bench.states()[0] == VALID and journal.get("confirmed", str) == OWN
 
 
 async def test_a_confirmation_by_hand_ends_the_trial():

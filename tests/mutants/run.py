@@ -82,6 +82,7 @@ MODULES = {
     "sources.server": Tests(("test_sources.py",)),
     "sources.static": Tests(("test_sources.py",)),
     "health": Tests((), ("test_health.py", "test_journal.py")),
+    "trial": Tests((), ("test_health.py",)),
     "guard": Tests((), ("test_guard.py",)),
     "agent": Tests((), ("test_agent.py", "test_agent_run.py")),
     "plan": Tests((), ("test_agent.py", "test_agent_run.py")),
