@@ -19,7 +19,6 @@ _HOME = {
     "status": "console",
 }
 _RARE = (
-    "anybody",
     "base64url",
     "config",
     "dial",
