@@ -341,7 +341,7 @@ SLIPS = {
     ),
     "the version falls": ("plan", "manifest.version, agent.version()) > 0", "'2.0.0', '1.0.0')"),
     "the running slot written": ("slot", "self._running.get_next_update()", "self._running"),
-    "confirmed unasked": ("health", "if complaint is None:", "if True:"),
+    "confirmed unasked": ("trial", "if complaint is None:", "if True:"),
 }
 
 
