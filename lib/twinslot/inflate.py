@@ -1,7 +1,7 @@
-"""The stage that inflates a gzip payload: members, one after the other, in slices.
+"""The stage that inflates a gzip payload: members, one after the other, in pieces.
 
 Inflating never waits: the ring between the network and ``deflate.DeflateIO`` is filled with more
-than a slice of output can need, then the slice is inflated in C. DeflateIO reads its source byte
+than a piece of output can need, then the piece is inflated in C. DeflateIO reads its source byte
 by byte, and an empty source spoils it for good.
 
 Source: RFC 1952; MicroPython extmod/moddeflate.c, py/objringio.c.
@@ -43,7 +43,7 @@ class Inflate:
         self.wait = response.wait
 
     def _filled(self):
-        """Fill the ring with what is there; True when it holds enough for a slice."""
+        """Fill the ring with what is there; True when it holds enough for a piece."""
         ring = self._ring
         while not self._ended and ring.any() < AHEAD:
             n = self._response.take(self.spare, PIECE)
