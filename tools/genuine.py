@@ -67,7 +67,8 @@ def fetch(version: str, folder: Path = CACHE) -> Path:
     seen = hashlib.sha256(data).hexdigest()
     if seen != IMAGES[version]:
         raise GenuineError(f"{image}: saw SHA-256 {seen}, expected {IMAGES[version]}")
-    image.write_bytes(data)
+    if not image.exists():
+        image.write_bytes(data)
     return image
 
 
