@@ -1,8 +1,10 @@
 """ota.json: what is taken, what is refused and in which words, and the copy that worked."""
 
+import binascii
 import json
 import os
 
+import signer
 from harness import raises
 
 from twinslot import config, keyring, lastgood
@@ -149,6 +151,77 @@ def test_a_damaged_one_never_becomes_the_copy():
     lastgood.keep("/c.json")
     write("/c.json", b"{")
     assert config.load("/c.json")["product"] == "radio"
+
+
+def certificates():
+    """Certificates as far as a board looks at them: DER of short, longer and long lengths."""
+    for head, n in ((b"\x30\x7f", 127), (b"\x30\x81\x80", 128), (b"\x30\x82\x02\x05", 517)):
+        yield head + b"x" * n
+
+
+def test_a_certificate_is_whole_if_it_is_as_long_as_it_says():
+    for der in certificates():
+        for content in (der, pem(der), pem(der) + pem(der)):
+            write("/c.pem", content)
+            assert lastgood.is_whole("ca", "/c.pem")
+        for content in (der[:-1], der + b"x", der[:1], pem(der[:-1]), pem(der) + pem(der[:-1])):
+            write("/c.pem", content)
+            assert not lastgood.is_whole("ca", "/c.pem"), content
+    remove("/c.pem")
+    assert not lastgood.is_whole("ca", "/c.pem")
+
+
+def pem(der):
+    text = binascii.b2a_base64(der)
+    return b"-----BEGIN CERTIFICATE-----\n" + text + b"-----END CERTIFICATE-----\n"
+
+
+def test_keys_are_whole_if_they_can_be_used():
+    content = json.dumps({"keys": [signer.jwk("release")]}).encode()
+    write("/k.json", content)
+    assert lastgood.is_whole("keys", "/k.json")
+    for damaged in (content[:-1], content.replace(b"RSA", b"RSB"), b"", b"{}"):
+        write("/k.json", damaged)
+        assert not lastgood.is_whole("keys", "/k.json"), damaged
+
+
+def test_only_whole_files_are_kept_and_stand_in_for_damaged_ones():
+    keys = json.dumps({"keys": [signer.jwk("release")]}).encode()
+    der = next(certificates())
+    write("/c.json", GOOD)
+    write("/k.json", keys)
+    write("/ca.pem", der)
+    lastgood.keep("/c.json")
+    write("/ca.pem", der[:-1])
+    lastgood.keep("/c.json")
+    assert keyring.read("/ca.pem.good") == der and keyring.read("/k.json.good") == keys
+    found = config.load("/c.json")
+    assert (found["ca"], found["keys"]) == ("/ca.pem.good", "/k.json")
+    write("/k.json", keys[:-9])
+    assert config.load("/c.json")["keys"] == "/k.json.good"
+
+
+def test_what_has_not_changed_is_not_written_again():
+    write("/c.json", GOOD)
+    remove("/k.json", "/ca.pem")
+    lastgood.keep("/c.json")
+    renamed, real = [], lastgood.os
+
+    class Spy:
+        @staticmethod
+        def rename(old, new):
+            renamed.append(new)
+            real.rename(old, new)
+
+    lastgood.os = Spy
+    try:
+        lastgood.keep("/c.json")
+        assert renamed == []
+        write("/c.json", dict(GOOD, product="radio"))
+        lastgood.keep("/c.json")
+        assert renamed == ["/c.json.good"]
+    finally:
+        lastgood.os = real
 
 
 def test_a_key_file_that_is_not_there_is_named():
