@@ -36,6 +36,9 @@ class Tls:
         client_cert, client_key: for servers that ask for one; DER or PEM.
 
     With both, both must hold. With neither: ConfigError; nothing turns verification off.
+
+    Raises:
+        ConfigError: also for PEM text that is none of its kind.
     """
 
     def __init__(self, ca=None, fingerprint=None, client_cert=None, client_key=None):
@@ -56,7 +59,14 @@ class Tls:
                 raise errors.ConfigError(
                     "fingerprint", "%d characters" % len(digits), "64 hex digits"
                 )
-        self._sources = (ca, client_cert, client_key)
+        from .context import blocks
+
+        # Here, where memory is plenty, not where the context is made.
+        self._sources = (
+            blocks(ca, "ca", b"CERTIFICATE") if ca else (),
+            blocks(client_cert, "client certificate", b"CERTIFICATE")[0] if client_cert else None,
+            blocks(client_key, "client key", b"PRIVATE KEY")[0] if client_key else None,
+        )
         self._context = None
         # Where the context and the first socket will lie, not in the middle of the room that the
         # update needs. It is made once a connection stands: before the radio is on, the ESP32's
@@ -90,14 +100,18 @@ class Tls:
         self._seen = None
         try:
             if self._context is None:
-                from .handshake import make_context
+                from . import context
 
-                ca, cert, key = self._sources
-                check = self._check if self._pin else None
                 self._room = None
                 gc.collect()
-                self._context = make_context(ca, cert, key, check)
-                self._sources = (None, None, None)
+                try:
+                    self._context = context.make(
+                        *self._sources, check=self._check if self._pin else None
+                    )
+                except Exception:
+                    self._room = bytearray(_ROOM)  # for the next try
+                    raise
+                self._sources = None
                 gc.collect()
             return self._context.wrap_socket(
                 sock, server_hostname=host, do_handshake_on_connect=False

@@ -1,11 +1,9 @@
-"""What a TLS handshake needs once: its context; and, if it fails, what to do about it.
+"""A TLS handshake that failed: what to do about it.
 
-Loaded for the first connection of a boot and for one that fails, see `twinslot.certs`.
-
-Source: MicroPython extmod/modtls_mbedtls.c (verify_callback since 1.23); mbedtls x509.h (texts).
+Source: MicroPython extmod/modtls_mbedtls.c; mbedtls x509.h (texts).
 """
 
-from binascii import a2b_base64, hexlify
+from binascii import hexlify
 from errno import ENOMEM
 
 from micropython import const
@@ -23,63 +21,6 @@ _SSL_BAD_CERTIFICATE = const(-0x7A00)
 # mbedtls/include/mbedtls/x509.h, X509_CRT_ERROR_INFO_LIST: one line for each thing that is wrong
 _EXPIRED = "The certificate validity has expired"
 _FUTURE = "The certificate validity starts in the future"
-
-
-def _der_of(data, what, label):
-    """Return the DER blocks named ``label`` in ``data``: PEM text, or DER already."""
-    if isinstance(data, str):
-        data = data.encode()
-    data = bytes(data)
-    if b"-----BEGIN " not in data:
-        return [data]
-    # Not every port's mbedTLS parses PEM (unix does not), so none has to.
-    blocks = []
-    for part in data.split(b"-----BEGIN ")[1:]:
-        name, _, rest = part.partition(b"-----")
-        if name.endswith(label):
-            try:
-                blocks.append(a2b_base64(rest.split(b"-----END ")[0]))
-            except ValueError:
-                raise errors.ConfigError("%s: not base64 between the PEM lines" % what)
-    if not blocks:
-        raise errors.ConfigError("%s: no PEM block" % what, "none", label.decode())
-    return blocks
-
-
-def make_context(ca, cert, key, check):
-    """Return an SSLContext that verifies servers.
-
-    Args:
-        ca, cert, key: as of `certs.Tls`.
-        check: mbedTLS' callback for each certificate, or None. Without a CA it decides alone.
-
-    Raises:
-        ConfigError, TlsError; OSError: see ``tls_error``.
-    """
-    import tls
-
-    context = tls.SSLContext(tls.PROTOCOL_TLS_CLIENT)
-    what = "ca"
-    try:
-        # OPTIONAL without a CA goes on after a failed chain.
-        context.verify_mode = tls.CERT_REQUIRED if ca else tls.CERT_OPTIONAL  # pyright: ignore
-        if ca:
-            for der in _der_of(ca, what, b"CERTIFICATE"):
-                context.load_verify_locations(der)
-        what = "client certificate"
-        if cert:
-            context.load_cert_chain(
-                _der_of(cert, what, b"CERTIFICATE")[0],
-                _der_of(key, "client key", b"PRIVATE KEY")[0],
-            )
-    except ValueError as e:
-        raise errors.ConfigError("%s: mbedTLS can't read it (%s)" % (what, e))
-    if check:
-        try:
-            context.verify_callback = check  # pyright: ignore (not in the stubs)
-        except AttributeError:
-            raise errors.TlsError("no fingerprints on this port: pin the certificate itself (ca)")
-    return context
 
 
 def tls_error(e, host, tls):

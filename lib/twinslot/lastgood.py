@@ -64,9 +64,9 @@ def is_whole(name, file):
         if name == "keys":
             load(text, True)
             return True
-        from .handshake import _der_of
+        from .context import blocks
 
-        for der in _der_of(text, name, b""):
+        for der in blocks(text, name, b""):
             n, more = der[1], 0
             if n > 127:  # the length's own length
                 more = n & 127

@@ -321,7 +321,7 @@ def test_a_fingerprint_is_64_hex_digits():
 
 def test_a_file_that_is_no_certificate_is_named():
     def said(**files):
-        return raises(ConfigError, Tls(**files).wrap, End(), NAME).message
+        return raises(ConfigError, lambda: Tls(**files).wrap(End(), NAME)).message
 
     client = {"client_cert": cert("client"), "client_key": key("client")}
     assert said(ca=b"x").startswith("ca: mbedTLS can't read it")
@@ -345,7 +345,7 @@ def test_a_file_that_is_no_certificate_is_named():
 def test_the_files_are_let_go_once_they_are_read():
     board = Tls(ca=cert("ca"), client_cert=cert("client"), client_key=key("client"))
     reach(board)
-    assert board._sources == (None, None, None)
+    assert board._sources is None
 
 
 async def test_F107_no_context_draws_random_numbers_before_a_connection_stands():
@@ -399,6 +399,31 @@ def test_F42_want_of_memory_is_no_fault_of_a_file():
         }
         Context.where, Context.error = "wrap", ValueError("not this name")
         assert "not this name" in raises(TlsError, board.wrap, End(), NAME).message
+    finally:
+        Context.where = None
+        sys.modules["tls"] = tls
+
+
+def test_the_room_for_the_context_is_taken_again_where_it_was_not_enough():
+    class Fake:
+        SSLContext = Context
+        PROTOCOL_TLS_CLIENT = CERT_REQUIRED = CERT_OPTIONAL = 1
+
+    sys.modules["tls"] = Fake
+    try:
+        board = Tls(ca=cert("ca"))
+        room = len(board._room)
+        Context.where = "load"
+        for Context.error, kind in (
+            (MemoryError("no room"), MemoryError),
+            (OSError(12), TlsError),
+            (ValueError("malformed"), ConfigError),
+        ):
+            raises(kind, board.wrap, End(), NAME)
+            assert len(board._room) == room and board._context is None
+        Context.where = None
+        board.wrap(End(), NAME)
+        assert board._room is None
     finally:
         Context.where = None
         sys.modules["tls"] = tls

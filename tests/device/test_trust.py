@@ -321,9 +321,9 @@ def test_what_a_connection_is_verified_by_comes_from_the_files_that_are_named():
         with open("/%s.pem" % name, "w") as f:
             f.write(name)
     tls = make(fingerprint="", ca="/ca.pem").client._tls
-    assert tls._sources == (b"ca", None, None) and tls._pin is None
+    assert tls._sources == ([b"ca"], None, None) and tls._pin is None
     tls = make(client_cert="/cert.pem", client_key="/key.pem").client._tls
-    assert tls._sources == (None, b"cert", b"key") and tls._pin == b"\x5a" * 32
+    assert tls._sources == ((), b"cert", b"key") and tls._pin == b"\x5a" * 32
     for change in ({"ca": "/no.pem"}, {"client_cert": "/no.pem", "client_key": "/key.pem"}):
         raises(ConfigError, make, **change)
     assert make(url="http://tree.example/", allow_http=True).client._tls is None

@@ -164,7 +164,7 @@ def test_I12_verification_of_connections_has_no_off_switch():
     init = next(n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
     names = {argument.arg for argument in init.args.args}
     assert names == {"self", "ca", "fingerprint", "client_cert", "client_key"}
-    modes = re.findall(r"verify_mode = (.*?)  #", (LIB / "handshake.py").read_text())
+    modes = re.findall(r"verify_mode = (.*?)  #", (LIB / "context.py").read_text())
     assert modes == ["tls.CERT_REQUIRED if ca else tls.CERT_OPTIONAL"]
     users = [p.name for p in LIB.rglob("*.py") if "CERT_NONE" in p.read_text()]
     assert users == ["anybody.py"], "signed files only, without a token; see test_transport"
