@@ -101,33 +101,37 @@ class Writer:
         self._block = block or new_block()
         self._fill = 0
         self.offset = offset  # image bytes handed to the slot
-        self._aim()
+        self._aim(0)
 
     def left(self):
         """Image bytes still wanted."""
         return self._size - self.offset - self._fill
 
-    def _aim(self):
+    def _aim(self, piece):
         """Say where the next bytes go: ``room`` of them to ``view[at:]``. No new object."""
-        self.view = self._block[self._fill // PIECE]
-        self.at = self._fill % PIECE
-        self.room = min(PIECE - self.at, self.left())
+        self._piece = piece
+        self.view = self._block[piece]
+        self.at = 0
+        self.room = min(len(self.view), self.left())
 
     def advance(self, n):
         """Count ``n`` bytes put there; True when that completed a block."""
         self._fill += n
+        self.at += n
+        self.room -= n
+        if self.room:
+            return False
         fill = self._fill
         if fill < BLOCK and self.left():
-            self._aim()
+            self._aim(self._piece + 1)
             return False
         block = self._block
         if fill < BLOCK:
-            whole, rest = fill // PIECE, fill % PIECE
-            block = block[:whole] + ([block[whole][:rest]] if rest else [])
+            block = block[: self._piece] + [self.view[: self.at]]
         self._slot.write(block)
         self.offset += fill
         self._fill = 0
-        self._aim()
+        self._aim(0)
         return True
 
 

@@ -17,7 +17,7 @@ that another boot has left, each block is written, whatever it seems to hold.
 ``write`` blocks for one erase and write of a block (typically 50 ms, at most 1 s); ``activate``
 for a hash of the whole image (the bootloader's own check). The rest yields every few blocks.
 Memory: 512 bytes, in which flash is read, from ``begin`` to ``finish``. A block comes in pieces of
-as much: in a heap that an application fills, a hole of 4 KiB may be nowhere.
+as much or less: in a heap that an application fills, a hole of 4 KiB may be nowhere.
 
 Source: ESP-IDF esp_ota_ops.c, bootloader_common_loader.c; MicroPython esp32_partition.c.
 """
@@ -32,6 +32,7 @@ from .errors import OtaError
 
 BLOCK = 4096
 PIECE = 512  # bytes that are read, compared and programmed at a time: two pages of flash
+_LEAST = 128  # where the heap has no room for so much in one piece; a multiple of 32
 _TURN = 4 * BLOCK  # read back in one go, some 10 ms, then other tasks run
 _HEADER_LEN = 32
 _FACTORY = 0x00
@@ -44,8 +45,19 @@ def _crc(seq):
 
 
 def new_block():
-    """Return the pieces of a block, empty: memoryviews of ``PIECE`` bytes, 4096 in all."""
-    return [memoryview(bytearray(PIECE)) for _ in range(BLOCK // PIECE)]
+    """Return the pieces of a block, empty: memoryviews of ``PIECE`` bytes, 4096 in all. Where the
+    heap has no such holes all but the first, which an image's head has to fit, are smaller."""
+    block = []
+    left, n = BLOCK, PIECE
+    while left:
+        try:
+            block.append(memoryview(bytearray(n)))
+            left -= n
+        except MemoryError:
+            if n == _LEAST or not block:
+                raise
+            n //= 2
+    return block
 
 
 class FirmwareSlot:
@@ -260,7 +272,8 @@ class FirmwareSlot:
         """Write the next bytes of the image: one block of 4096, or the last, shorter one.
 
         Args:
-            block: a list of buffers of ``PIECE`` bytes, the image's last one may be shorter.
+            block: a list of buffers of at most ``PIECE`` bytes, whose sizes are multiples of 32
+                (a cipher's, where flash is encrypted) but for the image's last one.
 
         Raises:
             ImageError, HardwareError, SecurityVersionError: the first block is no image, one for
@@ -269,8 +282,8 @@ class FirmwareSlot:
         """
         n = 0
         for piece in block:
-            if n % PIECE or len(piece) > PIECE:
-                raise ValueError("pieces of %d" % PIECE)
+            if n % _HEADER_LEN or len(piece) > PIECE:
+                raise ValueError("pieces of at most %d" % PIECE)
             n += len(piece)
         if self._image is None or self._pos % BLOCK or not 0 < n <= BLOCK:
             raise ValueError("write blocks of %d after begin()" % BLOCK)

@@ -124,6 +124,17 @@ def test_the_writer_offers_no_more_than_the_image_wants():
     assert writer.left() == 0
 
 
+async def test_a_block_in_pieces_of_several_sizes_is_filled_in_their_order():
+    for size in (511, 512, 640, BLOCK, BLOCK + 700, 2 * BLOCK):
+        content = noise(size)
+        for pieces in ((BLOCK,), (100, 4096, 1, 999)):
+            block = [memoryview(bytearray(n)) for n in [512] * 5 + [256] * 4 + [128] * 4]
+            stage = payload.open_stage(IDENTITY, Response(content, *pieces), None, size)
+            sink = Sink()
+            await payload.pump(stage, Writer(sink, size, 0, block), lambda at, state: None)
+            assert sink.content == content
+
+
 def test_an_encoding_from_the_future_is_refused():
     later = release.Payload("blobs/a.bin", "zstd", 9, 0, None, None)
     raises(FormatError, payload.open_stage, later, Response(b""), None, 9)

@@ -10,6 +10,7 @@ from esp32 import Partition
 from harness import raises
 from workbench import ABORTED, BLANK, BLOCK, INVALID, NEW, PENDING, TORN, VALID, Spy
 
+import twinslot.slot
 from twinslot.errors import (
     BusyError,
     ChecksumError,
@@ -176,7 +177,7 @@ def test_writes_come_in_blocks_and_after_begin():
     raises(ValueError, slot.write, bench.pieces(bytes(BLOCK)))
 
 
-async def test_a_block_comes_in_whole_pieces_but_for_the_last():
+async def test_a_block_comes_in_pieces_that_flash_can_take_but_for_the_last():
     slot = prepared()
     image = bench.make_image(3 * BLOCK)
     await slot.begin(bench.signed(image))
@@ -187,12 +188,64 @@ async def test_a_block_comes_in_whole_pieces_but_for_the_last():
         [view[:BLOCK]],
         [view[:513]],
         [view[:511], view[511:1022]],
+        [view[:496], view[496:1008]],
         whole[:-1] + [view[:513]],
         whole + [view[:1]],
     ):
         raises(ValueError, slot.write, wrong)
     assert Spy.log == []
     slot.write(whole)
+
+
+async def test_pieces_of_several_sizes_are_compared_and_programmed():
+    image = bench.make_image(3 * BLOCK + 16)
+    slot = prepared()
+    for differs, erased in ((None, [0, 1, 2, 3]), (9, [0]), (2 * BLOCK + 3000, [0, 2])):
+        if differs:
+            bench.flip(differs)
+        Spy.reset()
+        await slot.begin(bench.signed(image))
+        for at in range(0, len(image), BLOCK):
+            view, block = memoryview(image)[at : at + BLOCK], []
+            for n in [512] * 5 + [256] * 4 + [128, 32, 96] + [128] * 2:
+                if view:
+                    block.append(view[:n])
+                view = view[n:]
+            slot.write(block)
+        await slot.finish()
+        assert Spy.erases() == erased, "no block that holds its bytes, but the first"
+        assert bench.read(len(image)) == image
+
+
+class Scarce:
+    """The builtin ``bytearray`` in a heap with one hole of ``first`` bytes, the others smaller."""
+
+    def __init__(self, first, others):
+        self.first = first
+        self.others = others
+        self.given = []
+
+    def __call__(self, n):
+        if n > (self.others if self.given else self.first):
+            raise MemoryError("no hole of %d" % n)
+        self.given.append(n)
+        return bytearray(n)
+
+
+def test_a_heap_full_of_holes_gives_smaller_pieces():
+    try:
+        for others, sizes in (
+            (512, [512] * 8),
+            (256, [512] + [256] * 14),
+            (200, [512] + [128] * 28),
+        ):
+            twinslot.slot.bytearray = Scarce(512, others)
+            assert [len(piece) for piece in twinslot.slot.new_block()] == sizes
+        for first, others in ((512, 127), (511, 511)):
+            twinslot.slot.bytearray = Scarce(first, others)
+            raises(MemoryError, twinslot.slot.new_block)
+    finally:
+        del twinslot.slot.bytearray
 
 
 async def test_finish_may_be_asked_for_once_more():
