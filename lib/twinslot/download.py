@@ -176,16 +176,16 @@ class Download:
             self._emit("progress", done=offset, total=image.size)
             if state is None:
                 return
-            kept = self._slot.checkpoint()
-            kept["of"] = _key(image, chosen)
-            kept["at"], kept["position"] = state
-            kept["etag"], kept["base"] = response.etag, crc32(base.encode())
             try:
+                kept = self._slot.checkpoint()
+                kept["of"] = _key(image, chosen)
+                kept["at"], kept["position"] = state
+                kept["etag"], kept["base"] = response.etag, crc32(base.encode())
                 self._journal.save_checkpoint(kept)
                 if offset > self._begun:
                     self.further = True
                     self._journal.set_fetching(0)  # a reset from here on was not in vain
-            except OtaError as exc:
+            except (OtaError, MemoryError) as exc:
                 print("twinslot: no checkpoint:", exc)  # the download itself goes on
             self._book(response)
 

@@ -442,18 +442,19 @@ async def test_a_budget_that_ends_with_the_image_does_not_undo_it():
 
 
 async def test_a_checkpoint_that_can_not_be_kept_does_not_end_a_download():
-    board = Downloading(Site(a=serves(IMAGE)))
-    save = board.journal._store
+    for error in (SpaceError("full"), MemoryError("no room")):
+        board = Downloading(Site(a=serves(IMAGE)))
+        save = board.journal._store
 
-    def full(key, body):
-        raise SpaceError("full")
+        def fails(key, body, error=error):
+            raise error
 
-    board.journal._store = full
-    try:
-        await board.run(plain())
-    finally:
-        board.journal._store = save
-    assert sum(board.spent) == len(IMAGE)
+        board.journal._store = fails
+        try:
+            await board.run(plain())
+        finally:
+            board.journal._store = save
+        assert sum(board.spent) == len(IMAGE)
 
 
 async def test_a_payload_that_can_not_be_gone_on_from_keeps_no_checkpoint():
