@@ -24,24 +24,15 @@ import time
 from . import __version__, errors, guard, reserve, tidy, unload
 from .clock import BUILD_FLOOR, Clock
 from .errors import OtaError
-from .journal import REASON, Journal
+from .journal import Journal
 from .slot import FirmwareSlot
 from .trust import Trust
 
 _BACKOFF_S = 60
 _BACKOFF_MAX_S = 3600
 _RETRY_AFTER_MAX_S = 6 * 3600
-_TRIES = 3  # downloads of one release, then it rests: flash wears and data costs
-_TRIES_IN_ALL = 12  # of whatever releases, within a rest of each other; then all of them rest
-_REST_S = 6 * 3600
 DAY_S = 86400
-_POSTPONE_MAX_S = DAY_S  # an application that is never ready gets its update all the same
 _WAIT_MAX_MS = 0x1FFFFFFF  # what the ticks of a 32-bit port can span: 6.2 days
-# Bytes of GC heap: what verifies a release, then the modules of the download, a block, the JWS,
-# headers, and room to run, beside the room that waits for the TLS context. What `make bench`
-# measures on a 64-bit port; objects of a 32-bit one are half as large.
-_HEAP_NEED = (20 if sys.maxsize > 1 << 32 else 18) * 1024
-_TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
 
 
 def _hex(raw):
@@ -100,7 +91,7 @@ class Agent:
         self._updating = None  # the task that does
         self._watch = None  # the task that feeds the guard
         self._base = s["url"]  # or that of a mirror, until the poll ends
-        self._done = None  # name of a release that needs no second look today; see _look_past
+        self._done = None  # name of a release that needs no second look today; see tries
         # CRC-32 of a release's name, polls in which it failed to come (and then starts without a
         # clock), the last poll's time, polls in which any failed
         self._tried = self._journal.get("tried", list)
@@ -348,7 +339,10 @@ class Agent:
             if isinstance(exc, errors.TlsError):
                 self._clock.doubt()  # perhaps the date is to blame: ask again
             if isinstance(exc, errors.InternalError):
-                self._log_once(exc)
+                from . import plan
+
+                plan.log_once(self._journal, exc)
+                del plan
             self._emit("failed", **exc.report())
             raise exc
 
@@ -416,9 +410,9 @@ class Agent:
                 self._journal.update(waiting=waiting)
                 self._emit("waiting", seconds=seconds)
                 return
-            await self._permit("activate", manifest)
-            await self._client.close()
-            self._activate(report["attempt"], manifest)
+            from . import plan
+
+            await plan.activate(self, manifest, report["attempt"])
         except Exception as slip:
             raise await self._failed(report, name, slip)
 
@@ -436,14 +430,18 @@ class Agent:
         """Note how a release has failed, and tell; return the OtaError for it."""
         exc = foreseen(slip)
         self._note(waiting=None)  # the next one is an attempt of its own
+        from . import tries
+
         if self._fetching:
             # Once known, by what is signed: a server can call a release by many names.
-            self._count_once(report["version"] + report["build"] or name)
+            tries.count_once(self, report["version"] + report["build"] or name)
         # One that did not come at all was perhaps damaged on the way, or is a portal's page:
         # no word on the release itself.
         if report["build"] and not exc.retry:
             # Said once: what the board can't take now it will not take at the next poll.
-            self._look_past(name)
+            tries.look_past(self, name)
+        del tries
+        unload()
         if not isinstance(exc, errors.KnownBadError):  # that was told when it was rolled back
             self._journal.add_to_log(report["version"], "failed", exc.message)
             await self._report(report, "failed", exc)
@@ -456,88 +454,6 @@ class Agent:
     def _floor(self):
         """Unix seconds that have passed for certain: the newest date signed by whom we trusted."""
         return max(BUILD_FLOOR, self._journal.get("issued", int))
-
-    def _look_past(self, name):
-        """Fetch this release no more, for a day: its name is not signed, and who held the server
-        for an hour may have given it to another one."""
-        self._done = name
-        self._done_ms = time.ticks_ms()
-
-    def _is_done(self, name):
-        if name != self._done:
-            return False
-        return 0 <= time.ticks_diff(time.ticks_ms(), self._done_ms) < DAY_S * 1000
-
-    def _rests(self, name):
-        """True while a release that could not be downloaded several times is left alone, also
-        after a reboot or deep sleep: for six hours. Where the clock begins anew with the power,
-        which perhaps never lasts so long, starts are counted on: the 4th tries, the 8th, ..."""
-        tries = self._tries(name)
-        if tries < _TRIES or self._counted:  # a mirror is asked in the same poll
-            return False
-        last, in_all = self._tried[2:]
-        rested = int(time.time()) - last
-        if rested < 0:  # the clock began anew with this boot
-            rested = time.ticks_ms() // 1000  # pyright: ignore (a number, whatever it wraps at)
-        if rested >= _REST_S:
-            self._tried = []
-            self._note(tried=None)
-            return False
-        if not self._anew or self._clock.trusted:
-            return True
-        self._anew = False
-        self._tried = [binascii.crc32(name.encode()), tries + 1, last, in_all]
-        self._note(tried=self._tried)
-        return tries & (tries + 1) != 0
-
-    def _tries(self, name):
-        if len(self._tried) != 4:
-            return 0
-        if self._tried[0] == binascii.crc32(name.encode()):
-            return self._tried[1]
-        return _TRIES if self._tried[3] >= _TRIES_IN_ALL else 0
-
-    def _preflight(self):
-        """Raise BusyError unless both heaps can carry an update."""
-        tidy()
-        if gc.mem_free() < _HEAP_NEED:
-            raise errors.BusyError(
-                "heap", "%d bytes free" % gc.mem_free(), "%d or more" % _HEAP_NEED
-            )
-        import esp32
-
-        largest = max(h[2] for h in esp32.idf_heap_info(esp32.HEAP_DATA))
-        if largest < _TLS_NEED:
-            raise errors.BusyError(
-                "IDF heap", "largest block %d" % largest, "%d for a TLS connection" % _TLS_NEED
-            )
-
-    def _log_once(self, exc):
-        """Note a failure that no release is to blame for, and not at every poll again."""
-        last = self._journal.log()[-1:]
-        if not last or not _is_same(last[0][3], exc.message):
-            self._journal.add_to_log("", "failed", exc.message)
-
-    async def _permit(self, step, manifest):
-        """Ask the application; return when it agrees or its time to postpone is over."""
-        left = _POSTPONE_MAX_S
-        while self._ask is not None:
-            try:
-                answer = self._ask(step, manifest)
-                if hasattr(answer, "send"):
-                    answer = await asyncio.wait_for(answer, 60)
-            except Exception as exc:  # also asyncio.TimeoutError: the same as "not now"
-                print("twinslot: on_install:", type(exc).__name__, exc)
-                answer = 60
-            if answer is False:
-                raise errors.RefusedError("the application refuses release " + manifest.version)
-            if answer is True or left <= 0:
-                return
-            seconds = answer if type(answer) in (int, float) and answer > 0 else 60
-            seconds = min(seconds, left)
-            left -= seconds
-            self._emit("postponed", step=step, seconds=seconds)
-            await asyncio.sleep(seconds)
 
     async def _install(self, report, manifest, url):
         image = manifest.firmware
@@ -570,21 +486,6 @@ class Agent:
         self._emit("staged", version=manifest.version, bytes=report["bytes"], ms=ms)
         await self._report(report, "staged")
 
-    def _count_once(self, name):
-        """Count the polls in which a release was fetched and did not come; mirrors don't count."""
-        if not self._counted:
-            self._counted = True
-            self._count(name)
-
-    def _count(self, name):
-        self._anew = False  # this start was a try
-        now = int(time.time())
-        in_all = 1
-        if len(self._tried) == 4 and 0 <= now - self._tried[2] < _REST_S:
-            in_all += self._tried[3]
-        self._tried = [binascii.crc32(name.encode()), self._tries(name) + 1, now, in_all]
-        self._note(tried=self._tried)
-
     def _note(self, **changes):
         """Keep in the journal what an update can do without."""
         try:
@@ -604,39 +505,6 @@ class Agent:
             self._note(spent=[day, spent])
         if spent >= budget:
             raise errors.BusyError("bytes today", spent, "less than the budget of %d" % budget)
-
-    def _activate(self, attempt, manifest):
-        """Write down what is about to be tried, then make it boot. Never returns."""
-        build = manifest.firmware.build
-        own = self._running["build"]
-        self._journal.update(
-            confirmed=own,
-            versions={own: self.version()},
-            issued=max(self._journal.get("issued", int), manifest.issued),
-            waiting=None,
-            trial={
-                "build": build,
-                "version": manifest.version,
-                "attempt": attempt,
-                "security": manifest.security_version,
-                "back": own,
-                "hang": self._settings["hang"],
-            },
-        )
-        try:
-            self._slot.activate()
-        except OtaError:
-            self._journal.update(trial=None)
-            raise
-        print("twinslot: reset into", self._running["inactive"])
-        self._machine.reset()
-
-
-def _is_same(kept, message):
-    """True where the log has this message, perhaps cut, but for its numbers: bytes that are free
-    differ each time."""
-    bare, whole = ["".join(c for c in text if not c.isdigit()) for text in (kept, message)]
-    return bare == whole or (len(kept) == REASON and whole.startswith(bare))
 
 
 def mark(name):
@@ -689,4 +557,8 @@ def _console(name, data):
             return
     for key in sorted(data):  # dicts have no order here; a log that is read by eye should
         name += " %s=%s" % (key, str(data[key])[:160])
-    print("twinslot:", "".join(c if " " <= c <= "~" else "?" for c in name))
+    text = bytearray(name.encode())
+    for i, c in enumerate(text):
+        if not 32 <= c <= 126:
+            text[i] = 63  # a question mark
+    print("twinslot:", text.decode())

@@ -1,20 +1,32 @@
-"""What a poll comes to: nothing, or a release that is verified and to be installed.
+"""What a poll comes to: nothing, or a release that is verified and to be installed; and, once its
+image is there, the reset into it.
 
     url, seconds = await offer(agent, force)
     wanted = await judge(agent, manifest, report, name, force)
+    await activate(agent, manifest, attempt)
 
-Part of the agent, whose members it uses; of its own so that it can be let go before the image
+Part of the agent, whose members it uses; of its own so that it can be let go while the image
 comes, which is when an update needs most memory.
 """
 
 import asyncio
 import binascii
+import gc
 import hashlib
+import sys
 
 from . import errors, tidy, unload
 from .agent import DAY_S, foreseen, mark
+from .errors import OtaError
+from .journal import REASON
 
+_POSTPONE_MAX_S = DAY_S  # an application that is never ready gets its update all the same
 _POLL_MIN_S = 30  # for offers, which are not signed
+# Bytes of GC heap: what verifies a release, then the modules of the download, a block, the JWS,
+# headers, and room to run, beside the room that waits for the TLS context. What `make bench`
+# measures on a 64-bit port; objects of a 32-bit one are half as large.
+_HEAP_NEED = (19 if sys.maxsize > 1 << 32 else 17) * 1024
+_TLS_NEED = 24 * 1024  # bytes of IDF heap: mbedTLS' 16 + 4 KB buffers and its handshake
 
 
 async def offer(agent, force):
@@ -34,9 +46,9 @@ async def offer(agent, force):
     """
     agent._emit("checking")
     try:
-        agent._preflight()
+        _preflight()
     except errors.BusyError as exc:
-        agent._log_once(exc)
+        log_once(agent._journal, exc)
         raise
     await agent._clock.ensure()
     tidy()
@@ -56,11 +68,7 @@ async def offer(agent, force):
         agent._poll_s = max(found.poll, min(agent._settings["poll"], _POLL_MIN_S))
     url = found.release
     name = agent._name(url)
-    if (
-        url is None
-        or ((agent._is_done(name) or agent._rests(name)) and not force)
-        or not _is_chosen(agent, found)
-    ):
+    if url is None or (_is_left(agent, name) and not force) or not _is_chosen(agent, found):
         agent._emit("idle", version=agent.version())
         return None
     seconds = found.install
@@ -93,19 +101,90 @@ async def judge(agent, manifest, report, name, force):
     _check(agent, manifest, force)
     await asyncio.sleep_ms(0)
     signed = manifest.version + build
+    from . import tries
+
     if agent._journal.fetching() == mark(signed):
-        agent._count(signed)  # that one was ended by a reset
+        tries.count(agent, signed)  # that one was ended by a reset
         agent._journal.set_fetching(0)
-    if agent._rests(signed) and not force:
+    if tries.rests(agent, signed) and not force:
         agent._emit("idle", version=agent.version())
         return False
+    del tries
+    unload()
     waiting = agent._waiting()
     if waiting[0] == build:
         report["attempt"] = waiting[1]  # it goes on
     else:
-        await agent._permit("download", manifest)
+        await _permit(agent, "download", manifest)
         agent._spend(0)
     return True
+
+
+async def activate(agent, manifest, attempt):
+    """Write down what is about to be tried, then make it boot, with the application's leave.
+    Never returns.
+
+    Args:
+        attempt: text, the attempt's identity.
+
+    Raises:
+        RefusedError: the application does not want it.
+        OtaError: of the slot, or of the journal.
+    """
+    await _permit(agent, "activate", manifest)
+    await agent._client.close()
+    build = manifest.firmware.build
+    own = agent._running["build"]
+    journal = agent._journal
+    journal.update(
+        confirmed=own,
+        versions={own: agent.version()},
+        issued=max(journal.get("issued", int), manifest.issued),
+        waiting=None,
+        trial={
+            "build": build,
+            "version": manifest.version,
+            "attempt": attempt,
+            "security": manifest.security_version,
+            "back": own,
+            "hang": agent._settings["hang"],
+        },
+    )
+    try:
+        agent._slot.activate()
+    except OtaError:
+        journal.update(trial=None)
+        raise
+    print("twinslot: reset into", agent._running["inactive"])
+    agent._machine.reset()
+
+
+def log_once(journal, exc):
+    """Note a failure that no release is to blame for, and not at every poll again."""
+    last = journal.log()[-1:]
+    if not last or not _is_same(last[0][3], exc.message):
+        journal.add_to_log("", "failed", exc.message)
+
+
+def _is_same(kept, message):
+    """True where the log has this message, perhaps cut, but for its numbers: bytes that are free
+    differ each time."""
+    bare, whole = ["".join(c for c in text if not c.isdigit()) for text in (kept, message)]
+    return bare == whole or (len(kept) == REASON and whole.startswith(bare))
+
+
+def _preflight():
+    """Raise BusyError unless both heaps can carry an update."""
+    tidy()
+    if gc.mem_free() < _HEAP_NEED:
+        raise errors.BusyError("heap", "%d bytes free" % gc.mem_free(), "%d or more" % _HEAP_NEED)
+    import esp32
+
+    largest = max(h[2] for h in esp32.idf_heap_info(esp32.HEAP_DATA))
+    if largest < _TLS_NEED:
+        raise errors.BusyError(
+            "IDF heap", "largest block %d" % largest, "%d for a TLS connection" % _TLS_NEED
+        )
 
 
 async def _poll(agent):
@@ -169,10 +248,38 @@ async def _renew_keys(agent, version):
         agent._emit("keyring", version=taken)
 
 
+def _is_left(agent, name):
+    from . import tries
+
+    return tries.is_done(agent, name) or tries.rests(agent, name)
+
+
 def _is_chosen(agent, offer):
     from . import release
 
     return release.in_rollout(offer.percent, offer.seed, agent.device_id, hashlib.sha256)
+
+
+async def _permit(agent, step, manifest):
+    """Ask the application; return when it agrees or its time to postpone is over."""
+    left = _POSTPONE_MAX_S
+    while agent._ask is not None:
+        try:
+            answer = agent._ask(step, manifest)
+            if hasattr(answer, "send"):
+                answer = await asyncio.wait_for(answer, 60)
+        except Exception as exc:  # also asyncio.TimeoutError: the same as "not now"
+            print("twinslot: on_install:", type(exc).__name__, exc)
+            answer = 60
+        if answer is False:
+            raise errors.RefusedError("the application refuses release " + manifest.version)
+        if answer is True or left <= 0:
+            return
+        seconds = answer if type(answer) in (int, float) and answer > 0 else 60
+        seconds = min(seconds, left)
+        left -= seconds
+        agent._emit("postponed", step=step, seconds=seconds)
+        await asyncio.sleep(seconds)
 
 
 def _is_running(agent, manifest, name):
@@ -187,9 +294,9 @@ def _is_running(agent, manifest, name):
     ):
         agent._emit("idle", version=agent.version())
         return
-    agent._look_past(name)
-    from . import semver
+    from . import semver, tries
 
+    tries.look_past(agent, name)
     versions = dict(agent._journal.get("versions"))
     if semver.compare(manifest.version, agent.version()) > 0:
         versions[build] = manifest.version

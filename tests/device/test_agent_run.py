@@ -75,6 +75,24 @@ class Instead:
             setattr(self.where, name, value)
 
 
+class InsteadIn(Instead):
+    """The same in a module of the package that comes and goes: it stays meanwhile."""
+
+    def __init__(self, name, **values):
+        super().__init__(None, **values)
+        self.name = name
+
+    def __enter__(self):
+        self.rare = twinslot._RARE
+        twinslot._RARE = ""
+        self.where = getattr(twinslot, self.name)
+        super().__enter__()
+
+    def __exit__(self, *_):
+        super().__exit__()
+        twinslot._RARE = self.rare
+
+
 class Enough(BaseException):
     """Ends what has no end."""
 
@@ -727,7 +745,7 @@ async def test_want_of_memory_is_noted_once_however_many_bytes_there_are():
     agent, _ = start(World())
     for free in (9000, 8123):
         heap = Heap(free)
-        with Instead(twinslot, gc=heap), Instead(twinslot.agent, gc=heap):
+        with Instead(twinslot, gc=heap), InsteadIn("plan", gc=heap):
             await refuses(BusyError, agent)
     entry = agent._journal.log()[-1]
     assert len(agent._journal.log()) == 1 and entry[2] == "failed"
@@ -896,7 +914,7 @@ async def test_the_memory_that_an_update_needs_is_asked_for_to_the_byte():
 
     world = World()
     world.offer = {}
-    need = twinslot.agent._TLS_NEED
+    need = twinslot.plan._TLS_NEED
     for largest, good in ((need, True), (need - 1, False)):
         agent, _ = start(world)
         regions = lambda what, n=largest: [(9, 9, 9, 9), (100_000, 50_000, n, n - 1)]  # noqa: E731
@@ -905,14 +923,14 @@ async def test_the_memory_that_an_update_needs_is_asked_for_to_the_byte():
                 await agent.update_now()
             else:
                 await refuses(BusyError, agent)
-    need, polls = twinslot.agent._HEAP_NEED, world.polls
+    need, polls = twinslot.plan._HEAP_NEED, world.polls
     agent, _ = start(world)
     heap = Heap(need - 1)
-    with Instead(twinslot, gc=heap), Instead(twinslot.agent, gc=heap):
+    with Instead(twinslot, gc=heap), InsteadIn("plan", gc=heap):
         assert "heap" in str(await refuses(BusyError, agent))
     assert world.polls == polls
     heap = Heap(need)
-    with Instead(twinslot, gc=heap), Instead(twinslot.agent, gc=heap):
+    with Instead(twinslot, gc=heap), InsteadIn("plan", gc=heap):
         await agent.update_now()
 
 
@@ -952,14 +970,14 @@ async def test_a_rest_ends_after_six_hours_and_tries_start_anew():
     world.manifest = UnreachableError("nobody there")
     agent, _ = start(world)
     clock = Time(1_000_000)
-    with Instead(twinslot.agent, time=clock):
+    with InsteadIn("tries", time=clock):
         for _ in range(3):
             await refuses(UnreachableError, agent)
         crc = agent._tried[0]
         agent._counted = False  # the next poll
         for later, rests in ((0, True), (6 * 3600 - 1, True), (6 * 3600, False)):
             clock.now = 1_000_000 + later
-            assert agent._rests(agent._name(world.offer["release"])) is rests
+            assert twinslot.tries.rests(agent, agent._name(world.offer["release"])) is rests
             assert agent._tried == ([crc, 3, 1_000_000, 3] if rests else [])
             assert agent._journal.get("tried", list) == agent._tried
         await refuses(UnreachableError, agent)
@@ -975,14 +993,14 @@ async def test_a_board_without_a_clock_rests_as_long_after_each_start():
     agent, _ = start(world)
     clock = Time(1_000)
     name = agent._name(world.offer["release"])
-    with Instead(twinslot.agent, time=clock):
+    with InsteadIn("tries", time=clock):
         for _ in range(3):
             await refuses(UnreachableError, agent)
         clock.now = 20
         agent._counted = False  # the next poll
         for uptime_s, rests in ((20, True), (6 * 3600 - 1, True), (6 * 3600, False)):
             clock.ticks_ms = lambda ms=uptime_s * 1000: ms
-            assert agent._rests(name) is rests
+            assert twinslot.tries.rests(agent, name) is rests
 
 
 class Outage:
@@ -1077,7 +1095,7 @@ async def test_F31_releases_that_take_turns_rest_together():
         world.content = damaged
         agent, _ = start(world)
         clock = Time(1_000_000)
-        with Instead(twinslot.agent, time=clock):
+        with InsteadIn("tries", time=clock):
             for n in range(11):
                 version = versions[n % len(versions)]
                 world.offer = {"release": HOME + "lamp/r/%s.jws" % version}
@@ -1101,7 +1119,7 @@ async def test_F31_another_release_has_three_tries_of_its_own_and_all_have_twelv
     world.content[-40] ^= 1
     agent, _ = start(world)
     clock = Time(1_000_000)
-    with Instead(twinslot.agent, time=clock):
+    with InsteadIn("tries", time=clock):
         for n in range(20):
             version = "2.0.%d" % (0 if n == 0 else 1 if n < 8 else n)
             world.offer = {"release": HOME + "lamp/r/%s.jws" % version}
@@ -1117,7 +1135,7 @@ async def test_F31_what_failed_six_hours_ago_counts_with_nothing_that_fails_now(
     world = World()
     agent, _ = start(world)
     clock = Time(1_000_000)
-    with Instead(twinslot.agent, time=clock):
+    with InsteadIn("tries", time=clock):
         for n in range(16):
             world.offer = {"release": HOME + "lamp/r/2.0.%d.jws" % n}
             world.manifest = UnreachableError("nobody there")
@@ -1175,7 +1193,7 @@ async def test_a_name_that_once_led_to_another_release_is_good_again_after_a_day
     world = World(version="0.9.0")
     agent, _ = start(world)
     clock = Time()
-    with Instead(twinslot.agent, time=clock):
+    with InsteadIn("tries", time=clock):
         await refuses(VersionError, agent)
         world.manifest = make_release()
         clock.ticks_ms = lambda: 5000 + 86_399_000

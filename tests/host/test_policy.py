@@ -319,7 +319,7 @@ def test_no_sequence_is_idle_they_meet_every_refusal_and_really_install():
     assert "internal" not in SEEN
 
 
-EARLY = "            waiting=None,\n            floor=manifest.security_version,\n"
+EARLY = "        waiting=None,\n        floor=manifest.security_version,\n"
 # Planted slips: the module, the check, what stands there instead. The model has to notice each.
 SLIPS = {
     "older versions": ("release", "order < 0 and not release.downgrade", "False"),
@@ -331,7 +331,7 @@ SLIPS = {
     "not yet": ("release", "release.issued - now > _AHEAD_S", "False"),
     "failed before": ("release", "image.build in board.failed", "False"),
     "a wrong signature": ("jws", "not _pss_holds(", "None is _pss_holds("),
-    "the floor rises too early": ("agent", "            waiting=None,\n", EARLY),
+    "the floor rises too early": ("plan", "        waiting=None,\n", EARLY),
     "the floor never rises": ("health", 'trial.get("security", 0)),', "0),"),
     "the floor falls": ("plan", 'max(agent._journal.get("floor", int), ', "max(0, "),
     "the floor by another product": (

@@ -77,6 +77,7 @@ MODULES = {
     "lastgood": Tests((), ("test_config.py",)),
     "url": Tests(("test_incidents.py",), ("test_url.py",)),
     "certs": Tests((), ("test_certs.py",)),
+    "context": Tests((), ("test_certs.py", "test_config.py")),
     "handshake": Tests((), ("test_certs.py", "test_trust.py")),
     "sources": Tests(("test_sources.py",)),
     "sources.server": Tests(("test_sources.py",)),
@@ -86,6 +87,7 @@ MODULES = {
     "guard": Tests((), ("test_guard.py",)),
     "agent": Tests((), ("test_agent.py", "test_agent_run.py")),
     "plan": Tests((), ("test_agent.py", "test_agent_run.py")),
+    "tries": Tests((), ("test_agent_run.py",)),
     "startup": Tests((), ("test_agent.py", "test_agent_run.py")),
     "digits": Tests((), ("test_url.py",)),
 }
