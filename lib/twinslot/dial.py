@@ -13,7 +13,8 @@ from time import ticks_diff, ticks_ms
 from micropython import const
 
 from . import errors
-from .link import Link, longer, lookup
+from .link import Link, longer
+from .lookup import lookup
 
 _ADDRESSES_MAX = const(4)
 

@@ -1,17 +1,14 @@
-"""One connection of the HTTP client, and what it is read by: bounded reads, lines; name lookup.
+"""One connection of the HTTP client, and what it is read by: bounded reads, lines.
 
 Not for applications; `twinslot.http` is. A socket here is never waited for: a read that finds
 nothing sleeps 1 to 15 ms and tries again. That costs no task, no timer and no entry in asyncio's
 poller, and finds the bytes that a TLS stream holds while its socket polls unreadable. What can't
-be split holds the event loop: the public key steps of a TLS handshake, and the name lookup on
-ports without safe threads (unix).
+be split holds the event loop: the public key steps of a TLS handshake.
 
 Source: MicroPython extmod/modtls_mbedtls.c, extmod/asyncio/stream.py, py/stream.c;
 RFC 9112 sections 2 to 5 (lines and fields).
 """
 
-import socket
-import sys
 from asyncio import sleep_ms
 from time import ticks_diff, ticks_ms
 
@@ -23,65 +20,12 @@ _LINE_MAX = const(1024)  # bytes of a header line with its CRLF
 _LINE_MOST = const(256)  # of nearly all of them: what the buffer holds until one does not fit
 HEAD_MAX = 8192
 _PAUSE_MAX_MS = const(15)
-_LOOKUP_STACK = const(8192)
 
 _SSL_CONN_EOF = const(-0x7280)  # mbedtls/include/mbedtls/ssl.h
 
-_asking = [()]  # the answer of the lookup thread: None while it runs, a list, or an exception
-
-
-def _ask(answer, host, port, kind):
-    # Runs in a thread of its own: touches nothing but its own list.
-    try:
-        answer[0] = socket.getaddrinfo(host, port, 0, kind)
-    except Exception as e:
-        answer[0] = e
-
-
-async def lookup(host, port, kind=socket.SOCK_STREAM, limit_ms=10000):
-    """Return the addresses of a host as getaddrinfo gives them, not empty.
-
-    getaddrinfo blocks (5 s for a .local name), so it runs in a thread on the ESP32, whose threads
-    take turns under one lock. The unix port's do not, so there it is called directly.
-
-    Raises:
-        UnreachableError: no such name, or no DNS server answers.
-        TimeoutError_: after ``limit_ms``. The thread ends by itself; for as long as that again no
-            other starts.
-    """
-    global _asking
-    since = ticks_ms()
-    answer = [None]
-    # An address needs no asking.
-    threaded = sys.platform == "esp32" and ":" not in host and bool(host.strip("0123456789."))
-    while _asking[0] is None:
-        await sleep_ms(10)
-        if ticks_diff(ticks_ms(), since) >= limit_ms:
-            _asking = [()]  # it may have died, and must not stand in the way for ever
-            raise errors.TimeoutError_("name lookup: the one before still hangs")
-    if threaded:
-        import _thread
-
-        before = _thread.stack_size(_LOOKUP_STACK)
-        try:
-            _thread.start_new_thread(_ask, (answer, host, port, kind))
-            _asking = answer
-        except OSError:
-            threaded = False  # no memory for a thread: ask here
-        finally:
-            _thread.stack_size(before)
-    if not threaded:
-        _ask(answer, host, port, kind)
-    while answer[0] is None:
-        await sleep_ms(10)
-        if ticks_diff(ticks_ms(), since) >= limit_ms:
-            raise errors.TimeoutError_("name lookup of %s: no answer in %d ms" % (host, limit_ms))
-    found = answer[0]
-    if isinstance(found, MemoryError):
-        raise found
-    if isinstance(found, Exception) or not found:
-        raise errors.UnreachableError("name lookup of %s failed (%s)" % (host, found))
-    return found
+# Of `twinslot.lookup`, here because that module comes and goes: the answer of its thread, None
+# while it runs, a list, or an exception.
+asking = [()]
 
 
 def longer(pause):

@@ -3,7 +3,7 @@
     unix = await ntp.ask("pool.ntp.org", 123, 2000)
 
 Loaded when there is something to ask, and unloaded for a download. Nothing waits for a socket; the
-name lookup as in `twinslot.link`.
+name lookup as in `twinslot.lookup`.
 
 Source: RFC 5905 sections 6, 7.3 and 7.4 (header, kiss codes), RFC 4330 section 5 (what a client
 checks), RFC 2030 (eras: times after 2036).
@@ -17,7 +17,7 @@ from asyncio import sleep_ms
 from micropython import const
 
 from . import errors
-from .link import lookup
+from .lookup import lookup
 
 _TRIES = const(2)
 _UNIX = const(2208988800)  # seconds from 1900 to 1970
@@ -63,7 +63,7 @@ async def ask(host, port, timeout_ms):
 
     Raises:
         KissError: it asks to be left alone; ClockError: no good answer.
-        UnreachableError, TimeoutError_: as ``link.lookup``.
+        UnreachableError, TimeoutError_: as ``lookup.lookup``.
     """
     found = await lookup(host, port, socket.SOCK_DGRAM, timeout_ms)
     for i in range(_TRIES):

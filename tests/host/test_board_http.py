@@ -16,8 +16,10 @@ MODULES = (
     "errors",
     "url",
     "certs",
+    "context",
     "handshake",
     "link",
+    "lookup",
     "http",
     "head",
     "request",
@@ -124,10 +126,10 @@ def test_certificate_as_pem_with_the_clock_of_the_host(tmp_path, server, identit
 
 LOOKUP = """
 import asyncio, time
-from twinslot import link
+from twinslot import lookup
 from twinslot.errors import OtaError
 
-real = link._ask
+real = lookup._ask
 def slow(answer, *args):
     time.sleep_ms(600)
     real(answer, *args)
@@ -135,7 +137,7 @@ def slow(answer, *args):
 async def look(limit_ms):
     began = time.ticks_ms()
     try:
-        found = await link.lookup("localhost", 80, limit_ms=limit_ms)
+        found = await lookup.lookup("localhost", 80, limit_ms=limit_ms)
         said = str(len(found) > 0)
     except OtaError as e:
         said = e.code
@@ -154,8 +156,8 @@ async def ticker():
 async def main():
     asyncio.create_task(ticker())
     for _ in range(300):
-        assert await link.lookup("localhost", 80)
-    link._ask = slow
+        assert await lookup.lookup("localhost", 80)
+    lookup._ask = slow
     await look(5000)        # slow, but it comes
     await look(250)         # gives up
     await look(5000)        # waits for the thread before, then asks itself
