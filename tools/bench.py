@@ -354,7 +354,7 @@ def _completes(form: str, kib: int) -> bool:
         return event.name == "confirmed" and fetched == [wanted]
 
 
-_HEAPS = {"identity": (64, 67), "gzip": (80, 77), "delta": (96, 81)}  # target, limit in KiB
+_HEAPS = {"identity": (64, 65), "gzip": (80, 77), "delta": (96, 81)}  # target, limit in KiB
 
 
 def enough_heap() -> Iterator[Figure]:
@@ -380,7 +380,7 @@ def smallest_heap() -> Iterator[Figure]:
 _LIVE = """    import gc, sys
     import twinslot.agent, twinslot.blink, twinslot.download
     import twinslot.inflate, twinslot.native, twinslot.patch
-    for name in twinslot._RARE:
+    for name in twinslot._RARE.split():
         __import__("twinslot." + name)
     twinslot.unload = lambda: None
     for name in sys.modules:

@@ -18,41 +18,27 @@ _HOME = {
     "rollback": "console",
     "status": "console",
 }
+# One text: as texts of their own they would take 1 KB of heap where the package is not frozen.
 _RARE = (
-    "base64url",
-    "config",
-    "dial",
-    "digits",
-    "espimage",
-    "handshake",
-    "head",
-    "health",
-    "jws",
-    "keyring",
-    "keyset",
-    "lastgood",
-    "ntp",
-    "payload",
-    "plan",
-    "release",
-    "request",
-    "semver",
-    "sources",
-    "sources.server",
-    "sources.static",
-    "startup",
-    "strict",
-    "trial",
-    "url",
-    "walk",
+    "base64url config context dial digits espimage handshake head health jws keyring "
+    "keyset lastgood lookup ntp payload plan release request semver sources "
+    "sources.server sources.static startup strict trial tries url walk "
 )
+
+
+def _rare():
+    at = 0
+    while at < len(_RARE):
+        end = _RARE.find(" ", at)
+        yield _RARE[at:end]
+        at = end + 1
 
 
 def unload():
     """Let go of the submodules that have something to do now and then, not during a download. The
     next import loads them again; what still refers to one keeps it. (Where the package is not
     frozen a function is 50 to 100 bytes of heap, and its code.)"""
-    for name in _RARE:
+    for name in _rare():
         globals().pop(name, None)
         sys.modules.pop("twinslot." + name, None)
 
@@ -60,7 +46,7 @@ def unload():
 def reserve():
     """Let the tables of modules grow to what they will be: in an update they would split the
     room for something larger."""
-    absent = [name for name in _RARE if "twinslot." + name not in sys.modules]
+    absent = [name for name in _rare() if "twinslot." + name not in sys.modules]
     try:
         for name in absent:
             globals()[name] = sys.modules["twinslot." + name] = sys

@@ -384,7 +384,7 @@ def _http(seeds):
         link._sock = _Socket(client.raw)
 
     dial.connect = connect
-    twinslot._RARE = tuple(name for name in twinslot._RARE if name != "dial")  # this one stays
+    twinslot._RARE = twinslot._RARE.replace("dial ", "")  # this one stays
     client = http.Client(allow_http=True, read_timeout_ms=300, connect_timeout_ms=300)
     block = bytearray(512)
 
