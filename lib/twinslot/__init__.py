@@ -18,7 +18,8 @@ _HOME = {
     "rollback": "console",
     "status": "console",
 }
-# One text: as texts of their own they would take 1 KB of heap where the package is not frozen.
+# One text, a space behind each name: as texts of their own they would take 1 KB of heap where the
+# package is no part of the interpreter itself.
 _RARE = (
     "base64url config context dial digits espimage handshake head health jws keyring "
     "keyset lastgood lookup ntp payload plan release request semver sources "

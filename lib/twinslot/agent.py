@@ -24,7 +24,7 @@ import time
 from . import __version__, errors, guard, reserve, tidy, unload
 from .clock import BUILD_FLOOR, Clock
 from .errors import OtaError
-from .journal import Journal
+from .journal import REASON, Journal
 from .slot import FirmwareSlot
 from .trust import Trust
 
@@ -339,10 +339,7 @@ class Agent:
             if isinstance(exc, errors.TlsError):
                 self._clock.doubt()  # perhaps the date is to blame: ask again
             if isinstance(exc, errors.InternalError):
-                from . import plan
-
-                plan.log_once(self._journal, exc)
-                del plan
+                self._log_once(exc)
             self._emit("failed", **exc.report())
             raise exc
 
@@ -410,6 +407,7 @@ class Agent:
                 self._journal.update(waiting=waiting)
                 self._emit("waiting", seconds=seconds)
                 return
+            tidy()
             from . import plan
 
             await plan.activate(self, manifest, report["attempt"])
@@ -430,6 +428,7 @@ class Agent:
         """Note how a release has failed, and tell; return the OtaError for it."""
         exc = foreseen(slip)
         self._note(waiting=None)  # the next one is an attempt of its own
+        tidy()  # what comes now has to find room
         from . import tries
 
         if self._fetching:
@@ -454,6 +453,12 @@ class Agent:
     def _floor(self):
         """Unix seconds that have passed for certain: the newest date signed by whom we trusted."""
         return max(BUILD_FLOOR, self._journal.get("issued", int))
+
+    def _log_once(self, exc):
+        """Note a failure that no release is to blame for, and not at every poll again."""
+        last = self._journal.log()[-1:]
+        if not last or not _is_same(last[0][3], exc.message):
+            self._journal.add_to_log("", "failed", exc.message)
 
     async def _install(self, report, manifest, url):
         image = manifest.firmware
@@ -490,7 +495,7 @@ class Agent:
         """Keep in the journal what an update can do without."""
         try:
             self._journal.update(**changes)
-        except errors.SpaceError as exc:
+        except (errors.SpaceError, MemoryError) as exc:
             print("twinslot: not kept:", exc)
 
     def _spend(self, n):
@@ -505,6 +510,13 @@ class Agent:
             self._note(spent=[day, spent])
         if spent >= budget:
             raise errors.BusyError("bytes today", spent, "less than the budget of %d" % budget)
+
+
+def _is_same(kept, message):
+    """True where the log has this message, perhaps cut, but for its numbers: bytes that are free
+    differ each time."""
+    bare, whole = ["".join(c for c in text if not c.isdigit()) for text in (kept, message)]
+    return bare == whole or (len(kept) == REASON and whole.startswith(bare))
 
 
 def mark(name):

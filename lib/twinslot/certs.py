@@ -37,8 +37,6 @@ class Tls:
 
     With both, both must hold. With neither: ConfigError; nothing turns verification off.
 
-    Raises:
-        ConfigError: also for PEM text that is none of its kind.
     """
 
     def __init__(self, ca=None, fingerprint=None, client_cert=None, client_key=None):
@@ -62,11 +60,16 @@ class Tls:
         from .context import blocks
 
         # Here, where memory is plenty, not where the context is made.
-        self._sources = (
-            blocks(ca, "ca", b"CERTIFICATE") if ca else (),
-            blocks(client_cert, "client certificate", b"CERTIFICATE")[0] if client_cert else None,
-            blocks(client_key, "client key", b"PRIVATE KEY")[0] if client_key else None,
-        )
+        what = b"CERTIFICATE"
+        try:
+            self._sources = (
+                blocks(ca, "ca", what) if ca else (),
+                blocks(client_cert, "client certificate", what)[0] if client_cert else None,
+                blocks(client_key, "client key", b"PRIVATE KEY")[0] if client_key else None,
+            )
+        except errors.ConfigError as exc:
+            # Told at each connection: the agent keeps the network, too, which others want as well.
+            self._sources = exc
         self._context = None
         # Where the context and the first socket will lie, not in the middle of the room that the
         # update needs. It is made once a connection stands: before the radio is on, the ESP32's
@@ -100,6 +103,8 @@ class Tls:
         self._seen = None
         try:
             if self._context is None:
+                if isinstance(self._sources, errors.ConfigError):
+                    raise self._sources
                 from . import context
 
                 self._room = None
@@ -109,7 +114,10 @@ class Tls:
                         *self._sources, check=self._check if self._pin else None
                     )
                 except Exception:
-                    self._room = bytearray(_ROOM)  # for the next try
+                    try:
+                        self._room = bytearray(_ROOM)  # for the next try
+                    except MemoryError:
+                        pass  # what went wrong matters more
                     raise
                 self._sources = None
                 gc.collect()

@@ -1,6 +1,6 @@
 """The TLS context, and the DER blocks it is made from.
 
-Loaded for the first connection of a boot, see `twinslot.certs`.
+Loaded when an agent is made and for the first connection of a boot, see `twinslot.certs`.
 
 Source: MicroPython extmod/modtls_mbedtls.c (verify_callback since 1.23).
 """
@@ -56,7 +56,7 @@ def make(ca, cert, key, check):
         for der in ca:
             context.load_verify_locations(der)
         what = "client certificate"
-        if cert:
+        if cert is not None:
             context.load_cert_chain(cert, key)
     except ValueError as e:
         raise errors.ConfigError("%s: mbedTLS can't read it (%s)" % (what, e))

@@ -12,7 +12,7 @@ Memory: a buffer of 256 bytes, for a longer line of 1 KiB, while header lines or
 chunks are read; a body goes from the socket straight into the caller's buffer. What asks
 (`twinslot.request`) need not be loaded by then. TLS buffers (20 KiB on the ESP32) are outside the
 Python heap: close() what is not in use.
-What holds the event loop: see `twinslot.link` and `twinslot.dial`.
+What holds the event loop: see `twinslot.link` and `twinslot.lookup`.
 
 Every error that leaves is an OtaError: TimeoutError_, TlsError, HttpError, NetworkError,
 UnreachableError, FormatError (a URL), ConfigError, BusyError. A token is in none of them, nor

@@ -66,7 +66,8 @@ def is_whole(name, file):
             return True
         from .context import blocks
 
-        for der in blocks(text, name, b""):
+        kind = b"PRIVATE KEY" if name == "client_key" else b"CERTIFICATE"
+        for der in blocks(text, name, kind):
             n, more = der[1], 0
             if n > 127:  # the length's own length
                 more = n & 127

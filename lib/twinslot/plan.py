@@ -18,7 +18,6 @@ import sys
 from . import errors, tidy, unload
 from .agent import DAY_S, foreseen, mark
 from .errors import OtaError
-from .journal import REASON
 
 _POSTPONE_MAX_S = DAY_S  # an application that is never ready gets its update all the same
 _POLL_MIN_S = 30  # for offers, which are not signed
@@ -48,7 +47,7 @@ async def offer(agent, force):
     try:
         _preflight()
     except errors.BusyError as exc:
-        log_once(agent._journal, exc)
+        agent._log_once(exc)
         raise
     await agent._clock.ensure()
     tidy()
@@ -157,20 +156,6 @@ async def activate(agent, manifest, attempt):
         raise
     print("twinslot: reset into", agent._running["inactive"])
     agent._machine.reset()
-
-
-def log_once(journal, exc):
-    """Note a failure that no release is to blame for, and not at every poll again."""
-    last = journal.log()[-1:]
-    if not last or not _is_same(last[0][3], exc.message):
-        journal.add_to_log("", "failed", exc.message)
-
-
-def _is_same(kept, message):
-    """True where the log has this message, perhaps cut, but for its numbers: bytes that are free
-    differ each time."""
-    bare, whole = ["".join(c for c in text if not c.isdigit()) for text in (kept, message)]
-    return bare == whole or (len(kept) == REASON and whole.startswith(bare))
 
 
 def _preflight():

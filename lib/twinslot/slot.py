@@ -45,8 +45,9 @@ def _crc(seq):
 
 
 def new_block():
-    """Return the pieces of a block, empty: memoryviews of ``PIECE`` bytes, 4096 in all. Where the
-    heap has no such holes all but the first, which an image's head has to fit, are smaller."""
+    """Return the pieces of a block, empty: memoryviews of ``PIECE`` bytes, 4096 in all. Once the
+    heap has no such hole those that follow are smaller. Never the first: an image's head has to
+    fit into it."""
     block = []
     left, n = BLOCK, PIECE
     while left:
@@ -273,7 +274,8 @@ class FirmwareSlot:
 
         Args:
             block: a list of buffers of at most ``PIECE`` bytes, whose sizes are multiples of 32
-                (a cipher's, where flash is encrypted) but for the image's last one.
+                (a cipher's, where flash is encrypted) but for the image's last one. The first of
+                an image holds its head.
 
         Raises:
             ImageError, HardwareError, SecurityVersionError: the first block is no image, one for
@@ -283,7 +285,7 @@ class FirmwareSlot:
         n = 0
         for piece in block:
             if n % _HEADER_LEN or len(piece) > PIECE:
-                raise ValueError("pieces of at most %d" % PIECE)
+                raise ValueError("pieces of at most %d bytes, multiples of 32" % PIECE)
             n += len(piece)
         if self._image is None or self._pos % BLOCK or not 0 < n <= BLOCK:
             raise ValueError("write blocks of %d after begin()" % BLOCK)

@@ -1545,14 +1545,15 @@ async def test_a_budget_that_is_used_up_is_said_before_anything_is_staged():
 
 
 async def test_bytes_that_can_not_be_booked_are_counted_all_the_same():
-    agent, _ = start(World(), settings={"budget": 1000})
+    for error in (SpaceError("full"), MemoryError("no room")):
+        agent, _ = start(World(), settings={"budget": 1000})
 
-    def full(key, body):
-        raise SpaceError("full")
+        def fails(key, body, error=error):
+            raise error
 
-    agent._journal._store = full
-    agent._spend(999)
-    raises(BusyError, agent._spend, 1000)
+        agent._journal._store = fails
+        agent._spend(999)
+        raises(BusyError, agent._spend, 1000)
 
 
 # -- two at once

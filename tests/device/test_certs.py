@@ -13,7 +13,7 @@ from binascii import a2b_base64, b2a_base64, hexlify
 import tls
 from harness import raises
 
-from twinslot import handshake
+from twinslot import certs, handshake
 from twinslot.certs import Tls
 from twinslot.errors import ConfigError, TlsError, UnreachableError
 from twinslot.http import Client
@@ -321,7 +321,10 @@ def test_a_fingerprint_is_64_hex_digits():
 
 def test_a_file_that_is_no_certificate_is_named():
     def said(**files):
-        return raises(ConfigError, lambda: Tls(**files).wrap(End(), NAME)).message
+        board = Tls(**files)  # an agent is made all the same: it keeps the network, too
+        told = [raises(ConfigError, board.wrap, End(), NAME).message for _ in range(2)]
+        assert told[0] == told[1]
+        return told[0]
 
     client = {"client_cert": cert("client"), "client_key": key("client")}
     assert said(ca=b"x").startswith("ca: mbedTLS can't read it")
@@ -335,6 +338,7 @@ def test_a_file_that_is_no_certificate_is_named():
         ({"client_cert": b"x"}, "client certificate: mbedTLS can't read it"),
         ({"client_key": b"x"}, "client certificate: mbedTLS can't read it"),
         ({"client_cert": pem(b"x", "NOTHING")}, "client certificate: no PEM block"),
+        ({"client_cert": pem(b"")}, "client certificate: mbedTLS can't read it"),
         ({"client_key": pem(key("client"), "CERTIFICATE")}, "client key: no PEM block"),
     ):
         files = dict(client)
@@ -404,6 +408,11 @@ def test_F42_want_of_memory_is_no_fault_of_a_file():
         sys.modules["tls"] = tls
 
 
+def Scarce(n):
+    """The builtin ``bytearray`` where the heap has no hole for it."""
+    raise MemoryError("no hole of %d" % n)
+
+
 def test_the_room_for_the_context_is_taken_again_where_it_was_not_enough():
     class Fake:
         SSLContext = Context
@@ -421,6 +430,13 @@ def test_the_room_for_the_context_is_taken_again_where_it_was_not_enough():
         ):
             raises(kind, board.wrap, End(), NAME)
             assert len(board._room) == room and board._context is None
+        Context.error = OSError(12)
+        certs.bytearray = Scarce
+        try:
+            assert "out of memory for TLS" in raises(TlsError, board.wrap, End(), NAME).message
+        finally:
+            del certs.bytearray
+        assert board._room is None
         Context.where = None
         board.wrap(End(), NAME)
         assert board._room is None

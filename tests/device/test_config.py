@@ -171,9 +171,21 @@ def test_a_certificate_is_whole_if_it_is_as_long_as_it_says():
     assert not lastgood.is_whole("ca", "/c.pem")
 
 
-def pem(der):
-    text = binascii.b2a_base64(der)
-    return b"-----BEGIN CERTIFICATE-----\n" + text + b"-----END CERTIFICATE-----\n"
+def test_a_block_of_another_kind_is_no_certificate_and_no_key():
+    der = next(certificates())
+    for kind, whole in (
+        ("CERTIFICATE", {"ca", "client_cert"}),
+        ("EC PRIVATE KEY", {"client_key"}),
+        ("CERTIFIC@TE", set()),
+    ):
+        write("/c.pem", pem(der, kind))
+        names = ("ca", "client_cert", "client_key")
+        assert {name for name in names if lastgood.is_whole(name, "/c.pem")} == whole
+
+
+def pem(der, kind="CERTIFICATE"):
+    text = binascii.b2a_base64(der).decode()
+    return ("-----BEGIN %s-----\n%s-----END %s-----\n" % (kind, text, kind)).encode()
 
 
 def test_keys_are_whole_if_they_can_be_used():

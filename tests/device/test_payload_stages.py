@@ -450,12 +450,15 @@ async def test_a_gzip_of_a_patch():
         (member(first) + member(second), (len(member(first)), 2 * BOUNDARY)),
         (member(first + second), None),
     ):
-        sink, seen = Sink(), []
-        stage = payload.open_stage(both, Body(content, 700), (read, len(base)), len(image))
-        writer = payload.Writer(sink, len(image))
-        await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
-        assert b"".join(sink.pieces) == image
-        assert seen == [(BOUNDARY, state), (len(image), None)]
+        # In whole pieces, and as a heap full of holes has them.
+        for sizes in (None, [512] + [256] * 4 + [128] * 20):
+            sink, seen = Sink(), []
+            stage = payload.open_stage(both, Body(content, 700), (read, len(base)), len(image))
+            block = sizes and [memoryview(bytearray(n)) for n in sizes]
+            writer = payload.Writer(sink, len(image), 0, block)
+            await payload.pump(stage, writer, lambda *where, seen=seen: seen.append(where))
+            assert b"".join(sink.pieces) == image
+            assert seen == [(BOUNDARY, state), (len(image), None)]
         if state:
             sink = Sink()
             rest = Body(content[state[0] :], 700)
