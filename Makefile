@@ -10,7 +10,7 @@ LOCKS := requirements/dev.txt requirements/peers.txt
 STUBS := build/typings/.ready
 LINTED := lib tools server_stub tests $(wildcard boot.py main.py)
 
-.PHONY: help demo load test lint bench genuine size compat packages lock faults faults-page faults-long powercut soak kills fuzz fuzz-api mutants setup clean
+.PHONY: help demo load test lint bench bench32 genuine size compat packages lock faults faults-page faults-long powercut soak kills fuzz fuzz-api mutants setup clean
 
 help:
 	@echo "make demo    a virtual board updates itself, and survives a bad release"
@@ -18,6 +18,7 @@ help:
 	@echo "make load    what the fleet server carries here (python tools/load.py --help)"
 	@echo "make lint    ruff and pyright"
 	@echo "make bench   what an update costs, against targets; plots in docs/bench"
+	@echo "make bench32  the heap of an update on a MicroPython of 32 bits (needs Debian's archive)"
 	@echo "make genuine  two genuine ESP32 images: a board updates by delta (needs PyPI)"
 	@echo "make size    bytes of each module of lib/twinslot on the device"
 	@echo "make compat  the device package against MicroPython 1.24 to 1.29 (needs PyPI)"
@@ -56,6 +57,9 @@ compat: $(READY)
 
 packages: $(READY)
 	@$(BIN)/python -m twinslot_tools.mip
+
+bench32: $(READY)
+	@$(BIN)/python -m twinslot_tools.port32
 
 bench: $(READY)
 	@$(BIN)/python -m twinslot_tools.bench $(BENCH)

@@ -340,7 +340,7 @@ def wear() -> Iterator[Figure]:
     yield Figure("flash", "modelled time against the least for that part", ratio, "x", "1", 1.6)
 
 
-def _completes(form: str, kib: int) -> bool:
+def completes(form: str, kib: int) -> bool:
     """True if a board with so much heap takes the form, and not a larger one, and confirms it."""
     with _lab(form, heap=f"{kib}K", image_size=400_000) as lab:
         wanted = _publish(lab, form)
@@ -360,7 +360,7 @@ _HEAPS = {"identity": (64, 65), "gzip": (80, 77), "delta": (96, 81)}  # target, 
 def enough_heap() -> Iterator[Figure]:
     """Item 3 in the short form: does a board with the heap of the limit do it?"""
     for form, (_, limit) in _HEAPS.items():
-        fails = 0 if _completes(form, limit) else 1
+        fails = 0 if completes(form, limit) else 1
         yield Figure("heap", f"fails with {limit} KiB: {form}", fails, "", "0", 0)
 
 
@@ -370,7 +370,7 @@ def smallest_heap() -> Iterator[Figure]:
         low, high = limit - 24, limit
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if _completes(form, middle) else (middle, high)
+            low, high = (low, middle) if completes(form, middle) else (middle, high)
         yield Figure("heap", f"smallest that completes: {form}", high, "KiB", f"{target}", limit)
 
 
