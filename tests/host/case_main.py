@@ -18,7 +18,6 @@ from twinslot import guard
 from twinslot.errors import OtaError
 
 Journal = __import__("twinslot.journal", None, None, ("x",))
-link = __import__("twinslot.link", None, None, ("x",))
 
 
 class Reset(BaseException):
@@ -69,7 +68,7 @@ class Names:
 
 
 names = Names()
-link.socket = names
+sys.modules["socket"] = names  # for what is loaded from here on, to look up a name
 agent = None
 held = None  # of the heap
 events = []

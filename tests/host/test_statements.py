@@ -253,6 +253,7 @@ def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_p
     try:
         for one in stumblers:
             one.scene = scene
+        stumblers[0].counts()  # what runs once in a start is over then: an error's class is made
         counts = stumblers[0].counts()
         chosen = [p for p in points(counts) if LONG or p[0] not in usual]
         assert len(chosen) > 8, "the copy does not count"
@@ -263,7 +264,7 @@ def test_F34_exception_at_any_statement_on_the_way_on(stumblers, scene, record_p
             one.scene = plain
     record_property("ended", dict(met))
     # Which of them run hangs a little on how the bytes come.
-    assert met["not met"] < len(chosen) * 2 / 3
+    assert met["not met"] < len(chosen) / 3
 
 
 def test_F34_exception_in_the_agents_own_loop_does_not_end_it(stumblers, record_property):
