@@ -68,7 +68,8 @@ class Tls:
             )
         except errors.ConfigError as exc:
             # Told at each connection: the agent keeps the network, too, which others want as well.
-            self._sources = exc
+            # The text alone: an exception that is raised again and again grows by its traceback.
+            self._sources = exc.message
         self._context = None
         # Where the context and the first socket will lie, not in the middle of the room that the
         # update needs. It is made once a connection stands: before the radio is on, the ESP32's
@@ -102,8 +103,8 @@ class Tls:
         self._seen = None
         try:
             if self._context is None:
-                if isinstance(self._sources, errors.ConfigError):
-                    raise self._sources
+                if type(self._sources) is str:
+                    raise errors.ConfigError(self._sources)
                 from . import context
 
                 self._room = None
