@@ -23,6 +23,7 @@ import urllib.request
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from . import bench
@@ -117,25 +118,33 @@ def _unpack(fields: dict[str, str], folder: Path, root: Path) -> None:
 
 
 def smallest(form: str) -> int:
-    """Return the KiB of heap from which on a board takes a form each time, and confirms it."""
+    """Return the KiB of heap from which on a board takes a form each time, and confirms it.
+
+    Raises:
+        PortError: none up to 96 KiB.
+    """
     low, high = _LOWEST, _HIGHEST
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if bench.completes(form, middle) else (middle, high)
-    while not all(bench.completes(form, high) for _ in range(_RUNS)):
+    while high <= _HIGHEST:
+        if all(bench.completes(form, high) for _ in range(_RUNS)):
+            return high
         high += 1
-    return high
+    raise PortError(f"no {form} update completes with up to {_HIGHEST} KiB of heap")
 
 
 def main() -> None:
     try:
         os.environ["MICROPYTHON"] = str(fetch())
+        live = [f"{figure.value:,.0f} B" for figure in bench.live_heap()]
+        forms = track(bench.FORMS, "smallest heap", console=Console(stderr=True))
+        heaps = [f"{smallest(form)} KiB" for form in forms]
     except PortError as exc:
         sys.exit(f"port32: {exc}")
-    live = [figure.value for figure in bench.live_heap()]
     table = Table("a port of 32 bits", *bench.FORMS)
-    table.add_row("smallest heap that completes", *(f"{smallest(f)} KiB" for f in bench.FORMS))
-    table.add_row("live heap beyond import", *(f"{value:,.0f} B" for value in live))
+    table.add_row("smallest heap that completes", *heaps)
+    table.add_row("live heap beyond import", *live)
     Console().print(table)
 
 
